@@ -1,0 +1,1 @@
+"""Calibration data: rows of a dataset, prompts as token ids."""

@@ -1,0 +1,1 @@
+"""What runs a model: the torch engine, and the reading of its weights."""

@@ -1,0 +1,55 @@
+"""Errors that a user can act on: what happened, where, why, and how to fix it."""
+
+
+class CalibrationError(Exception):
+    """A run failed or a file is wrong; the command line exits with 1.
+
+    Args:
+        what: one sentence, no full stop.
+        where: the file, node or option concerned.
+        why: the reason, when `what` does not already say it.
+        fix: what the user can do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: object = None, why: str | None = None, fix: str | None = None):
+        super().__init__(what)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.why = why
+        self.fix = fix
+
+    def __str__(self) -> str:
+        rows = [("where", self.where), ("why", self.why), ("fix", self.fix)]
+        return "\n".join([self.what] + [f"  {key + ':':<6} {text}" for key, text in rows if text])
+
+
+class UsageError(CalibrationError, ValueError):
+    """The caller asked for something impossible; the command line exits with 2."""
+
+    exit_code = 2
+
+
+class ConfigError(CalibrationError, ValueError):
+    """A QUANT_CONFIG or a scale method is invalid."""
+
+
+class DataError(CalibrationError, ValueError):
+    """A calibration dataset cannot be read or holds nothing usable."""
+
+
+class FileError(CalibrationError, ValueError):
+    """A file of a run is missing, malformed or cannot be written."""
+
+
+class ModelError(CalibrationError, ValueError):
+    """A checkpoint is missing, incomplete or of a family nobody described yet."""
+
+
+class RangeError(CalibrationError, ValueError):
+    """A measured range or a scale is not a usable number."""
+
+
+class TopologyError(CalibrationError, ValueError):
+    """A tensor cannot be split or merged over the requested ranks."""

@@ -1,0 +1,148 @@
+"""The only writer. Files appear complete or not at all.
+
+A run's files are prepared in a hidden directory beside their destination and
+renamed in together, so that a failed or killed run leaves the last good ones.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from gaudi_calib.errors import FileError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically (temporary file, fsync, rename).
+
+    Raises:
+        FileError: the disk is full or the directory cannot be written; `path` is unchanged.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise _cannot_write(path, error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 `text` to `path` atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write `value` as JSON to `path` atomically."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value in `path`.
+
+    Raises:
+        FileError: the file is missing, unreadable or not JSON; names line and column.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise FileError(f"cannot read {path.name}", where=path, why=error.strerror or str(error)) from error
+    except ValueError as error:
+        raise FileError(
+            f"{path.name} is not valid JSON", where=path, why=str(error), fix="restore the file or make it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def stage_files(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory; when the block succeeds, rename its files into `directory`.
+
+    Nested directories are kept. When the block fails, nothing in `directory` changes.
+
+    Raises:
+        FileError: the disk is full or `directory` cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=directory, prefix=".staging-"))
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+    try:
+        yield staging
+        try:
+            for source in sorted(path for path in staging.rglob("*") if path.is_file()):
+                target = directory / source.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+        except OSError as error:
+            raise _cannot_write(directory, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_stale_staging(directory: Path) -> None:
+    """Delete what a killed run left behind in `directory`."""
+    for path in directory.glob(".staging-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def hash_file(path: Path) -> str:
+    """Return `sha256:<hex digest>` of the file's content."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_pickle(file: IO[bytes], *, find_class: Callable[[str, str], Any], name: str) -> Any:
+    """Unpickle `file` without letting it run code.
+
+    Args:
+        find_class: returns the object for (module, name), or raises LookupError to refuse it.
+        name: what to call the file in errors.
+
+    Raises:
+        FileError: the pickle refers to something `find_class` refuses, or is malformed.
+    """
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, qualname: str) -> Any:
+            try:
+                return find_class(module, qualname)
+            except LookupError:
+                raise FileError(
+                    f"refused to load {module}.{qualname} from a pickle",
+                    where=name,
+                    why="loading data never runs code; only known array and table types are allowed",
+                    fix="store the data as .jsonl or .parquet, or get the file from a source you trust",
+                ) from None
+
+    try:
+        return Unpickler(file).load()
+    except FileError:
+        raise
+    except Exception as error:  # a malformed pickle can raise anything
+        raise FileError("not a readable pickle", where=name, why=f"{type(error).__name__}: {error}") from error
+
+
+def _cannot_write(path: Path, error: OSError) -> FileError:
+    return FileError(
+        f"cannot write {path.name}",
+        where=path,
+        why=error.strerror or str(error),
+        fix="free disk space or choose another -o; nothing that was there before has changed",
+    )

@@ -1,0 +1,129 @@
+"""Every path of a run.
+
+    OUT/<model>/                                       last path component of -m, lower-cased
+      maxabs_measure_<device>.json                     config of the MEASURE phase
+      maxabs_quant_<device>.json                       config of the QUANTIZE phase (QUANT_CONFIG)
+      channel_ranges.safetensors                       torch engine: per-channel ranges at TP 1
+      <device>/
+        inc_output_hooks_maxabs_<rank>_<world>.json|.npz            ranges
+        inc_output_hooks_maxabs_<rank>_<world>_mod_list.json        patched modules
+        inc_output_hooks_maxabs_<METHOD>_<rank>_<world>.json|.npz   scales
+        calibration_manifest.json
+        logs/
+
+Grammar of a rank file: <dump>_hooks_<observer>[_<METHOD>][_<rank>_<world>][_mod_list].<json|npz>.
+Names are parsed, never searched for as substrings: `_0_1` is inside `_0_16`.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+DUMP_NAME = "inc_output"
+MANIFEST_NAME = "calibration_manifest.json"
+CHANNEL_RANGES_NAME = "channel_ranges.safetensors"
+
+_RANK_FILE = re.compile(
+    r"(?P<dump>.+)_hooks_(?P<observer>maxabs_per_channel|maxabs|shape|save)"
+    r"(?:_(?P<method>[A-Z][A-Z0-9_]*[A-Z0-9]))??"
+    r"(?:_(?P<rank>\d+)_(?P<world>\d+))?"
+    r"(?P<mod_list>_mod_list)?"
+    r"\.(?P<extension>json|npz)"
+)
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """The parts of a rank file's name.
+
+    Attributes:
+        dump: last component of `dump_stats_path`.
+        observer: INC's observer, `maxabs`.
+        method: scale method in upper case, or None for ranges.
+        rank, world: or None where INC ran without torch.distributed.
+        is_mod_list: the list of patched modules.
+        extension: `json` or `npz`.
+    """
+
+    dump: str = DUMP_NAME
+    observer: str = "maxabs"
+    method: str | None = None
+    rank: int | None = None
+    world: int | None = None
+    is_mod_list: bool = False
+    extension: str = "json"
+
+    @property
+    def name(self) -> str:
+        """The file name.
+
+        >>> RankFile(method="MAXABS_HW", rank=0, world=16).name
+        'inc_output_hooks_maxabs_MAXABS_HW_0_16.json'
+        """
+        method = f"_{self.method}" if self.method else ""
+        suffix = "" if self.rank is None else f"_{self.rank}_{self.world}"
+        mod_list = "_mod_list" if self.is_mod_list else ""
+        return f"{self.dump}_hooks_{self.observer}{method}{suffix}{mod_list}.{self.extension}"
+
+
+def parse_rank_file(name: str) -> RankFile | None:
+    """Return the parts of a rank file's `name`, or None where it is not one.
+
+    >>> parse_rank_file("inc_output_hooks_maxabs_MAXABS_HW_3_16.npz").method
+    'MAXABS_HW'
+    >>> parse_rank_file("notes.json") is None
+    True
+    """
+    match = _RANK_FILE.fullmatch(name)
+    if match is None:
+        return None
+    return RankFile(
+        dump=match["dump"],
+        observer=match["observer"],
+        method=match["method"],
+        rank=None if match["rank"] is None else int(match["rank"]),
+        world=None if match["world"] is None else int(match["world"]),
+        is_mod_list=match["mod_list"] is not None,
+        extension=match["extension"],
+    )
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Paths of one run.
+
+    Attributes:
+        out: the directory given with -o.
+        model: the model's directory or hub name, as given with -m.
+    """
+
+    out: Path
+    model: str
+
+    @property
+    def model_name(self) -> str:
+        """Last path component of the model, lower-cased."""
+        return self.model.rstrip("/").rpartition("/")[2].lower()
+
+    @property
+    def root(self) -> Path:
+        return self.out / self.model_name
+
+    @property
+    def channel_ranges(self) -> Path:
+        return self.root / CHANNEL_RANGES_NAME
+
+    def measure_config(self, device: str) -> Path:
+        return self.root / f"maxabs_measure_{device}.json"
+
+    def quant_config(self, device: str) -> Path:
+        return self.root / f"maxabs_quant_{device}.json"
+
+    def device_dir(self, device: str) -> Path:
+        return self.root / device
+
+    def manifest(self, device: str) -> Path:
+        return self.device_dir(device) / MANIFEST_NAME
+
+    def dump_stats_path(self, device: str) -> Path:
+        return self.device_dir(device) / DUMP_NAME

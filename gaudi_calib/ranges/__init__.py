@@ -1,0 +1,1 @@
+"""Ranges as NumPy values: nodes, their file form, slicing and merging over ranks."""

@@ -1,0 +1,123 @@
+"""One measured module and its ranges or scales, as values.
+
+A *range* is an array of shape (channels,), float32; almost always one channel
+(per tensor). A *scale* is a float, or an array for weights. The nested lists and
+matrices of the file format exist only in `store.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+class Op(Enum):
+    """What a node computes; decides how its scales follow from its ranges.
+
+    Source: INC `_mod_types`, fp8_quant/_core/patching_common.py.
+    """
+
+    LINEAR = "linear"
+    ROW_PARALLEL_LINEAR = "row_parallel_linear"
+    MATMUL = "matmul"
+    B2B_MATMUL = "b2b_matmul"
+    KV_CACHE = "kv_cache"
+    SOFTMAX = "softmax"
+    FUSED_SDPA = "fused_sdpa"
+    DYNAMIC_MOE = "dynamic_moe"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Ranges of one module: float32 arrays of shape (channels,).
+
+    Attributes:
+        inputs: one range per input.
+        outputs: one range per output, or None where the op's outputs are not measured.
+        weight: range of the weight, or None where there is none.
+    """
+
+    inputs: tuple[np.ndarray, ...]
+    outputs: tuple[np.ndarray, ...] | None = None
+    weight: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PerChannelWeight:
+    """Weight scales of a per-channel method.
+
+    Attributes:
+        out_channels: float32, shape (output channels,).
+        in_channels: float32, shape (input channels,); all ones.
+    """
+
+    out_channels: np.ndarray
+    in_channels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleNode:
+    """Scales of one module (quantized = x / scale).
+
+    Attributes:
+        inputs: one scale per input.
+        outputs: one scale per output.
+        weight: a float; an array of shape (1,) for per-tensor `OPT` methods;
+            `PerChannelWeight`; or None where there is no weight.
+    """
+
+    inputs: tuple[float, ...]
+    outputs: tuple[float, ...]
+    weight: float | np.ndarray | PerChannelWeight | None = None
+
+
+@dataclass(frozen=True)
+class RankSet(Generic[T]):
+    """Everything one rank's file holds.
+
+    Attributes:
+        rank, world: position in the tensor- or expert-parallel group.
+        nodes: `Node` (ranges) or `ScaleNode` (scales) by module name, in module order.
+        modules: names of all modules INC patched, in module order (`_mod_list.json`);
+            a module that never ran is here and not in `nodes`.
+        num_samples: forward calls seen, or None where not recorded.
+    """
+
+    rank: int
+    world: int
+    nodes: Mapping[str, T]
+    modules: tuple[str, ...] = ()
+    num_samples: int | None = None
+
+
+_OP_BY_SUFFIX = {
+    "matmul_qk": Op.MATMUL,
+    "matmul_av": Op.MATMUL,
+    "batch2block_matmul": Op.B2B_MATMUL,
+    "block2batch_matmul": Op.B2B_MATMUL,
+    "k_cache": Op.KV_CACHE,
+    "v_cache": Op.KV_CACHE,
+    "latent_cache_k": Op.KV_CACHE,
+    "latent_cache_v": Op.KV_CACHE,
+    "softmax": Op.SOFTMAX,
+    "fused_scaled_dot_product_attention": Op.FUSED_SDPA,
+    "moe_op": Op.DYNAMIC_MOE,
+}
+
+
+def find_op(name: str, node: Node) -> Op:
+    """Tell what the module `name` computes from its name and the shape of its ranges.
+
+    >>> find_op("model.layers.0.self_attn.attn.impl.k_cache", Node(inputs=(np.ones(1),)))
+    <Op.KV_CACHE: 'kv_cache'>
+    """
+    op = _OP_BY_SUFFIX.get(name.rpartition(".")[2])
+    if op is not None:
+        return op
+    if node.outputs is not None and len(node.outputs) == 2 and node.weight is not None:
+        return Op.ROW_PARALLEL_LINEAR
+    return Op.LINEAR
