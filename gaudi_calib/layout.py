@@ -25,7 +25,7 @@ CHANNEL_RANGES_NAME = "channel_ranges.safetensors"
 
 _RANK_FILE = re.compile(
     r"(?P<dump>.+)_hooks_(?P<observer>maxabs_per_channel|maxabs|shape|save)"
-    r"(?:_(?P<method>[A-Z][A-Z0-9_]*[A-Z0-9]))??"
+    r"(?:_(?P<method>[A-Z][A-Z0-9]*(?:_[A-Z][A-Z0-9]*)*))?"
     r"(?:_(?P<rank>\d+)_(?P<world>\d+))?"
     r"(?P<mod_list>_mod_list)?"
     r"\.(?P<extension>json|npz)"
