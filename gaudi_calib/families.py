@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
+from typing import Any
 
 from gaudi_calib.errors import ModelError
 
@@ -17,8 +18,7 @@ class Split(Enum):
     """How tensor parallelism splits a linear layer's weight (and what feeds it)."""
 
     QKV = "qkv"  # output rows by head; KV heads replicate when there are fewer than ranks
-    QKV_INTERLEAVED = "qkv_interleaved"  # rows ordered head by head as (q, k, v)
-    QKV_GROUPED = "qkv_grouped"  # rows ordered by KV head as (its q heads, k, v)
+    QKV_GROUPED = "qkv_grouped"  # as QKV, but stored by KV head as (its q heads, k, v)
     COLUMN = "column"  # each part's output rows, evenly
     ROW = "row"  # input columns, evenly; partial products are all-reduced
     NONE = "none"  # replicated
@@ -49,6 +49,7 @@ class Layout:
         attention: vLLM's path of the `Attention` module inside the layer.
         attention_after: name of the linear the attention module follows in vLLM's order.
         hf_attention: Hugging Face's path of the attention module inside the layer.
+        embedding: path of the token embedding, the same in both.
         lm_head: Hugging Face's path of the output projection.
         vllm_lm_head: vLLM's name of it, or None where vLLM projects with the
             embedding module, which INC does not measure.
@@ -63,6 +64,7 @@ class Layout:
     attention: str
     attention_after: str
     hf_attention: str
+    embedding: str
     lm_head: str = "lm_head"
     vllm_lm_head: str | None = "lm_head"
     outer: tuple[Linear, ...] = ()
@@ -109,6 +111,7 @@ def _llama_like(**changes) -> Layout:
         "attention": "self_attn.attn",
         "attention_after": "self_attn.o_proj",
         "hf_attention": "self_attn",
+        "embedding": "model.embed_tokens",
     }
     return Layout(**{**facts, **changes})
 
@@ -123,6 +126,7 @@ _PHI3 = _llama_like(
 )
 _OPT = _llama_like(
     layers="model.decoder.layers",
+    embedding="model.decoder.embed_tokens",
     linears=(
         _SPLIT_QKV,
         Linear("self_attn.out_proj", ("self_attn.out_proj",), Split.ROW),
@@ -138,7 +142,7 @@ _OPT = _llama_like(
 _GPT_NEOX = Layout(
     layers="gpt_neox.layers",
     linears=(
-        Linear("attention.query_key_value", ("attention.query_key_value",), Split.QKV_INTERLEAVED),
+        Linear("attention.query_key_value", ("attention.query_key_value",), Split.QKV_GROUPED),
         Linear("attention.dense", ("attention.dense",), Split.ROW),
         Linear("mlp.dense_h_to_4h", ("mlp.dense_h_to_4h",), Split.COLUMN),
         Linear("mlp.dense_4h_to_h", ("mlp.dense_4h_to_h",), Split.ROW),
@@ -146,6 +150,7 @@ _GPT_NEOX = Layout(
     attention="attention.attn",
     attention_after="attention.dense",
     hf_attention="attention",
+    embedding="gpt_neox.embed_in",
     lm_head="embed_out",
     vllm_lm_head="embed_out",
 )
@@ -160,6 +165,7 @@ _FALCON = Layout(
     attention="self_attention.attn",
     attention_after="self_attention.dense",
     hf_attention="self_attention",
+    embedding="transformer.word_embeddings",
     uses_attention_interface=False,
     packs=False,
 )
@@ -196,6 +202,19 @@ FAMILIES: tuple[Family, ...] = (
         quantize_args={"gpu_memory_utilization": 0.1, "max_model_len": 2048},
     ),
 )
+
+
+def count_kv_heads(config: Mapping[str, Any]) -> int:
+    """Return the number of key/value heads that config.json describes.
+
+    >>> count_kv_heads({"num_attention_heads": 71, "multi_query": True, "new_decoder_architecture": False})
+    1
+    """
+    if config.get("num_key_value_heads"):
+        return int(config["num_key_value_heads"])
+    if config.get("new_decoder_architecture"):
+        return int(config.get("num_kv_heads") or config["num_attention_heads"])
+    return 1 if config.get("multi_query") else int(config["num_attention_heads"])
 
 
 def find_family(model_type: str) -> Family:

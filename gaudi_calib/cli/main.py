@@ -1,0 +1,135 @@
+"""`gaudi-calib`: the group of commands, how errors are printed and with which exit code.
+
+A command's module is imported when that command is asked for. Command modules load
+click alone at import (everything else inside the command), so that `--help` and a
+mistyped flag answer at once: no torch, transformers, datasets, pandas or vllm.
+
+Exit codes: 0 done, 1 failed or findings, 2 usage, 130 interrupted.
+"""
+
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+
+import click
+
+from gaudi_calib import __version__
+from gaudi_calib.errors import CalibrationError
+
+PROGRAM = "gaudi-calib"
+
+# Name on the command line -> module:attribute, in the order help lists them.
+COMMANDS = {
+    "calibrate": "gaudi_calib.cli.calibrate:calibrate",
+    "prepare": "gaudi_calib.cli.prepare:prepare",
+    "measure": "gaudi_calib.cli.measure:measure",
+    "postprocess": "gaudi_calib.cli.postprocess:postprocess",
+    "unify": "gaudi_calib.cli.unify:unify",
+    "quantize": "gaudi_calib.cli.quantize:quantize",
+    "config": "gaudi_calib.cli.config:config",
+    "detect": "gaudi_calib.cli.detect:detect",
+}
+
+
+class LazyGroup(click.Group):
+    """A click group whose commands are imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands that exist, in the order of `COMMANDS`."""
+        return [name for name, target in COMMANDS.items() if find_spec(target.partition(":")[0]) is not None]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return the command called `cmd_name`, or None where there is none."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
+        return getattr(import_module(module), attribute)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or fail with the nearest name (click suggests only for options here)."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            near = get_close_matches(name, self.list_commands(ctx), n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"`{PROGRAM} --help` lists the commands."
+            raise click.UsageError(f"No such command {name!r}. {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=f"`{PROGRAM} COMMAND --help` describes a command and shows an example.",
+)
+@click.version_option(__version__, "--version", prog_name=PROGRAM)
+@click.option("-v", "--verbose", is_flag=True, help="Log details, and show the traceback of an unexpected error.")
+def cli(verbose: bool) -> None:
+    """Calibrate language models for FP8 inference on Intel Gaudi 2 and Gaudi 3.
+
+    Results go to stdout, logs and progress to stderr.
+    """
+    set_up_logging(logging.DEBUG if verbose else logging.INFO)
+
+
+def set_up_logging(level: int) -> None:
+    """Send this package's log records of `level` and above to stderr, and nobody else's below WARNING."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("gaudi_calib").setLevel(level)
+
+
+class _LogFormatter(logging.Formatter):
+    """Plain text for information, `Warning: text` for what needs attention."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno == logging.INFO else f"{record.levelname.capitalize()}: {text}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: words after the program's name; None takes them from `sys.argv`.
+
+    >>> main(["--version"])
+    gaudi-calib, version 0.1.0
+    0
+    """
+    try:
+        result = cli.main(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+    except click.exceptions.Abort:
+        return _fail("interrupted; files written before this run are as they were", exit_code=130)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except CalibrationError as error:
+        return _fail(str(error), exit_code=error.exit_code)
+    except Exception as error:
+        return _fail_unexpectedly(error)
+    return result if isinstance(result, int) else 0
+
+
+def _fail_unexpectedly(error: Exception) -> int:
+    if logging.getLogger("gaudi_calib").isEnabledFor(logging.DEBUG):
+        traceback.print_exception(error)
+    return _fail(
+        f"unexpected {type(error).__name__}: {error}\n"
+        f"  fix:   `{PROGRAM} -v COMMAND ...` shows the traceback; please report it with the command you ran",
+        exit_code=1,
+    )
+
+
+def _fail(message: str, *, exit_code: int) -> int:
+    click.echo(f"Error: {message}", err=True)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
