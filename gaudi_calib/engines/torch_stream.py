@@ -1,0 +1,354 @@
+"""The torch engine: measure ranges with Hugging Face modules, one layer in memory at a time.
+
+The model is built without weights. A first pass through it with empty layers records
+how each layer is called; then each layer's weights are read, all batches run through
+it, and the weights are dropped; a last pass ends at the output projection's input.
+Compute is float32 by default, on weights upcast layer by layer.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gaudi_calib.engines.attention import (
+    ATTENTION_NAME,
+    AttentionRanges,
+    SdpaInterceptor,
+    max_magnitude,
+    register_attention,
+)
+from gaudi_calib.engines.base import ModelPlan, WeightNames, plan_model
+from gaudi_calib.engines.linear import LinearRanges, observe_input, observe_row_parallel
+from gaudi_calib.engines.nodes import attention_nodes, linear_node
+from gaudi_calib.errors import ModelError, RangeError, TopologyError
+from gaudi_calib.ranges.shard import ChannelNode, ChannelRanges
+
+DEFAULT_WORLDS = (1, 2, 4, 8)
+# Tokens that run through a layer together; bounds the memory of its activations.
+_MAX_TOKENS = 2048
+
+
+@dataclass
+class Batch:
+    """Sequences that run together, one behind the other.
+
+    Attributes:
+        tokens: token ids, shape (1, tokens).
+        bounds: start of every sequence, and the end of the last.
+        first: index of its first sequence among the prompts.
+        hidden: activations between layers, shape (1, tokens, hidden size).
+        calls: per layer, the other arguments the model passes it.
+    """
+
+    tokens: torch.Tensor
+    bounds: list[int]
+    first: int
+    hidden: torch.Tensor | None = None
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Position ids, shape (1, tokens): counted from each sequence's start."""
+        lengths = np.diff(self.bounds)
+        return torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None]
+
+
+def make_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:
+    """Group prompts, in order, into batches of at most `batch_size` sequences and a bounded number of tokens."""
+    batches: list[list[int]] = []
+    size = 0
+    for index, prompt in enumerate(prompts):
+        if not batches or len(batches[-1]) == batch_size or size + len(prompt) > _MAX_TOKENS:
+            batches.append([])
+            size = 0
+        batches[-1].append(index)
+        size += len(prompt)
+    return [
+        Batch(
+            torch.tensor([[token for index in group for token in prompts[index]]]),
+            np.cumsum([0] + [len(prompts[index]) for index in group]).tolist(),
+            group[0],
+        )
+        for group in batches
+    ]
+
+
+def measure_channels(
+    model_dir: Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    worlds: Sequence[int] = DEFAULT_WORLDS,
+    required_worlds: Sequence[int] = (1,),
+    compute_dtype: str = "float32",
+    batch_size: int = 32,
+    on_progress: Callable[[float], None] = lambda tokens: None,
+) -> ChannelRanges:
+    """Measure a checkpoint's ranges per channel, as tensor parallelism 1 has them.
+
+    Args:
+        prompts: token ids of each sample.
+        worlds: worlds for which row-parallel outputs are measured; those that do not
+            divide the model are left out.
+        required_worlds: worlds that must divide the model.
+        compute_dtype: `float32`, or `bfloat16` to round as a bf16 model does (slow on
+            a CPU that emulates bf16).
+        batch_size: sequences that run together, at most.
+        on_progress: called with the tokens finished, scaled so that they sum to the
+            number of tokens in `prompts`.
+
+    Raises:
+        ModelError: the checkpoint is incomplete or of an unknown family.
+        TopologyError: a required world does not divide the model.
+        RangeError: NaN or infinity in an activation; names node and sample.
+    """
+    plan = plan_model(model_dir)
+    for world in required_worlds:
+        if not plan.divides(world):
+            raise TopologyError(
+                f"the model does not divide over {world} ranks",
+                where=model_dir,
+                why=f"it has {plan.heads} attention heads and {plan.kv_heads} KV heads",
+                fix="choose a tensor-parallel size that divides heads and intermediate size",
+            )
+    wanted = sorted({world for world in (*worlds, *required_worlds) if plan.divides(world)})
+    batches = make_batches(prompts, batch_size if plan.layout.packs else 1)
+    with torch.inference_mode():
+        return _Measurement(plan, wanted, getattr(torch, compute_dtype), batches, on_progress).run(len(prompts))
+
+
+class _Stop(Exception):
+    """Ends a pass through the model where nothing more is needed."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: notes how it is called, passes the activations on."""
+
+    def __init__(self, layer: nn.Module, on_call: Callable[[torch.Tensor, tuple, dict], Any]):
+        super().__init__()
+        self.__dict__["layer"] = layer  # not a submodule: its parameters are elsewhere
+        self.on_call = on_call
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.on_call(hidden[0] if isinstance(hidden, tuple) else hidden, args, kwargs)
+
+
+class _Measurement:
+    """One run of the torch engine over all layers."""
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        worlds: Sequence[int],
+        dtype: torch.dtype,
+        batches: list[Batch],
+        on_progress: Callable[[float], None],
+    ):
+        self.plan, self.worlds, self.dtype, self.batches = plan, worlds, dtype, batches
+        self.on_progress = on_progress
+        self.names = WeightNames(plan.checkpoint)
+        self.nodes: dict[str, ChannelNode] = {}
+        self.interceptor = SdpaInterceptor()
+        self.returns_tuple = False
+
+    def run(self, num_samples: int) -> ChannelRanges:
+        model = build_skeleton(self.plan, self.dtype)
+        layers = model.get_submodule(self.plan.layout.layers)
+        assert isinstance(layers, nn.ModuleList)
+        real = list(layers)
+        with _outer_weights(model, self.plan, self.names, self.dtype):
+            self._record_calls(model, layers, real)
+            self._observe_outer(model)
+            for index, layer in enumerate(real):
+                self._measure_layer(self.plan.layers[index], layer, index)
+            self._measure_lm_head(model, layers, real)
+        ordered = {name: self.nodes[name] for name in self.plan.node_names if name in self.nodes}
+        return ChannelRanges(ordered, self.plan.node_names, num_samples)
+
+    def _record_calls(self, model: nn.Module, layers: nn.ModuleList, real: list[nn.Module]) -> None:
+        current: list[Batch] = []
+
+        def record(hidden: torch.Tensor, args: tuple, kwargs: dict) -> tuple[torch.Tensor]:
+            batch = current[0]
+            if not batch.calls:
+                batch.hidden = hidden
+            batch.calls.append((args, kwargs))
+            if len(batch.calls) == len(real):
+                raise _Stop
+            return (hidden,)
+
+        self._replace(layers, [_Recorder(layer, record) for layer in real])
+        for batch in self.batches:
+            current[:] = [batch]
+            with contextlib.suppress(_Stop):
+                self._forward(model, batch)
+
+    def _measure_layer(self, name: str, layer: nn.Module, index: int) -> None:
+        plan = self.plan
+        with _loaded(layer, name, self.names, self.dtype, plan):
+            attention = AttentionRanges()
+            layer.get_submodule(plan.layout.hf_attention).calibration = attention  # type: ignore[assignment]
+            self.interceptor.ranges = attention
+            linears = self._observe_linears(layer, name)
+            for batch in self.batches:
+                self._run_layer(layer, index, batch, attention, linears)
+            for node, ranges in linears.items():
+                self.nodes[node] = linear_node(plan, plan.linears[node], ranges)
+            self.nodes.update(attention_nodes(plan, name, attention))
+            for ranges in linears.values():
+                ranges.detach()
+
+    def _observe_linears(self, layer: nn.Module, name: str) -> dict[str, LinearRanges]:
+        observed = {}
+        for linear in self.plan.layout.linears:
+            node = f"{name}.{linear.name}"
+            modules = [layer.get_submodule(part) for part in linear.parts]
+            if self.plan.linears[node].op.value == "row_parallel_linear":
+                observed[node] = observe_row_parallel(modules[0], self.worlds)
+            else:
+                observed[node] = observe_input(modules)
+        return observed
+
+    def _run_layer(
+        self,
+        layer: nn.Module,
+        index: int,
+        batch: Batch,
+        attention: AttentionRanges,
+        linears: dict[str, LinearRanges],
+    ) -> None:
+        attention.bounds = batch.bounds
+        args, kwargs = batch.calls[index]
+        mode = contextlib.nullcontext() if self.plan.layout.uses_attention_interface else self.interceptor
+        with mode:
+            out = layer(batch.hidden, *args, **kwargs)
+        self.returns_tuple = isinstance(out, tuple)
+        batch.hidden = out[0] if isinstance(out, tuple) else out
+        batch.calls[index] = ((), {})  # masks and positions may be large
+        self._check_finite(batch, linears)
+        self.on_progress(batch.tokens.numel() / len(self.plan.layers))
+
+    def _check_finite(self, batch: Batch, linears: dict[str, LinearRanges]) -> None:
+        for node, ranges in linears.items():
+            if ranges.seen is None or bool(torch.isfinite(ranges.seen).all()):
+                continue
+            raise RangeError(
+                f"{node} saw NaN or infinity in its input",
+                where=f"samples {batch.first} to {batch.first + len(batch.bounds) - 2}",
+                why="the model overflows on this input, or its weights are damaged",
+                fix="remove the sample, or check the weights; --batch-size 1 names the very sample",
+            )
+
+    def _observe_outer(self, model: nn.Module) -> None:
+        """Measure linear layers before the first decoder layer or behind the last (none in most families)."""
+        self.outer = {
+            linear.name: observe_input([model.get_submodule(linear.parts[0])])
+            for linear in self.plan.layout.outer
+            if linear.name in self.plan.linears
+        }
+
+    def _measure_lm_head(self, model: nn.Module, layers: nn.ModuleList, real: list[nn.Module]) -> None:
+        last = len(real) - 1
+        current: list[Batch] = []
+        position = [0]
+
+        def finish(hidden: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+            position[0] += 1
+            if position[0] <= last:
+                return (hidden,)
+            return (current[0].hidden,) if self.returns_tuple else current[0].hidden
+
+        self._replace(layers, [_Recorder(layer, finish) for layer in real])
+        head = model.get_submodule(self.plan.layout.lm_head)
+        seen: list[torch.Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            values = max_magnitude(args[0].flatten(0, -2), (0,))
+            seen[:] = [values if not seen else torch.maximum(seen[0], values)]
+            raise _Stop
+
+        handle = head.register_forward_pre_hook(stop)
+        for batch in self.batches:
+            current[:], position[0] = [batch], 0
+            with contextlib.suppress(_Stop):
+                self._forward(model, batch)
+        handle.remove()
+        for node, ranges in self.outer.items():
+            self.nodes[node] = linear_node(self.plan, self.plan.linears[node], ranges)
+        lm_head = self.plan.layout.vllm_lm_head
+        if lm_head is not None:
+            ranges = LinearRanges([], seen=seen[0])
+            self.nodes[lm_head] = linear_node(self.plan, self.plan.linears[lm_head], ranges)
+
+    def _forward(self, model: nn.Module, batch: Batch) -> None:
+        arguments = {"position_ids": batch.positions} if self.plan.layout.packs else {}
+        model(input_ids=batch.tokens, use_cache=False, **arguments)
+
+    @staticmethod
+    def _replace(layers: nn.ModuleList, modules: Sequence[nn.Module]) -> None:
+        for index, module in enumerate(modules):
+            layers[index] = module
+
+
+def build_skeleton(plan: ModelPlan, dtype: torch.dtype) -> nn.Module:
+    """Return the Hugging Face model without weights (parameters on the meta device)."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register_attention()
+    config = AutoConfig.from_pretrained(plan.checkpoint.directory)
+    implementation = ATTENTION_NAME if plan.layout.uses_attention_interface else "sdpa"
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _loaded(
+    module: nn.Module, prefix: str, names: WeightNames, dtype: torch.dtype, plan: ModelPlan
+) -> Iterator[None]:
+    """Give `module` its weights, in `dtype`, while the block runs."""
+    wanted = {name: names.find(f"{prefix}.{name}") for name, _ in module.named_parameters()}
+    tensors = plan.checkpoint.read(wanted.values())
+    empty = {name: parameter for name, parameter in module.named_parameters()}
+    for name, source in wanted.items():
+        _set_parameter(module, name, tensors.pop(source).to(dtype))
+    try:
+        yield
+    finally:
+        for name, parameter in empty.items():
+            _set_parameter(module, name, parameter)
+
+
+@contextlib.contextmanager
+def _outer_weights(model: nn.Module, plan: ModelPlan, names: WeightNames, dtype: torch.dtype) -> Iterator[None]:
+    """Load what lies outside the decoder layers; the embedding stays in its source dtype, mapped."""
+    inside = (plan.layout.layers + ".", plan.layout.lm_head + ".")
+    embedding = f"{plan.layout.embedding}.weight"
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+        if name.startswith(inside):
+            continue
+        source = names.find(name)
+        tensor = plan.checkpoint.read([source])[source]
+        _set_parameter(model, name, tensor if name == embedding else tensor.to(dtype))
+    handle = model.get_submodule(plan.layout.embedding).register_forward_hook(
+        lambda module, args, output: output.to(dtype)
+    )
+    yield
+    handle.remove()
+
+
+def _set_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
