@@ -19,6 +19,7 @@ class Split(Enum):
 
     QKV = "qkv"  # output rows by head; KV heads replicate when there are fewer than ranks
     QKV_GROUPED = "qkv_grouped"  # as QKV, but stored by KV head as (its q heads, k, v)
+    QKV_INTERLEAVED = "qkv_interleaved"  # one part, rows head by head as (q, k, v), and kept so
     COLUMN = "column"  # each part's output rows, evenly
     ROW = "row"  # input columns, evenly; partial products are all-reduced
     NONE = "none"  # replicated
@@ -44,13 +45,14 @@ class Layout:
     """Where vLLM and Hugging Face keep the modules of a decoder.
 
     Attributes:
-        layers: path of the layer list, the same in both.
+        layers: Hugging Face's path of the layer list.
         linears: linear layers of one decoder layer, in vLLM's module order.
         attention: vLLM's path of the `Attention` module inside the layer.
         attention_after: name of the linear the attention module follows in vLLM's order.
         hf_attention: Hugging Face's path of the attention module inside the layer.
         embedding: path of the token embedding, the same in both.
         lm_head: Hugging Face's path of the output projection.
+        vllm_layers: vLLM's path of the layer list, where it differs.
         vllm_lm_head: vLLM's name of it, or None where vLLM projects with the
             embedding module, which INC does not measure.
         outer: linear layers outside the decoder layers (absolute paths), if present.
@@ -67,6 +69,7 @@ class Layout:
     embedding: str
     lm_head: str = "lm_head"
     vllm_lm_head: str | None = "lm_head"
+    vllm_layers: str | None = None
     outer: tuple[Linear, ...] = ()
     uses_attention_interface: bool = True
     packs: bool = True
@@ -135,14 +138,15 @@ _OPT = _llama_like(
     ),
     attention_after="self_attn.out_proj",
     outer=(
-        Linear("model.decoder.project_in", ("model.decoder.project_in",), Split.NONE),
         Linear("model.decoder.project_out", ("model.decoder.project_out",), Split.NONE),
+        Linear("model.decoder.project_in", ("model.decoder.project_in",), Split.NONE),
     ),
 )
+# vLLM runs this family through its Transformers backend, which has names of its own.
 _GPT_NEOX = Layout(
     layers="gpt_neox.layers",
     linears=(
-        Linear("attention.query_key_value", ("attention.query_key_value",), Split.QKV_GROUPED),
+        Linear("attention.query_key_value", ("attention.query_key_value",), Split.QKV_INTERLEAVED),
         Linear("attention.dense", ("attention.dense",), Split.ROW),
         Linear("mlp.dense_h_to_4h", ("mlp.dense_h_to_4h",), Split.COLUMN),
         Linear("mlp.dense_4h_to_h", ("mlp.dense_4h_to_h",), Split.ROW),
@@ -152,7 +156,7 @@ _GPT_NEOX = Layout(
     hf_attention="attention",
     embedding="gpt_neox.embed_in",
     lm_head="embed_out",
-    vllm_lm_head="embed_out",
+    vllm_layers="model.layers",
 )
 _FALCON = Layout(
     layers="transformer.h",
@@ -179,7 +183,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen3", ("qwen3",), layout=_llama_like()),
     Family("granite", ("granite",), layout=_llama_like()),
     Family("gemma2", ("gemma2",), layout=_llama_like(vllm_lm_head=None)),
-    Family("gemma3", ("gemma3_text",), layout=_llama_like(vllm_lm_head=None)),
+    Family("gemma3", ("gemma3_text",), layout=_llama_like()),
     Family("phi3", ("phi3",), layout=_PHI3),
     Family("opt", ("opt",), layout=_OPT),
     Family("gpt_neox", ("gpt_neox",), layout=_GPT_NEOX),

@@ -63,7 +63,7 @@ class ModelPlan:
     Attributes:
         checkpoint, family: what and which.
         heads, kv_heads, head_dim: of the attention layers.
-        layers: names of the decoder layers.
+        layers: Hugging Face names of the decoder layers.
         linears: by node name, in vLLM's module order.
         node_names: every module INC patches, in vLLM's module order.
     """
@@ -90,9 +90,13 @@ class ModelPlan:
     def kv_axis(self) -> Axis:
         return Axis((Segment(self.kv_heads, self.kv_heads, replicates=True),))
 
-    def attention_node(self, layer: str, op: str) -> str:
+    def node_name(self, layer: int, path: str) -> str:
+        """vLLM's name of what lies at `path` inside a layer, e.g. `model.layers.0.self_attn.o_proj`."""
+        return f"{self.layout.vllm_layers or self.layout.layers}.{layer}.{path}"
+
+    def attention_node(self, layer: int, op: str) -> str:
         """Name of an attention op's node, e.g. `model.layers.0.self_attn.attn.impl.k_cache`."""
-        return f"{layer}.{self.layout.attention}.impl.{op}"
+        return self.node_name(layer, f"{self.layout.attention}.impl.{op}")
 
     def divides(self, world: int) -> bool:
         """Whether every tensor divides over `world` ranks."""
@@ -160,13 +164,14 @@ def _walk_nodes(plan: ModelPlan) -> Iterator[tuple[str, LinearPlan | None]]:
     names = WeightNames(plan.checkpoint)
     outer = [linear for linear in layout.outer if names.has(linear.parts[0] + ".weight")]
     for linear in outer:
-        yield linear.name, _plan_linear(plan, linear, "", names)
-    for layer in plan.layers:
+        yield linear.name, _plan_linear(plan, linear, linear.name, "", names)
+    for index, layer in enumerate(plan.layers):
         for linear in layout.linears:
-            yield f"{layer}.{linear.name}", _plan_linear(plan, linear, layer + ".", names)
+            node = plan.node_name(index, linear.name)
+            yield node, _plan_linear(plan, linear, node, layer + ".", names)
             if linear.name == layout.attention_after:
                 for op in ATTENTION_OPS:
-                    yield plan.attention_node(layer, op), None
+                    yield plan.attention_node(index, op), None
     if layout.vllm_lm_head is not None:
         yield layout.vllm_lm_head, _plan_lm_head(plan, names)
 
@@ -204,23 +209,24 @@ class WeightNames:
         return None
 
 
-def _plan_linear(plan: ModelPlan, linear: Linear, prefix: str, names: WeightNames) -> LinearPlan:
+def _plan_linear(plan: ModelPlan, linear: Linear, node: str, prefix: str, names: WeightNames) -> LinearPlan:
     modules = tuple(prefix + part for part in linear.parts)
     weights = tuple(names.find(f"{module}.weight") for module in modules)
     shapes = [plan.checkpoint.shapes[name] for name in weights]
     out_axis, in_axis = Axis(), Axis()
-    if linear.split in (Split.QKV, Split.QKV_GROUPED):
+    if linear.split in (Split.QKV, Split.QKV_GROUPED, Split.QKV_INTERLEAVED):
         width, kv_width = plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim
+        _check_rows(node, sum(shape[0] for shape in shapes), width + 2 * kv_width)
         kv_segment = Segment(kv_width, plan.kv_heads, replicates=True)
         out_axis = Axis((Segment(width, plan.heads), kv_segment, kv_segment))
-        _check_rows(prefix + linear.name, sum(shape[0] for shape in shapes), width + 2 * kv_width)
+        if linear.split is Split.QKV_INTERLEAVED:
+            out_axis = Axis((Segment(3 * width, plan.heads),))
     elif linear.split is Split.COLUMN:
         out_axis = Axis(tuple(_column_segments(linear, shapes)))
     elif linear.split is Split.ROW:
         columns = shapes[0][1]
-        attends = prefix + linear.name == prefix + plan.layout.attention_after
-        in_axis = Axis((Segment(columns, plan.heads if attends else columns),))
-    return LinearPlan(prefix + linear.name, modules, weights, linear.split, out_axis, in_axis)
+        in_axis = Axis((Segment(columns, plan.heads if linear.name == plan.layout.attention_after else columns),))
+    return LinearPlan(node, modules, weights, linear.split, out_axis, in_axis)
 
 
 def _column_segments(linear: Linear, shapes: list[tuple[int, ...]]) -> list[Segment]:

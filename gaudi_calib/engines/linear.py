@@ -89,7 +89,9 @@ def chain_worlds(worlds: Sequence[int]) -> list[list[int]]:
     return chains
 
 
-def _observe_products(x: torch.Tensor, weight: torch.Tensor, chain: Sequence[int], ranges: LinearRanges) -> torch.Tensor:
+def _observe_products(
+    x: torch.Tensor, weight: torch.Tensor, chain: Sequence[int], ranges: LinearRanges
+) -> torch.Tensor:
     """Form x @ weight.T as the sum of partial products over `chain[0]` ranks, and note their ranges."""
     tokens, width, rows = x.shape[0], x.shape[1] // chain[0], weight.shape[0]
     product = x.new_empty(tokens, rows)

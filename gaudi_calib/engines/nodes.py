@@ -49,7 +49,7 @@ def _weight_pieces(plan: ModelPlan, linear: LinearPlan) -> Iterator[torch.Tensor
         yield from plan.checkpoint.read([name])[name].split(_WEIGHT_ROWS)
 
 
-def attention_nodes(plan: ModelPlan, layer: str, seen: AttentionRanges) -> dict[str, ChannelNode]:
+def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[str, ChannelNode]:
     """Return the channel ranges of one layer's attention ops.
 
     What each op sees in vllm-gaudi: prefill runs the fused op on unscaled queries;

@@ -26,7 +26,8 @@ from gaudi_calib.engines.attention import (
 from gaudi_calib.engines.base import ModelPlan, WeightNames, plan_model
 from gaudi_calib.engines.linear import LinearRanges, observe_input, observe_row_parallel
 from gaudi_calib.engines.nodes import attention_nodes, linear_node
-from gaudi_calib.errors import ModelError, RangeError, TopologyError
+from gaudi_calib.errors import RangeError, TopologyError
+from gaudi_calib.families import Split
 from gaudi_calib.ranges.shard import ChannelNode, ChannelRanges
 
 DEFAULT_WORLDS = (1, 2, 4, 8)
@@ -200,21 +201,21 @@ class _Measurement:
             attention = AttentionRanges()
             layer.get_submodule(plan.layout.hf_attention).calibration = attention  # type: ignore[assignment]
             self.interceptor.ranges = attention
-            linears = self._observe_linears(layer, name)
+            linears = self._observe_linears(layer, index)
             for batch in self.batches:
                 self._run_layer(layer, index, batch, attention, linears)
             for node, ranges in linears.items():
                 self.nodes[node] = linear_node(plan, plan.linears[node], ranges)
-            self.nodes.update(attention_nodes(plan, name, attention))
+            self.nodes.update(attention_nodes(plan, index, attention))
             for ranges in linears.values():
                 ranges.detach()
 
-    def _observe_linears(self, layer: nn.Module, name: str) -> dict[str, LinearRanges]:
+    def _observe_linears(self, layer: nn.Module, index: int) -> dict[str, LinearRanges]:
         observed = {}
         for linear in self.plan.layout.linears:
-            node = f"{name}.{linear.name}"
+            node = self.plan.node_name(index, linear.name)
             modules = [layer.get_submodule(part) for part in linear.parts]
-            if self.plan.linears[node].op.value == "row_parallel_linear":
+            if linear.split is Split.ROW:
                 observed[node] = observe_row_parallel(modules[0], self.worlds)
             else:
                 observed[node] = observe_input(modules)
@@ -315,9 +316,7 @@ def build_skeleton(plan: ModelPlan, dtype: torch.dtype) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _loaded(
-    module: nn.Module, prefix: str, names: WeightNames, dtype: torch.dtype, plan: ModelPlan
-) -> Iterator[None]:
+def _loaded(module: nn.Module, prefix: str, names: WeightNames, dtype: torch.dtype, plan: ModelPlan) -> Iterator[None]:
     """Give `module` its weights, in `dtype`, while the block runs."""
     wanted = {name: names.find(f"{prefix}.{name}") for name, _ in module.named_parameters()}
     tensors = plan.checkpoint.read(wanted.values())

@@ -65,13 +65,14 @@ class ScaleNode:
 
     Attributes:
         inputs: one scale per input.
-        outputs: one scale per output.
+        outputs: one scale per output; an array of shape (output channels,) where the
+            weight has one scale per channel, of shape (1,) where it is an `OPT` scale.
         weight: a float; an array of shape (1,) for per-tensor `OPT` methods;
             `PerChannelWeight`; or None where there is no weight.
     """
 
     inputs: tuple[float, ...]
-    outputs: tuple[float, ...]
+    outputs: tuple[float | np.ndarray, ...]
     weight: float | np.ndarray | PerChannelWeight | None = None
 
 
