@@ -51,7 +51,7 @@ class Layout:
         attention_after: name of the linear the attention module follows in vLLM's order.
         hf_attention: Hugging Face's path of the attention module inside the layer.
         embedding: path of the token embedding, the same in both.
-        lm_head: Hugging Face's path of the output projection.
+        lm_head: names the output projection has in checkpoints.
         vllm_layers: vLLM's path of the layer list, where it differs.
         vllm_lm_head: vLLM's name of it, or None where vLLM projects with the
             embedding module, which INC does not measure.
@@ -67,7 +67,7 @@ class Layout:
     attention_after: str
     hf_attention: str
     embedding: str
-    lm_head: str = "lm_head"
+    lm_head: tuple[str, ...] = ("lm_head",)
     vllm_lm_head: str | None = "lm_head"
     vllm_layers: str | None = None
     outer: tuple[Linear, ...] = ()
@@ -155,7 +155,7 @@ _GPT_NEOX = Layout(
     attention_after="attention.dense",
     hf_attention="attention",
     embedding="gpt_neox.embed_in",
-    lm_head="embed_out",
+    lm_head=("embed_out", "lm_head"),
     vllm_layers="model.layers",
 )
 _FALCON = Layout(

@@ -36,7 +36,7 @@ class LinearPlan:
 
     Attributes:
         node: vLLM's module name.
-        modules: Hugging Face module names, in the order of fusion.
+        modules: Hugging Face module names, in the order of fusion; empty for the output projection.
         weights: names of their weight tensors in the checkpoint, same order.
         split: the tensor-parallel rule.
         out_axis, in_axis: how ranks split the weight's rows and columns.
@@ -248,10 +248,9 @@ def _check_rows(name: str, found: int, expected: int) -> None:
 def _plan_lm_head(plan: ModelPlan, names: WeightNames) -> LinearPlan:
     layout = plan.layout
     assert layout.vllm_lm_head is not None
-    weight = f"{layout.lm_head}.weight"
-    if weight not in plan.checkpoint.files:  # tied to the embedding
-        weight = names.find(f"{layout.embedding}.weight")
+    stored = [f"{name}.weight" for name in layout.lm_head if f"{name}.weight" in plan.checkpoint.files]
+    weight = stored[0] if stored else names.find(f"{layout.embedding}.weight")  # tied to the embedding
     rows = plan.checkpoint.shapes[weight][0]
     padding = -rows % VOCABULARY_PADDING
     axis = Axis((Segment(rows + padding, rows + padding),))
-    return LinearPlan(layout.vllm_lm_head, (layout.lm_head,), (weight,), Split.COLUMN, axis, Axis(), padding)
+    return LinearPlan(layout.vllm_lm_head, (), (weight,), Split.COLUMN, axis, Axis(), padding)

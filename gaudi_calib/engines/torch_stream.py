@@ -271,7 +271,7 @@ class _Measurement:
             return (current[0].hidden,) if self.returns_tuple else current[0].hidden
 
         self._replace(layers, [_Recorder(layer, finish) for layer in real])
-        head = model.get_submodule(self.plan.layout.lm_head)
+        head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         seen: list[torch.Tensor] = []
 
         def stop(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -333,10 +333,10 @@ def _loaded(module: nn.Module, prefix: str, names: WeightNames, dtype: torch.dty
 @contextlib.contextmanager
 def _outer_weights(model: nn.Module, plan: ModelPlan, names: WeightNames, dtype: torch.dtype) -> Iterator[None]:
     """Load what lies outside the decoder layers; the embedding stays in its source dtype, mapped."""
-    inside = (plan.layout.layers + ".", plan.layout.lm_head + ".")
+    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}  # type: ignore[operator]
     embedding = f"{plan.layout.embedding}.weight"
-    for name, _ in list(model.named_parameters(remove_duplicate=False)):
-        if name.startswith(inside):
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name.startswith(plan.layout.layers + ".") or (id(parameter) in head and name != embedding):
             continue
         source = names.find(name)
         tensor = plan.checkpoint.read([source])[source]
