@@ -1,0 +1,240 @@
+"""Where rows come from: a file, a directory, the Hugging Face hub, or the shipped set.
+
+    builtin                               the prompt set shipped with the package
+    NAME.pkl .json .jsonl .parquet .csv   a table; also compressed: .gz .xz .bz2 after it
+    NAME.txt                              one prompt per line, blank lines skipped
+    DIRECTORY                             `save_to_disk` of datasets, or data files of one
+                                          suffix (those of the train split, where named so)
+    NAME, ORG/NAME or ORG/NAME:CONFIG     a hub dataset (split `train`, else the only one)
+
+Paths are relative to the caller's directory. A .pkl opens through `pickles.read_pickle`.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import IO, Any
+
+from gaudi_calib.data.pickles import read_pickle
+from gaudi_calib.data.rows import COLUMNS, Row, make_rows
+from gaudi_calib.errors import DataError
+
+BUILTIN = "builtin"
+Record = dict[str, Any]
+
+_DECOMPRESSORS: Mapping[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".xz": lzma.LZMAFile,
+    ".bz2": bz2.BZ2File,
+}
+_NOT_DATA = {"readme.txt", "dataset_infos.json"}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+def read_rows(dataset: str, *, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Return the rows of a dataset, in its order.
+
+    Args:
+        dataset: a path, a hub name, or `builtin`; see the module.
+        columns: our column name -> the field that holds it; see `rows`.
+
+    Raises:
+        DataError: it does not exist, cannot be read, is empty or has no usable column; says which row or line.
+        FileError: a pickle that asks for more than tables.
+        UsageError: `columns` names an unknown column.
+    """
+    columns = columns or {}
+    path = Path(dataset).expanduser()
+    if dataset == BUILTIN:
+        with resources.as_file(resources.files(__package__) / "builtin.jsonl") as builtin:
+            records = _read_file(builtin, BUILTIN)
+    elif path.is_dir():
+        records = _read_directory(path, columns)
+    elif path.exists():
+        records = _read_file(path, dataset)
+    else:
+        records = _read_hub(dataset, columns)
+    return make_rows(records, source=dataset, columns=columns)
+
+
+def _read_file(path: Path, source: str) -> list[Record]:
+    compression = path.suffix.lower() if path.suffix.lower() in _DECOMPRESSORS else ""
+    suffix = (path.with_suffix("") if compression else path).suffix.lower()
+    if suffix not in _READERS:
+        raise DataError(
+            f"unknown dataset suffix {''.join(path.suffixes[-2:]) or '(none)'!r}",
+            where=path,
+            fix=f"use one of {' '.join(_READERS)}, optionally followed by {' '.join(_DECOMPRESSORS)}",
+        )
+    try:
+        with path.open("rb") as raw:
+            return _READERS[suffix](_DECOMPRESSORS[compression](raw) if compression else raw, source)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError("cannot read the dataset", where=path, why=str(error)) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            "the dataset is not UTF-8 text", where=path, why=str(error), fix="convert it to UTF-8"
+        ) from error
+
+
+def _read_jsonl(file: IO[bytes], source: str) -> list[Record]:
+    records = []
+    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError("a line is not valid JSON", where=f"{source}, line {number}", why=str(error)) from error
+            records.append(_as_record(record, f"{source}, line {number}"))
+    return records
+
+
+def _read_json(file: IO[bytes], source: str) -> list[Record]:
+    content = file.read()
+    try:
+        return _as_records(json.loads(content.decode("utf-8-sig")), source)
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        if "Extra data" in str(error) and content.count(b"\n") > 0:  # many .json files hold JSON lines
+            return _read_jsonl(io.BytesIO(content), source)
+        raise DataError("the dataset is not valid JSON", where=source, why=str(error)) from error
+
+
+def _read_csv(file: IO[bytes], source: str) -> list[Record]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), restkey="", strict=True)
+    try:
+        records = list(reader)
+    except csv.Error as error:
+        raise DataError("a line is not valid CSV", where=f"{source}, line {reader.line_num}", why=str(error)) from error
+    for number, record in enumerate(records, 1):
+        if "" in record and record[""] and isinstance(record[""], list):
+            raise DataError(
+                "the row has more cells than the header",
+                where=f"{source}, row {number}",
+                fix='put cells that contain commas or line breaks in double quotes: "a, b"',
+            )
+    return records
+
+
+def _read_txt(file: IO[bytes], source: str) -> list[Record]:
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig")
+    return [{"prompt": line.strip()} for line in lines if line.strip()]
+
+
+def _read_parquet(file: IO[bytes], source: str) -> list[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError("the dataset is not a readable Parquet file", where=source, why=str(error)) from error
+
+
+def _read_pkl(file: IO[bytes], source: str) -> list[Record]:
+    return _as_records(read_pickle(file, name=source), source)
+
+
+_READERS: Mapping[str, Callable[[IO[bytes], str], list[Record]]] = {
+    ".pkl": _read_pkl,
+    ".pickle": _read_pkl,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".txt": _read_txt,
+}
+
+
+def _as_record(value: Any, where: str) -> Record:
+    if isinstance(value, str):
+        return {"prompt": value}
+    if not isinstance(value, dict):
+        raise DataError(f"a row is a {type(value).__name__}, expected an object with columns", where=where)
+    return value
+
+
+def _as_records(value: Any, source: str) -> list[Record]:
+    """Return the records of a list of rows, or of a mapping from column to its cells."""
+    if isinstance(value, list):
+        return [_as_record(row, f"{source}, row {number}") for number, row in enumerate(value, 1)]
+    if not isinstance(value, dict) or not all(isinstance(cells, list | dict) for cells in value.values()):
+        raise DataError(
+            f"the dataset holds {type(value).__name__}, expected rows", where=source, fix="store a list of objects"
+        )
+    cells = [list(column.values()) if isinstance(column, dict) else column for column in value.values()]
+    if len({len(column) for column in cells}) > 1:
+        raise DataError("the columns differ in length", where=source, why=", ".join(str(len(c)) for c in cells))
+    return [dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True)]
+
+
+def _read_directory(path: Path, columns: Mapping[str, str]) -> list[Record]:
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        import datasets
+
+        try:
+            return _read_dataset(datasets.load_from_disk(str(path)), str(path), columns)
+        except (OSError, ValueError) as error:
+            raise DataError("cannot load the dataset directory", where=path, why=str(error)) from error
+    files = sorted(_data_files(path))
+    train = [file for file in files if file.name.startswith("train") or file.parent.name == "train"]
+    chosen = train or files
+    if not chosen:
+        raise DataError("the directory holds no dataset", where=path, fix=f"put files in it: {' '.join(_READERS)}")
+    kinds = {(file.parent, file.suffix) for file in chosen}
+    if len(kinds) > 1:
+        listed = ", ".join(str(file.relative_to(path)) for file in chosen[:5])
+        raise DataError("the directory holds several datasets", where=path, why=listed, fix="point -d at one of them")
+    return [record for file in chosen for record in _read_file(file, str(file))]
+
+
+def _data_files(path: Path) -> Iterator[Path]:
+    for file in path.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        name = file.with_suffix("") if file.suffix in _DECOMPRESSORS else file
+        if file.is_file() and not hidden and name.suffix in _READERS and file.name.lower() not in _NOT_DATA:
+            yield file
+
+
+def _read_hub(name: str, columns: Mapping[str, str]) -> list[Record]:
+    suffixes = {suffix.lower() for suffix in Path(name).suffixes}
+    if suffixes & {*_READERS, *_DECOMPRESSORS} or not _HUB_NAME.fullmatch(name):
+        raise DataError("no such dataset file", where=Path(name).expanduser().absolute(), fix="check the path of -d")
+    import datasets
+
+    hub_id, _, config = name.partition(":")
+    try:
+        loaded = datasets.load_dataset(hub_id, config or None)
+    except Exception as error:  # the hub client raises many types: network, missing, gated, malformed
+        raise DataError(
+            f"cannot load {name!r}: no such file here, and the Hugging Face hub did not provide it",
+            where=name,
+            why=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
+            fix="check the name (ORG/NAME or ORG/NAME:CONFIG); without a connection, download it elsewhere and give "
+            "the directory to -d, or use -d builtin",
+        ) from error
+    return _read_dataset(loaded, name, columns)
+
+
+def _read_dataset(loaded: Any, source: str, columns: Mapping[str, str]) -> list[Record]:
+    """Return the records of a `datasets.Dataset`, or of the right split of a `DatasetDict`."""
+    if isinstance(loaded, dict):
+        split = "train" if "train" in loaded else next(iter(loaded), "")
+        if split != "train" and len(loaded) != 1:
+            raise DataError("the dataset has no split 'train'", where=source, why=f"splits: {', '.join(loaded)}")
+        loaded = loaded[split]
+    wanted = {columns.get(name, name) for name in COLUMNS} | {"instruction"}
+    kept = [name for name in loaded.column_names if name in wanted]
+    if not kept or not set(columns.values()) <= set(kept):
+        return [dict.fromkeys(loaded.column_names)][: len(loaded)]  # enough to say which columns there are
+    return loaded.select_columns(kept).to_list()

@@ -1,0 +1,186 @@
+"""One row to token ids, as a server would make them.
+
+A conversation goes through the model's chat template straight to token ids: what the
+template writes is all there is, so no second BOS can appear. Text goes through the
+tokenizer, which adds what it adds to a plain prompt, unless the text already starts
+with BOS.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gaudi_calib.data.rows import Message, Row
+from gaudi_calib.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+class Rendering(Enum):
+    """How a row became token ids."""
+
+    TOKEN_IDS = "token ids"
+    CHAT_TEMPLATE = "chat template"
+    SYSTEM_FOLDED = "chat template, system prompt in the user turn"
+    TEXT = "plain text"
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """What a model's config.json says of its tokens; None where it does not say.
+
+    Attributes:
+        vocab_size: number of token ids.
+        context: most positions of a sequence.
+    """
+
+    vocab_size: int | None = None
+    context: int | None = None
+
+
+def require_model(model: str) -> None:
+    """Raise ModelError where `model` is a path (not a hub name) that leads to no directory."""
+    path = Path(model).expanduser()
+    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or path.exists()
+    if is_path and not path.is_dir():
+        why = "it is a file" if path.exists() else None
+        raise ModelError("no such model directory", where=path.absolute(), why=why, fix="check the path of -m")
+
+
+def read_token_limits(model: str) -> TokenLimits:
+    """Return the vocabulary size and the context length of a model directory (or hub name, where cached)."""
+    path = Path(model).expanduser() / "config.json"
+    try:
+        config: Mapping[str, Any] = json.loads(path.read_text()) if path.parent.is_dir() else _hub_config(model)
+    except (OSError, ValueError):
+        return TokenLimits()
+    config = {**config, **(config.get("text_config") or {})}
+    context = next((config[key] for key in _CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+    return TokenLimits(config.get("vocab_size"), context)
+
+
+def _hub_config(model: str) -> Mapping[str, Any]:
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig.get_config_dict(model)[0]
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a model directory or hub name.
+
+    Raises:
+        DataError: there is none, or it needs code that `trust_remote_code` does not allow.
+    """
+    from transformers import AutoTokenizer
+
+    fix = "copy the tokenizer files of the model into its directory, or give rows of prompt_token_ids"
+    path = Path(model).expanduser()
+    name = str(path) if path.is_dir() else model
+    if not path.is_dir():
+        fix = "check -m: there is no such directory here, and the Hugging Face hub did not provide the model"
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and its hub client raise many types
+        why = " ".join(str(error).split())[:400]
+        if "trust_remote_code" in why:
+            fix = "pass --trust-remote-code if you trust the code in the model's directory"
+        raise DataError("the model has no usable tokenizer", where=model, why=why, fix=fix) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes one up where there are no files
+        raise DataError("the model has no usable tokenizer", where=model, why="its vocabulary is empty", fix=fix)
+    return tokenizer
+
+
+def tokenize_row(
+    row: Row, tokenizer: "PreTrainedTokenizerBase | None", *, chat_template: str | None = None
+) -> tuple[list[int], Rendering]:
+    """Return the token ids of a row and how they came about.
+
+    A conversation that ends with the user's turn gets the template's generation prompt, as a
+    server adds it; one that ends with the assistant's does not. Where the template refuses the
+    system role, its text is put before the first user turn. Without a template the turns are
+    joined by blank lines.
+
+    Args:
+        row: one row.
+        tokenizer: may be None for a row of token ids.
+        chat_template: Jinja source that replaces the tokenizer's own.
+
+    Raises:
+        DataError: no tokenizer, or the chat template refuses the conversation.
+    """
+    if row.token_ids is not None:
+        return list(row.token_ids), Rendering.TOKEN_IDS
+    if tokenizer is None:
+        raise DataError(
+            "the row needs a tokenizer",
+            where=f"row {row.number}",
+            fix="give a model with a tokenizer, or prompt_token_ids",
+        )
+    if row.text is not None:
+        return _tokenize_text(row.text, tokenizer), Rendering.TEXT
+    messages = list(row.messages or ())
+    if not (chat_template or tokenizer.chat_template):
+        return _tokenize_text("\n\n".join(turn["content"] for turn in messages), tokenizer), Rendering.TEXT
+    return _apply_template(messages, tokenizer, chat_template, f"row {row.number}")
+
+
+def _tokenize_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    has_bos = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+    return list(tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"])
+
+
+def _apply_template(
+    messages: list[Message], tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, where: str
+) -> tuple[list[int], Rendering]:
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    def render(turns: list[Message]) -> list[int]:
+        return list(
+            tokenizer.apply_chat_template(
+                turns,
+                chat_template=chat_template,
+                add_generation_prompt=turns[-1]["role"] != "assistant",
+                tokenize=True,
+                return_dict=False,
+            )
+        )
+
+    try:
+        try:
+            return render(messages), Rendering.CHAT_TEMPLATE
+        except TemplateError as error:
+            if isinstance(error, TemplateSyntaxError) or messages[0]["role"] != "system":
+                raise
+            return render(_fold_system(messages)), Rendering.SYSTEM_FOLDED
+    except TemplateSyntaxError as error:
+        raise DataError(
+            "the chat template is not valid Jinja",
+            where=f"line {error.lineno}",
+            why=error.message,
+            fix="correct the file given with --chat-template",
+        ) from error
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(
+            "the chat template refuses the conversation",
+            where=where,
+            why=str(error),
+            fix="correct the row's roles and turns, or pass another template with --chat-template FILE",
+        ) from error
+
+
+def _fold_system(messages: list[Message]) -> list[Message]:
+    """Return the conversation with the system prompt at the head of its first user turn.
+
+    >>> _fold_system([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    [{'role': 'user', 'content': 'Be brief.\\n\\nHi'}]
+    """
+    system, *turns = messages
+    if not turns or turns[0]["role"] != "user":
+        return [{"role": "user", "content": system["content"]}, *turns]
+    return [{**turns[0], "content": f"{system['content']}\n\n{turns[0]['content']}"}, *turns[1:]]
