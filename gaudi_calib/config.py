@@ -12,41 +12,41 @@ methods in config_methods.py.
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from gaudi_calib.config_methods import (
-    MethodEntry,
-    MethodTable,
-    ScaleCandidates,
-    StrictModel,
-    TensorEntry,
-    get_scale_method,
-)
+from gaudi_calib.config_check import Inspection, inspect_quant_config, parse_quant_config
+from gaudi_calib.config_methods import SCALE_METHODS, get_scale_method
 from gaudi_calib.config_model import (
-    NodeFilter,
     QuantConfig,
-    ScaleParams,
+    convert_backoffs,
+    describe_scaling,
+    describe_schema,
     find_idle_patterns,
     get_scales_device,
     match_patterns,
     to_content,
     with_dump_stats_path,
 )
-from gaudi_calib.config_rules import Finding, RuleError
-from gaudi_calib.errors import ConfigError
-from gaudi_calib.families import Family
-from gaudi_calib.files import write_json
+from gaudi_calib.config_rules import Finding
+from gaudi_calib.errors import ConfigError, ModelError, UsageError
+from gaudi_calib.families import FAMILIES, Family, find_family
+from gaudi_calib.files import read_json, write_json
+from gaudi_calib.fp8 import get_device
+from gaudi_calib.layout import RunLayout
 
 __all__ = [
+    "DYNAMIC_BLOCKED_TYPES",
     "Finding",
     "Inspection",
     "QuantConfig",
+    "choose_family",
+    "convert_backoffs",
+    "describe_presets",
+    "describe_scaling",
+    "describe_schema",
     "find_idle_patterns",
     "get_scales_device",
     "inspect_quant_config",
@@ -54,78 +54,17 @@ __all__ = [
     "match_patterns",
     "measure_config",
     "parse_quant_config",
+    "plan_configs",
     "quant_config",
     "read_quant_config",
     "to_content",
+    "validate_file",
     "with_dump_stats_path",
     "write_quant_config",
 ]
 
 # Module types that INC cannot quantize dynamically.
 DYNAMIC_BLOCKED_TYPES = ("Matmul", "B2BMatmul", "KVCache", "VLLMKVCache")
-_OLD_NAMES = {"whitelist": "allowlist", "blacklist": "blocklist"}
-_SET_BY_INC = ("device_type", "local_rank", "global_rank", "world_size", "mod_dict")
-_TRUTHY_STRINGS = ("seperate_measure_files", "row_parallel_linear_allreduce_quantization")
-_MODELS: dict[str, type[StrictModel]] = {
-    "allowlist": NodeFilter,
-    "blocklist": NodeFilter,
-    "scale_params": ScaleParams,
-    "scale_method": MethodTable,
-    "weight": TensorEntry,
-    "activation": TensorEntry,
-    "params": ScaleCandidates,
-}
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Everything to say about the content of a QUANT_CONFIG.
-
-    Attributes:
-        config: the config, or None where there are errors.
-        errors: why it cannot be used.
-        warnings: what INC or vllm-gaudi silently changes or ignores.
-    """
-
-    config: QuantConfig | None
-    errors: tuple[Finding, ...] = ()
-    warnings: tuple[Finding, ...] = ()
-
-
-def inspect_quant_config(content: object) -> Inspection:
-    """Check the JSON value `content` and return every finding."""
-    if not isinstance(content, Mapping):
-        return Inspection(None, (Finding("", "a QUANT_CONFIG is a JSON object", fix='start with {"mode": ...'),))
-    twice = [old for old, new in _OLD_NAMES.items() if old in content and new in content]
-    if twice:
-        errors = tuple(
-            Finding(old, f"{old} and {_OLD_NAMES[old]} are both given", fix=f"remove {old}") for old in twice
-        )
-        return Inspection(None, errors)
-    notes = _note_spelling(content)
-    try:
-        config = QuantConfig.model_validate({_OLD_NAMES.get(key, key): value for key, value in content.items()})
-    except ValidationError as error:
-        return Inspection(None, tuple(_list_findings(error)), notes)
-    return Inspection(config, (), (*notes, *config.warnings))
-
-
-def parse_quant_config(content: object, *, where: object = "QUANT_CONFIG") -> QuantConfig:
-    """Return the config that the JSON value `content` describes.
-
-    Args:
-        where: file or option, for the error.
-
-    Raises:
-        ConfigError: an unknown key, a bad value or an impossible combination.
-
-    >>> parse_quant_config({"mode": "measure", "dump_stats_path": "out/inc_output"}).mode
-    'MEASURE'
-    """
-    inspection = inspect_quant_config(content)
-    if inspection.config is None:
-        raise _to_error(inspection.errors, where=where)
-    return inspection.config
 
 
 def read_quant_config(path: Path) -> QuantConfig:
@@ -136,6 +75,21 @@ def read_quant_config(path: Path) -> QuantConfig:
             not a usable QUANT_CONFIG.
     """
     return parse_quant_config(load_json(path), where=path)
+
+
+def validate_file(path: Path, device: str | None = None) -> Inspection:
+    """Return every finding about the file `path`, a broken file included.
+
+    Args:
+        device: `g2` or `g3`, to check that it can serve with this config, too.
+    """
+    try:
+        inspection = inspect_quant_config(load_json(path))
+        if inspection.config is not None and device is not None:
+            get_scales_device(inspection.config, get_device(device))
+    except ConfigError as error:
+        return Inspection(None, (Finding("", error.what, error.why, error.fix),))
+    return inspection
 
 
 def load_json(path: Path) -> Any:
@@ -152,8 +106,8 @@ def load_json(path: Path) -> Any:
         ) from error
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{path.name} is not valid JSON",
-            where=f"{path}, line {error.lineno}, column {error.colno}",
+            f"{path.name} is not valid JSON (line {error.lineno}, column {error.colno})",
+            where=path,
             why=error.msg,
             fix="correct that line; JSON has no comments and no comma before a closing bracket",
         ) from error
@@ -227,12 +181,83 @@ def quant_config(
     return parse_quant_config({**content, **overrides}, where=f"quantize config of {family.name}")
 
 
-def _to_error(errors: tuple[Finding, ...], *, where: object) -> ConfigError:
-    """Return the first of `errors` as an exception that counts the others."""
-    first, others = errors[0], len(errors) - 1
-    what = first.what + (f" (and {others} more: `gaudi-calib config validate` lists all)" if others else "")
-    place = f"{os.fspath(where) if isinstance(where, Path) else where}" + (f", key {first.key}" if first.key else "")
-    return ConfigError(what, where=place, why=first.why, fix=first.fix)
+def plan_configs(
+    family: Family, layout: RunLayout, devices: Iterable[str], scale_method: str = "maxabs_hw"
+) -> dict[Path, QuantConfig]:
+    """Return the config files of a run by path; a method that needs no ranges has no MEASURE config.
+
+    Raises:
+        ConfigError: unknown scale method.
+    """
+    configs = {}
+    for device in devices:
+        serving = quant_config(family, layout.dump_stats_path(device), scale_method)
+        if serving.uses_stats_files:
+            configs[layout.measure_config(device)] = measure_config(family, layout.dump_stats_path(device))
+        configs[layout.quant_config(device)] = serving
+    return configs
+
+
+def choose_family(model: Path | None, name: str | None) -> Family:
+    """Return the family called `name`, or that of the model directory `model`.
+
+    Raises:
+        UsageError: not exactly one of them is given, or there is no such family.
+        ModelError: no config.json, or a family nobody described yet.
+    """
+    if (model is None) == (name is None):
+        raise UsageError("give either a model directory or a family", fix="use -m DIR or --family NAME")
+    if model is not None:
+        return find_family(_read_model_type(model))
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    known = [family.name for family in FAMILIES]
+    near = get_close_matches(str(name), known, n=1)
+    raise UsageError(
+        f"unknown family {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+        fix="choose one of " + ", ".join(known),
+    )
+
+
+def _read_model_type(model: Path) -> str:
+    path = model / "config.json"
+    if not path.is_file():
+        raise ModelError("no config.json in the model directory", where=model, fix="give the directory of a checkpoint")
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise ModelError("config.json names no model_type", where=path, fix="use the checkpoint's original config.json")
+    return content["model_type"]
+
+
+def describe_presets() -> dict[str, list[dict[str, Any]]]:
+    """Return the families and the scale methods as JSON values."""
+    families = [
+        {
+            "name": family.name,
+            "model_types": list(family.model_types),
+            "blocklist": list(family.blocklist),
+            "scale_format": family.scale_format,
+            "env": dict(family.env),
+            "measure_args": dict(family.measure_args),
+            "quantize_args": dict(family.quantize_args),
+            "expert_parallel": family.expert_parallel,
+            "torch_engine": family.layout is not None,
+        }
+        for family in FAMILIES
+    ]
+    methods = [
+        {
+            "name": method.name.lower(),
+            "weight": dict(vars(method.weight)),
+            "activation": dict(vars(method.activation)),
+            "per_channel": method.per_channel,
+            "needs_ranges": not (method.fixed or method.dynamic_only),
+            "dynamic": method.dynamic_only,
+        }
+        for method in SCALE_METHODS.values()
+    ]
+    return {"families": families, "scale_methods": methods}
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -242,59 +267,3 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"key {twice!r} is given twice", why="INC would take the last one", fix="remove one")
     return content
-
-
-def _note_spelling(content: Mapping[str, Any]) -> tuple[Finding, ...]:
-    old = [
-        Finding(key, f"{key} is the old name of {new}", fix=f"rename it to {new}")
-        for key, new in _OLD_NAMES.items()
-        if key in content
-    ]
-    truthy = [
-        Finding(key, f'INC takes the string "{content[key]}" of {key} for true', fix=f'write "{key}": false')
-        for key in _TRUTHY_STRINGS
-        if isinstance(content.get(key), str) and content[key].lower() == "false"
-    ]
-    return (*old, *truthy)
-
-
-def _list_findings(error: ValidationError) -> list[Finding]:
-    findings: list[Finding] = []
-    for detail in error.errors():
-        location = [str(part) for part in detail["loc"]]
-        if location[:1] == ["scale_method"] and location[1:2] in (["table"], ["name"]):
-            del location[1]
-        cause = detail.get("ctx", {}).get("error")
-        if isinstance(cause, RuleError):
-            findings += cause.findings
-        else:
-            findings.append(_describe(detail, location))
-    return findings
-
-
-def _describe(detail: Any, location: list[str]) -> Finding:
-    key = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        return _describe_unknown_key(location)
-    if detail["type"] == "missing":
-        return Finding(key, f"{key} is missing", fix="a scale_method dict needs a default with weight and activation")
-    if location[-1] == "[key]":
-        return Finding(".".join(location[:-2]), f"{location[-2]!r} is no layer number", fix='use "0", "1", ...')
-    problem = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return Finding(key, f"{key} {problem}", why=f"it is {json.dumps(detail['input'], default=str)[:80]}")
-
-
-def _describe_unknown_key(location: list[str]) -> Finding:
-    *parents, key = location
-    if not parents and key in _SET_BY_INC:
-        return Finding(key, f"{key} is set by INC itself", "a value in the file breaks it", "remove it")
-    model = _MODELS.get(parents[-1], MethodEntry) if parents else QuantConfig
-    known = [*model.model_fields]
-    near = get_close_matches(key.lower(), known, n=1)
-    inside = f" in {'.'.join(parents)}" if parents else ""
-    return Finding(
-        ".".join(location),
-        f"unknown key {key!r}{inside}" + (f"; did you mean {near[0]!r}?" if near else ""),
-        why="INC ignores keys it does not know",
-        fix=f"rename it to {near[0]!r}" if near else "known keys: " + ", ".join(known),
-    )

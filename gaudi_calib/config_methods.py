@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 
 from gaudi_calib.errors import ConfigError
 
@@ -36,13 +35,13 @@ class OneOf:
         text = text if self.exact_case else text.upper()
         if text not in self.names:
             near = get_close_matches(text, self.names, n=1)
-            raise ValueError(f"must be one of {', '.join(self.names)}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"use one of {', '.join(self.names)}" + (f" ({near[0]} is the nearest)" if near else ""))
         return text
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self.normalize, handler(source))
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return BeforeValidator(self.normalize).__get_pydantic_core_schema__(source, handler)
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         spellings = self.names if self.exact_case else (*self.names, *(name.lower() for name in self.names))
         return {"type": "string", "enum": list(spellings)}
 

@@ -30,7 +30,7 @@ def _read_flag(value: object) -> object:
         return value.lower() == "true"
     if isinstance(value, bool):
         return value
-    raise ValueError("must be true or false")
+    raise ValueError("use true or false")
 
 
 def _read_count(value: object) -> object:
@@ -39,13 +39,13 @@ def _read_count(value: object) -> object:
 
 def _refuse_null(value: object) -> object:
     if value is None:
-        raise ValueError("null is no value; leave the key out instead")
+        raise ValueError("leave the key out")
     return value
 
 
 def _refuse_bare_list(value: object) -> object:
     if isinstance(value, str | list | tuple):
-        raise ValueError('must be an object such as {"types": [], "names": ["lm_head"]}')
+        raise ValueError('use an object such as {"types": [], "names": ["lm_head"]}')
     return value
 
 
@@ -246,6 +246,23 @@ def to_content(config: QuantConfig) -> dict[str, Any]:
     """Return what stands in the file: given keys only, backoffs in the form INC obeys."""
     explicit = convert_backoffs(config).model_copy(update={"mode": config.mode})
     return explicit.model_dump(mode="json", exclude_unset=True)
+
+
+def describe_scaling(config: QuantConfig, device: Device) -> dict[str, Any]:
+    """Return what scales depend on beside ranges and weights, as JSON values.
+
+    The name of a scale file tells only the default method; a manifest records this too.
+
+    Raises:
+        ConfigError: `device` cannot serve with this config.
+    """
+    explicit = convert_backoffs(config)
+    return {
+        "device": get_scales_device(config, device).name,
+        "scale_method": explicit.model_dump(mode="json", include={"scale_method"})["scale_method"],
+        "fp8_config": config.fp8_config,
+        "hp_dtype": config.hp_dtype,
+    }
 
 
 def describe_schema() -> Mapping[str, Any]:

@@ -32,6 +32,10 @@ class Finding:
     why: str | None = None
     fix: str | None = None
 
+    def __str__(self) -> str:
+        rows = [("key", self.key), ("why", self.why), ("fix", self.fix)]
+        return "\n".join([self.what] + [f"  {name + ':':<6} {text}" for name, text in rows if text])
+
 
 class RuleError(ValueError):
     """A config breaks rules; carries every finding through pydantic."""

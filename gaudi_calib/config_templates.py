@@ -37,11 +37,6 @@ def _template_overrides() -> Mapping[str, tuple[str, dict[str, Any]]]:
             "act_maxabs_pcs_pow2_weight_maxabs_pts_pow2_hw",
             {"blocklist": {"types": [], "names": []}},
         ),
-        "maxabs_quant_gemma": ("maxabs_hw", {"blocklist": {"types": [], "names": ["lm_head"]}}),
-        "maxabs_quant_phi": (
-            "maxabs_hw",
-            {"blocklist": {"types": [], "names": ["matmul_qk", "matmul_av", "lm_head"]}},
-        ),
     }
 
 

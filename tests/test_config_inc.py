@@ -14,9 +14,9 @@ from gaudi_calib.fp8 import DEVICES, Device
 
 pytest.importorskip("neural_compressor.torch", reason="the hpu extra (INC) is not installed")
 
-from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods import scale_method_config as inc_methods  # noqa: E402
-from neural_compressor.torch.algorithms.fp8_quant._quant_common import quant_config as inc  # noqa: E402
-from neural_compressor.torch.utils.auto_accelerator import INCAcceleratorType  # noqa: E402
+from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods import scale_method_config as inc_methods
+from neural_compressor.torch.algorithms.fp8_quant._quant_common import quant_config as inc
+from neural_compressor.torch.utils.auto_accelerator import INCAcceleratorType
 
 
 class _Gaudi:

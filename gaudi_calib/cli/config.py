@@ -1,0 +1,130 @@
+"""`gaudi-calib config`: look at the QUANT_CONFIG that would be used, or check one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group()
+def config() -> None:
+    """Show, check and describe QUANT_CONFIG files."""
+
+
+@config.command()
+@click.option(
+    "-m", "--model", type=click.Path(path_type=Path), help="Model directory; its config.json tells the family."
+)
+@click.option("--family", "family_name", help="Model family instead of a model; `config presets` lists them.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default="out", show_default=True, help="As in calibrate."
+)
+@click.option("--device", type=click.Choice(["g2", "g3", "all"]), default="all", show_default=True, help="To serve on.")
+@click.option("--scale-method", default="maxabs_hw", show_default=True, help="`config presets` lists them.")
+def show(model: Path | None, family_name: str | None, output: Path, device: str, scale_method: str) -> None:
+    """Print the config files a calibration would write, as JSON by path.
+
+    \b
+    Example:
+      gaudi-calib config show -m models/my-llama --device g3
+    """
+    from gaudi_calib.config import choose_family, plan_configs, to_content
+    from gaudi_calib.layout import RunLayout
+
+    family = choose_family(model, family_name)
+    layout = RunLayout(output.absolute(), str(model.absolute() if model else family.name))
+    configs = plan_configs(family, layout, ["g2", "g3"] if device == "all" else [device], scale_method)
+    click.echo(json.dumps({str(path): to_content(content) for path, content in configs.items()}, indent=2))
+    for warning in dict.fromkeys(finding for content in configs.values() for finding in content.warnings):
+        click.echo(f"Warning: {warning}", err=True)
+
+
+@config.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--device", type=click.Choice(["g2", "g3"]), help="Check for serving on this device, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of findings.")
+def validate(files: tuple[Path, ...], device: str | None, as_json: bool) -> int:
+    """Check QUANT_CONFIG FILES: every error, and what INC would silently change or ignore.
+
+    Exits with 1 if there is an error; warnings alone exit with 0.
+
+    \b
+    Example:
+      gaudi-calib config validate --device g3 my_quant.json
+    """
+    from gaudi_calib.config import validate_file
+
+    reports = {path: validate_file(path, device) for path in files}
+    if as_json:
+        rows = [{"file": str(path), **row} for path, report in reports.items() for row in report.to_rows()]
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        for path, report in reports.items():
+            click.echo(f"{path}: {report}")
+    return int(any(report.errors for report in reports.values()))
+
+
+@config.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def presets(as_json: bool) -> None:
+    """List the model families with their rules, and the scale methods.
+
+    \b
+    Example:
+      gaudi-calib config presets --json
+    """
+    from gaudi_calib.config import describe_presets
+
+    described = describe_presets()
+    if as_json:
+        click.echo(json.dumps(described, indent=2))
+        return
+    families = [_family_row(family) for family in described["families"]]
+    methods = [_method_row(method) for method in described["scale_methods"]]
+    click.echo(
+        _format_table(["family", "model types", "left in BF16", "scale format", "engine", "runs with"], families)
+    )
+    click.echo()
+    click.echo(_format_table(["scale method", "weight", "activation", "ranges"], methods))
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON schema of QUANT_CONFIG, for editors.
+
+    \b
+    Example:
+      gaudi-calib config schema > quant_config.schema.json
+    """
+    from gaudi_calib.config import describe_schema
+
+    click.echo(json.dumps(describe_schema(), indent=2))
+
+
+def _family_row(family: dict[str, Any]) -> list[str]:
+    arguments = {**family["measure_args"], **family["quantize_args"]}
+    runs_with = [f"{key}={value}" for key, value in {**family["env"], **arguments}.items()]
+    return [
+        family["name"],
+        ", ".join(family["model_types"]),
+        ", ".join(family["blocklist"]) or "-",
+        family["scale_format"] or "-",
+        "torch, vllm" if family["torch_engine"] else "vllm",
+        " ".join([*runs_with, *(["expert-parallel"] if family["expert_parallel"] else [])]) or "-",
+    ]
+
+
+def _method_row(method: dict[str, Any]) -> list[str]:
+    def describe(part: dict[str, Any]) -> str:
+        kind = f"{part['granularity']}/{part['scale_value_type']}/{part['rounding_method']}".lower()
+        return kind if part["scale_value_type"] == "FIXED_VALUE" else f"{kind}, backoff {part['backoff']}"
+
+    ranges = "measured" if method["needs_ranges"] else "computed while serving" if method["dynamic"] else "not needed"
+    return [method["name"], describe(method["weight"]), describe(method["activation"]), ranges]
+
+
+def _format_table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
