@@ -1,0 +1,160 @@
+"""INC's own scale calculators, run on a CPU for Gaudi 2 and Gaudi 3.
+
+Nothing of INC is replaced but what needs the device: the FP8 cast (torch's, clamped to
+the device's range), the move of weights to "hpu", and the candidates INC derives from
+the accelerator it finds.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from gaudi_calib.fp8 import Device
+from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, ScaleNode, find_op
+
+CLASS_OF_OP = {
+    Op.LINEAR: "QKVParallelLinear",
+    Op.ROW_PARALLEL_LINEAR: "RowParallelLinear",
+    Op.MATMUL: "Matmul",
+    Op.B2B_MATMUL: "B2BMatmul",
+    Op.KV_CACHE: "VLLMKVCache",
+    Op.SOFTMAX: "Softmax",
+    Op.FUSED_SDPA: "ModuleFusedSDPA",
+    Op.DYNAMIC_MOE: "VllmMixtureOfExpertsOp",
+}
+
+
+class IncScales:
+    """INC for one device.
+
+    Args:
+        device: the device INC shall believe it computes for.
+    """
+
+    def __init__(self, device: Device):
+        from neural_compressor.torch.algorithms.fp8_quant._core import common, fp_utils
+        from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods import (
+            ops_quantizer,
+            scale_method_config,
+            scale_method_parser,
+        )
+        from neural_compressor.torch.algorithms.fp8_quant._quant_common.quant_config import ScaleFormat
+        from neural_compressor.torch.algorithms.fp8_quant.model_configs import ModuleConfig
+        from neural_compressor.torch.utils.auto_accelerator import INCAcceleratorType
+
+        self.device = device
+        self.common, self.fp_utils, self.ops_quantizer = common, fp_utils, ops_quantizer
+        self.config, self.parser, self.ModuleConfig = scale_method_config, scale_method_parser, ModuleConfig
+        self.inc_device = INCAcceleratorType[device.inc_name]
+        self.hqt_config = SimpleNamespace(
+            cfg={
+                "mod_dict": {name: op.value for op, name in CLASS_OF_OP.items()},
+                "device_for_scales": self.inc_device,
+                "dynamic_quantization": False,
+                "row_parallel_linear_allreduce_quantization": False,
+                "scale_format": ScaleFormat.CONST,
+                "use_qdq": False,
+                "fake_quant": False,
+            }
+        )
+
+    def parse(self, method: str | dict) -> Mapping[Any, Any]:
+        """Return INC's method table of a `scale_method`, complete with params."""
+        with self._on_device():
+            if isinstance(method, str):
+                table = self.parser.parse_scale_method(self.config.ScaleMethodString[method.upper()])
+            else:
+                table = self.parser.parse_scale_method(
+                    self.parser.convert_scale_method_strings_to_enum(deepcopy(method))
+                )
+            self.parser.validate_and_populate_scale_method(table)
+            return deepcopy(table)
+
+    def find_rules(self, table: Mapping[Any, Any], name: str, layer_type: str) -> Any:
+        """Return INC's pair of rules for a node."""
+        return self.config.find_node_scale_method_config(table, name, layer_type)
+
+    def compute(
+        self, nodes: Mapping[str, Node], method: str | dict, weights: Mapping[str, np.ndarray]
+    ) -> dict[str, dict[str, Any]]:
+        """Return the scales of all nodes as INC writes them to JSON.
+
+        Args:
+            weights: float32 holding bfloat16 values, shape (out, in), by node name.
+        """
+        table = self.parse(method)
+        with self._on_device(), torch.no_grad():
+            return {name: self._compute(name, node, table, weights.get(name)) for name, node in nodes.items()}
+
+    def _compute(self, name: str, node: Node, table: Mapping[Any, Any], weight: np.ndarray | None) -> dict[str, Any]:
+        op = find_op(name, node)
+        layer_type = CLASS_OF_OP[op]
+        module = SimpleNamespace(__hqt_config__=self.hqt_config)
+        if weight is not None:
+            module.weight = torch.from_numpy(weight).to(torch.bfloat16)
+        if op is Op.DYNAMIC_MOE:
+            module.local_num_experts = len(node.outputs or ()) - 1
+        measurement = self.ModuleConfig(
+            tuple(_to_matrix(x) for x in node.inputs),
+            (None,) if node.outputs is None else tuple(_to_matrix(x) for x in node.outputs),
+            {},
+        )
+        params = {"hp_dtype": torch.bfloat16, "lp_dtype": torch.float8_e4m3fn}
+        rules = self.find_rules(table, name, layer_type)
+        quantizer = self.ops_quantizer.get_op_quantizer(rules, module, measurement, params, layer_type)
+        scales = quantizer.get_scales_module_config()
+        fields = self.common.format_functions_rec((torch.Tensor, list))(scales.__dict__)
+        return {"inputs": list(fields["inputs"]), "outputs": list(fields["outputs"]), "params": fields["params"]}
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        mapping = self.config.scale_method_config_mapping
+        rule = mapping[self.config.ScaleMethodString.MAXABS_HW_OPT_WEIGHT][self.config.CfgStr.WEIGHT]
+        cast = functools.partial(_cast_to_fp8, limit=self.device.fullscale)
+        with (
+            mock.patch.dict(rule.params, weight_scales=self.fp_utils.FP8_143_SCALES[self.inc_device]),
+            mock.patch.object(self.fp_utils, "cast_to_fp8_fcn", cast),
+            mock.patch.object(torch.Tensor, "to", _to_without_hpu(torch.Tensor.to)),
+        ):
+            yield
+
+
+def to_json(node: ScaleNode) -> dict[str, Any]:
+    """Return our scales in the form of `IncScales.compute`."""
+    weight = node.weight
+    if isinstance(weight, PerChannelWeight):
+        params: dict[str, Any] = {"weight": {0: weight.out_channels.tolist(), 1: weight.in_channels.tolist()}}
+    else:
+        params = {} if weight is None else {"weight": _to_list(weight)}
+    return {
+        "inputs": [_to_list(scale) for scale in node.inputs],
+        "outputs": [_to_list(scale) for scale in node.outputs],
+        "params": params,
+    }
+
+
+def _to_list(value: float | np.ndarray) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _to_matrix(channel_ranges: np.ndarray) -> np.ndarray:
+    return channel_ranges.reshape(-1, 1).astype(np.float32)
+
+
+def _cast_to_fp8(x: torch.Tensor, dtype: torch.dtype, scale_inv: Any = None, *, limit: float) -> torch.Tensor:
+    assert scale_inv is None
+    return x.clamp(-limit, limit).to(dtype)
+
+
+def _to_without_hpu(to: Any) -> Any:
+    def move(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return tensor if args == ("hpu",) else to(tensor, *args, **kwargs)
+
+    return move
