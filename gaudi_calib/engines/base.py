@@ -1,14 +1,14 @@
 """What will be measured: the nodes of a model, from its configuration and headers alone."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from gaudi_calib.engines.checkpoint import Checkpoint
-from gaudi_calib.errors import ModelError
+from gaudi_calib.errors import ModelError, TopologyError
 from gaudi_calib.families import Family, Layout, Linear, Split, count_kv_heads, find_family
 from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.shard import Axis, Segment
@@ -66,6 +66,7 @@ class ModelPlan:
         layers: Hugging Face names of the decoder layers.
         linears: by node name, in vLLM's module order.
         node_names: every module INC patches, in vLLM's module order.
+        dtype: what the model is served in; weights are rounded to it.
     """
 
     checkpoint: Checkpoint
@@ -76,6 +77,7 @@ class ModelPlan:
     layers: tuple[str, ...]
     linears: dict[str, LinearPlan]
     node_names: tuple[str, ...]
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def layout(self) -> Layout:
@@ -100,11 +102,26 @@ class ModelPlan:
 
     def divides(self, world: int) -> bool:
         """Whether every tensor divides over `world` ranks."""
-        axes = [axis for linear in self.linears.values() for axis in (linear.out_axis, linear.in_axis)]
-        segments = [segment for axis in (*axes, self.head_axis, self.kv_axis) for segment in axis.segments]
+        axes = [*self._split_axes(), self.head_axis, self.kv_axis]
+        segments = [segment for axis in axes for segment in axis.segments]
         return all(
             segment.units % world == 0 or (segment.replicates and world % segment.units == 0) for segment in segments
         )
+
+    def require_world(self, world: int) -> None:
+        """Raise TopologyError unless the model divides over `world` ranks."""
+        if not self.divides(world):
+            raise TopologyError(
+                f"the model does not divide over {world} ranks",
+                where=self.checkpoint.directory,
+                why=f"it has {self.heads} attention heads, {self.kv_heads} KV heads, and linear layers of "
+                + ", ".join(sorted({f"{axis.segments[0].channels}" for axis in self._split_axes()}, key=int)),
+                fix="choose a tensor-parallel size (-t, -r) that divides them; KV heads may also divide it",
+            )
+
+    def _split_axes(self) -> list[Axis]:
+        axes = [axis for linear in self.linears.values() for axis in (linear.out_axis, linear.in_axis)]
+        return [axis for axis in axes if axis.segments]
 
     def canonical_rows(self, linear: LinearPlan) -> np.ndarray | None:
         """Order that brings stored output rows to (q, k, v), or None where they are so already."""
@@ -114,11 +131,15 @@ class ModelPlan:
         grouped = rows.reshape(self.kv_heads, self.heads // self.kv_heads + 2, self.head_dim)
         return np.concatenate([grouped[:, :-2].ravel(), grouped[:, -2].ravel(), grouped[:, -1].ravel()])
 
+    def served(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a weight in the dtype it is served in."""
+        return tensor.to(self.dtype)
+
     def read_weight(self, node: str) -> torch.Tensor:
-        """Return a linear node's whole weight as vLLM fuses it, shape (out, in), in the source dtype."""
+        """Return a linear node's whole weight as vLLM fuses it, shape (out, in), in the served dtype."""
         linear = self.linears[node]
         tensors = self.checkpoint.read(linear.weights)
-        weight = torch.cat([tensors[name] for name in linear.weights])
+        weight = self.served(torch.cat([tensors[name] for name in linear.weights]))
         order = self.canonical_rows(linear)
         if order is not None:
             weight = weight[torch.from_numpy(order)]
@@ -134,8 +155,11 @@ class ModelPlan:
         return weight.float().numpy()
 
 
-def plan_model(model_dir: Path) -> ModelPlan:
+def plan_model(model_dir: Path, dtype: str = "bfloat16") -> ModelPlan:
     """Work out a model's nodes without loading a weight.
+
+    Args:
+        dtype: what the model is served in (`--dtype` of vLLM).
 
     Raises:
         ModelError: the checkpoint is incomplete, or of a family the torch engine does not run.
@@ -153,10 +177,11 @@ def plan_model(model_dir: Path) -> ModelPlan:
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     layers = tuple(f"{family.layout.layers}.{i}" for i in range(int(config["num_hidden_layers"])))
-    plan = ModelPlan(checkpoint, family, heads, count_kv_heads(config), head_dim, layers, {}, ())
+    served = getattr(torch, dtype)
+    plan = ModelPlan(checkpoint, family, heads, count_kv_heads(config), head_dim, layers, {}, (), served)
     nodes = dict(_walk_nodes(plan))
     linears = {name: linear for name, linear in nodes.items() if linear is not None}
-    return ModelPlan(checkpoint, family, heads, plan.kv_heads, head_dim, layers, linears, tuple(nodes))
+    return replace(plan, linears=linears, node_names=tuple(nodes))
 
 
 def _walk_nodes(plan: ModelPlan) -> Iterator[tuple[str, LinearPlan | None]]:

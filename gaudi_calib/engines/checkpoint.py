@@ -1,7 +1,5 @@
 """Reading a Hugging Face checkpoint tensor by tensor, never as a whole."""
 
-import hashlib
-import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +38,7 @@ def resolve_model(model: str) -> Path:
         raise ModelError(
             f"cannot get model {model!r}",
             why=f"no such directory, and the hub said: {str(error).splitlines()[0]}",
-            fix="check the name, log in with `hf auth login` if the model is gated, or download it and give its directory",
+            fix="check the name, log in with `hf auth login` if it is gated, or download it and give its directory",
         ) from error
 
 
@@ -141,21 +139,3 @@ class Checkpoint:
     def under(self, prefix: str) -> list[str]:
         """Names of the tensors below the module path `prefix`."""
         return [name for name in self.files if name.startswith(prefix + ".")]
-
-    def fingerprint(self) -> str:
-        """Return a hash that changes with the configuration and the weights.
-
-        Covers config.json, every tensor's name, shape and file, the files' sizes, and
-        the first and last 64 KiB of each file; not every byte (that would read
-        hundreds of GB).
-        """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        digest.update(json.dumps(sorted(self.shapes.items())).encode())
-        for name in sorted(set(self.files.values())):
-            with (self.directory / name).open("rb") as file:
-                digest.update(file.read(65536))
-                size = file.seek(0, 2)
-                file.seek(max(0, size - 65536))
-                digest.update(file.read())
-            digest.update(str(size).encode())
-        return "sha256:" + digest.hexdigest()

@@ -46,7 +46,8 @@ def _weight_range(plan: ModelPlan, linear: LinearPlan, weights: list[torch.Tenso
 
 def _weight_pieces(plan: ModelPlan, linear: LinearPlan) -> Iterator[torch.Tensor]:
     for name in linear.weights:
-        yield from plan.checkpoint.read([name])[name].split(_WEIGHT_ROWS)
+        for piece in plan.checkpoint.read([name])[name].split(_WEIGHT_ROWS):
+            yield plan.served(piece)
 
 
 def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[str, ChannelNode]:

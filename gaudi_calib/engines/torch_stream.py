@@ -9,6 +9,7 @@ Compute is float32 by default, on weights upcast layer by layer.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from gaudi_calib.engines.attention import (
 from gaudi_calib.engines.base import ModelPlan, WeightNames, plan_model
 from gaudi_calib.engines.linear import LinearRanges, observe_input, observe_row_parallel
 from gaudi_calib.engines.nodes import attention_nodes, linear_node
-from gaudi_calib.errors import RangeError, TopologyError
+from gaudi_calib.errors import RangeError
 from gaudi_calib.families import Split
 from gaudi_calib.ranges.shard import ChannelNode, ChannelRanges
 
@@ -86,6 +87,7 @@ def measure_channels(
     *,
     worlds: Sequence[int] = DEFAULT_WORLDS,
     required_worlds: Sequence[int] = (1,),
+    dtype: str = "bfloat16",
     compute_dtype: str = "float32",
     batch_size: int = 32,
     on_progress: Callable[[float], None] = lambda tokens: None,
@@ -97,33 +99,28 @@ def measure_channels(
         worlds: worlds for which row-parallel outputs are measured; those that do not
             divide the model are left out.
         required_worlds: worlds that must divide the model.
+        dtype: what the model is served in; weights are rounded to it first.
         compute_dtype: `float32`, or `bfloat16` to round as a bf16 model does (slow on
             a CPU that emulates bf16).
         batch_size: sequences that run together, at most.
         on_progress: called with the tokens finished, scaled so that they sum to the
-            number of tokens in `prompts`.
+            number of tokens in `prompts`; with 0 when the first layer starts.
 
     Raises:
         ModelError: the checkpoint is incomplete or of an unknown family.
         TopologyError: a required world does not divide the model.
         RangeError: NaN or infinity in an activation; names node and sample.
     """
-    plan = plan_model(model_dir)
+    plan = plan_model(model_dir, dtype)
     for world in required_worlds:
-        if not plan.divides(world):
-            raise TopologyError(
-                f"the model does not divide over {world} ranks",
-                where=model_dir,
-                why=f"it has {plan.heads} attention heads and {plan.kv_heads} KV heads",
-                fix="choose a tensor-parallel size that divides heads and intermediate size",
-            )
+        plan.require_world(world)
     wanted = sorted({world for world in (*worlds, *required_worlds) if plan.divides(world)})
     batches = make_batches(prompts, batch_size if plan.layout.packs else 1)
     with torch.inference_mode():
         return _Measurement(plan, wanted, getattr(torch, compute_dtype), batches, on_progress).run(len(prompts))
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818 - control flow, not an error
     """Ends a pass through the model where nothing more is needed."""
 
 
@@ -171,6 +168,7 @@ class _Measurement:
         with _outer_weights(model, self.plan, self.names, self.dtype):
             self._record_calls(model, layers, real)
             self._observe_outer(model)
+            self.on_progress(0.0)
             for index, layer in enumerate(real):
                 self._measure_layer(self.plan.layers[index], layer, index)
             self._measure_lm_head(model, layers, real)
@@ -246,10 +244,20 @@ class _Measurement:
                 continue
             raise RangeError(
                 f"{node} saw NaN or infinity in its input",
-                where=f"samples {batch.first} to {batch.first + len(batch.bounds) - 2}",
-                why="the model overflows on this input, or its weights are damaged",
-                fix="remove the sample, or check the weights; --batch-size 1 names the very sample",
+                where=f"sample {', '.join(map(str, self._find_samples(batch)))} of the prompts (counted from 0)",
+                why="the model overflows on it, or its weights are damaged",
+                fix="remove the sample, or check the weights",
             )
+
+    @staticmethod
+    def _find_samples(batch: Batch) -> list[int]:
+        """Samples whose activations are not finite behind the layer, or all where none is."""
+        assert batch.hidden is not None
+        rows = torch.isfinite(batch.hidden[0]).all(-1)
+        samples = range(batch.first, batch.first + len(batch.bounds) - 1)
+        spans = pairwise(batch.bounds)
+        found = [one for one, (start, stop) in zip(samples, spans, strict=True) if not rows[start:stop].all()]
+        return found or list(samples)
 
     def _observe_outer(self, model: nn.Module) -> None:
         """Measure linear layers before the first decoder layer or behind the last (none in most families)."""
@@ -320,9 +328,9 @@ def _loaded(module: nn.Module, prefix: str, names: WeightNames, dtype: torch.dty
     """Give `module` its weights, in `dtype`, while the block runs."""
     wanted = {name: names.find(f"{prefix}.{name}") for name, _ in module.named_parameters()}
     tensors = plan.checkpoint.read(wanted.values())
-    empty = {name: parameter for name, parameter in module.named_parameters()}
+    empty = dict(module.named_parameters())
     for name, source in wanted.items():
-        _set_parameter(module, name, tensors.pop(source).to(dtype))
+        _set_parameter(module, name, plan.served(tensors.pop(source)).to(dtype))
     try:
         yield
     finally:
@@ -339,7 +347,7 @@ def _outer_weights(model: nn.Module, plan: ModelPlan, names: WeightNames, dtype:
         if name.startswith(plan.layout.layers + ".") or (id(parameter) in head and name != embedding):
             continue
         source = names.find(name)
-        tensor = plan.checkpoint.read([source])[source]
+        tensor = plan.served(plan.checkpoint.read([source])[source])
         _set_parameter(model, name, tensor if name == embedding else tensor.to(dtype))
     handle = model.get_submodule(plan.layout.embedding).register_forward_hook(
         lambda module, args, output: output.to(dtype)

@@ -155,11 +155,6 @@ def derive_rank(channels: ChannelRanges, rank: int, world: int, device: Device) 
     return RankSet(rank, world, nodes, channels.modules, channels.num_samples)
 
 
-def check_world(channels: ChannelRanges, world: int) -> None:
-    """Raise TopologyError, naming the first node, unless every tensor divides over `world`."""
-    derive_rank(channels, 0, world, GAUDI2)
-
-
 def _derive_node(node: ChannelNode, rank: int, world: int, device: Device) -> Node:
     inputs = [one.over_rank(rank, world) for one in node.inputs]
     outputs = None if node.outputs is None else [one.over_rank(rank, world) for one in node.outputs]

@@ -1,0 +1,129 @@
+"""Options of the commands that run the pipeline, and how they print its result."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from gaudi_calib.pipeline import RunOptions, RunResult
+
+_DATASET_ARGUMENTS = (
+    "dataset",
+    "limit",
+    "seed",
+    "min_tokens",
+    "max_tokens",
+    "columns",
+    "chat_template",
+    "trust_remote_code",
+)
+
+_MODEL = click.option("-m", "--model", required=True, help="Model directory, or Hugging Face name (ORG/NAME).")
+_OUT = click.option(
+    "-o", "--output", "out", required=True, type=click.Path(path_type=Path),
+    help="Root of the runs; files go to OUT/<model>/.",
+)  # fmt: skip
+_WORLD = click.option(
+    "-t", "--tensor-parallel-size", "world", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Ranks that will serve.",
+)  # fmt: skip
+_UNIFIED = click.option(
+    "-r", "--rank", "unified_world", type=click.IntRange(min=1),
+    help="Also write the files for this many ranks; must divide -t.",
+)  # fmt: skip
+_DEVICE = click.option(
+    "--device", type=click.Choice(["g2", "g3", "all"]), default="all", show_default=True,
+    help="Device that will serve: Gaudi 2, Gaudi 3, or files for both.",
+)  # fmt: skip
+_DTYPE = click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
+    help="What the model is served in; weights are rounded to it first.",
+)  # fmt: skip
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_MEASURING = (
+    click.option(
+        "-b", "--batch-size", type=click.IntRange(min=1), default=32, show_default=True,
+        help="Prompts that run together, at most.",
+    ),
+    click.option(
+        "-u", "--expert-parallel", is_flag=True, help="Expert parallelism. Without effect on models without experts."
+    ),
+    click.option("-e", "--enforce-eager", is_flag=True, help="Eager execution. The torch engine always runs eagerly."),
+    click.option(
+        "--engine", type=click.Choice(["auto", "torch"]), default="auto", show_default=True,
+        help="What measures: torch (CPU, no vLLM needed).",
+    ),
+    click.option(
+        "--compute-dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
+        help="Arithmetic of the measurement; bfloat16 rounds as a device does, and is slow on most CPUs.",
+    ),
+    click.option(
+        "--config-measure", "measure_config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="MEASURE config in place of the family's preset.",
+    ),
+)  # fmt: skip
+_QUANTIZING = (
+    click.option("--scale-method", help="Scale method, e.g. maxabs_hw, maxabs_pow2, unit_scale.  [maxabs_hw]"),
+    click.option(
+        "--config-quant", "quant_config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="QUANTIZE config in place of the family's preset; its dump_stats_path is replaced.",
+    ),
+)  # fmt: skip
+
+
+def measuring_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a command that measures."""
+    return _add(function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, *_MEASURING, _JSON))
+
+
+def quantizing_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a command that computes scales."""
+    return _add(function, _QUANTIZING)
+
+
+def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which run is meant, for a command that does not measure."""
+    return _add(function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, _JSON))
+
+
+def _add(function: Callable[..., Any], options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def make_run_options(arguments: dict[str, Any]) -> "RunOptions":
+    """Turn the arguments of a command into `RunOptions`."""
+    from gaudi_calib.pipeline import RunOptions
+
+    given = dict(arguments)
+    dataset = {name: given.pop(name) for name in _DATASET_ARGUMENTS if name in given}
+    device = given.pop("device")
+    for name in ("as_json", "expert_parallel", "enforce_eager"):
+        given.pop(name, None)
+    return RunOptions(dataset=dataset, devices=("g2", "g3") if device == "all" else (device,), **given)
+
+
+def print_result(result: "RunResult", options: "RunOptions", *, as_json: bool) -> None:
+    """Print what a run wrote, and how to serve it."""
+    if as_json:
+        value = {
+            "root": str(result.root),
+            "files": [str(path) for path in result.files],
+            "quant_configs": {name: str(path) for name, path in result.quant_configs.items()},
+            "worlds": list(result.worlds),
+            "warnings": list(result.warnings),
+        }
+        click.echo(json.dumps(value, indent=2))
+        return
+    click.echo(f"{len(result.files)} files in {result.root}")
+    for name, path in result.quant_configs.items():
+        for world in result.worlds or (options.world,):
+            click.echo(f"\nOn Gaudi {name[1]}, {world} card{'s' * (world > 1)}:")
+            click.echo(f"  export QUANT_CONFIG={path}")
+            for variable, value in result.env.items():
+                click.echo(f"  export {variable}={value}")
+            click.echo("  " + " ".join(result.serve_command(options.model, world)))
