@@ -75,7 +75,9 @@ def test_every_command_has_help_and_an_example(words: tuple[str, ...], capsys: p
     assert main([*words, "--help"]) == 0
     text = capsys.readouterr().out
     assert LEAVES[words].get_short_help_str()
-    assert re.search(rf"^\s*(\$ )?(\S+=\S+ )*gaudi-calib {' '.join(words)}\b", text, re.MULTILINE), "no example"
+    assert re.search(rf"^\s*(Example: |\$ )?(\S+=\S+ )*gaudi-calib {' '.join(words)}\b", text, re.MULTILINE), (
+        "no example"
+    )
     silent = [
         option.name
         for option in LEAVES[words].params
@@ -138,14 +140,11 @@ def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("error", "exit_code"),
-    [
-        (errors.RangeError("a", where="b", why="c", fix="d"), 1),
-        (errors.UsageError("a", where="b", why="c", fix="d"), 2),
-    ],
+    [(errors.RangeError, 1), (errors.UsageError, 2)],
     ids=["failed", "usage"],
 )
 def test_an_error_says_what_where_why_and_how_to_fix(
-    error: Exception, exit_code: int, failing, capsys: pytest.CaptureFixture[str]
+    error: type[errors.CalibrationError], exit_code: int, failing, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A calibration error is printed as four lines on stderr and sets its exit code."""
     failing(error("a", where="b", why="c", fix="d"))

@@ -36,7 +36,10 @@ class Row:
 DATA_LIBRARIES = frozenset({"pandas", "datasets", "transformers", "huggingface_hub", "pyarrow", "jinja2", "tqdm"})
 HOUSE = (
     Row(("__init__.py", "errors.py", "fp8.py", "families.py")),
-    Row(("files.py", "layout.py", "config*.py", "manifest.py"), frozenset({"pydantic"})),
+    Row(
+        ("files.py", "layout.py", "config*.py", "manifest.py", "fingerprint.py", "redaction.py"),
+        frozenset({"pydantic"}),
+    ),
     Row(("ranges/*.py", "scales/*.py"), frozenset({"pydantic", "numpy"}), frozenset({"safetensors"})),
     Row(("data/*.py",), frozenset({"pydantic", "numpy"}), DATA_LIBRARIES),
     Row(("engines/*.py", "serve/*.py", "evaluate/*.py", "export.py"), ANY),

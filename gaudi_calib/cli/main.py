@@ -4,13 +4,14 @@ A command's module is imported when that command is asked for. Command modules l
 click alone at import (everything else inside the command), so that `--help` and a
 mistyped flag answer at once: no torch, transformers, datasets, pandas or vllm.
 
-Exit codes: 0 done, 1 failed or findings, 2 usage, 130 interrupted.
+Exit codes: 0 done, 1 failed or findings, 2 usage, 130 interrupted. The scripts/ share them
+through `report_errors`.
 """
 
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
@@ -77,10 +78,11 @@ def cli(verbose: bool) -> None:
 
 
 def set_up_logging(level: int) -> None:
-    """Send this package's log records of `level` and above to stderr, and nobody else's below WARNING."""
+    """Send this package's log records of `level` and above to stderr; of libraries only errors, unless debugging."""
     handler = logging.StreamHandler()
     handler.setFormatter(_LogFormatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    others = logging.WARNING if level <= logging.DEBUG else logging.ERROR
+    logging.basicConfig(level=others, handlers=[handler], force=True)
     logging.getLogger("gaudi_calib").setLevel(level)
 
 
@@ -98,12 +100,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: words after the program's name; None takes them from `sys.argv`.
 
-    >>> main(["--version"])
-    gaudi-calib, version 0.1.0
-    0
+    >>> main(["no-such-command"])
+    2
     """
+    return report_errors(lambda: cli.main(args=arguments, prog_name=PROGRAM, standalone_mode=False))
+
+
+def report_errors(call: Callable[[], object]) -> int:
+    """Return the exit code of `call`, which returns one or None; print what it raises on stderr."""
     try:
-        result = cli.main(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+        result = call()
     except click.exceptions.Abort:
         return _fail("interrupted; files written before this run are as they were", exit_code=130)
     except click.ClickException as error:

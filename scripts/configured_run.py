@@ -1,0 +1,131 @@
+"""The run that QUANT_CONFIG in the environment describes, for step 2 and step 4.
+
+`dump_stats_path` says where the rank files are. `<OUT>/<model>/<device>/inc_output` is the layout
+of a run, so that `-o OUT` finds it; any other path gets its rank files (no manifest: that one
+describes a layout) through a scratch directory beside it, renamed in together at the end.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gaudi_calib.cli.main import main
+from gaudi_calib.config import read_quant_config
+from gaudi_calib.engines.detect import detect_platform, require_gaudi
+from gaudi_calib.errors import UsageError
+from gaudi_calib.files import stage_files
+from gaudi_calib.fp8 import DEVICES
+from gaudi_calib.layout import DUMP_NAME, RunLayout, parse_rank_file
+
+
+@dataclass(frozen=True)
+class ConfiguredRun:
+    """What a QUANT_CONFIG file says about a run.
+
+    Attributes:
+        config: the file.
+        dump: its `dump_stats_path`, absolute; rank files are called `<dump>_hooks_...`.
+        device: name of the device that will serve.
+    """
+
+    config: Path
+    dump: Path
+    device: str
+
+    def is_layout_of(self, model: str) -> bool:
+        """Return whether `dump` is where a run of `model` keeps its files anyway."""
+        out = self.dump.parent.parent.parent
+        return self.dump == RunLayout(out, model).dump_stats_path(self.device)
+
+    def execute(self, command: Sequence[str], model: str, *, reads_ranges: bool) -> int:
+        """Run a `gaudi-calib` command on this run and return its exit code.
+
+        Args:
+            command: words of the command, without -m, -o and --device.
+            model: what -m gets.
+            reads_ranges: the command needs the rank files that are there already.
+        """
+        if self.is_layout_of(model):
+            return main(self._words(command, model, self.dump.parent.parent.parent))
+        self.dump.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.dump.parent, prefix=".step-") as scratch:
+            directory = RunLayout(Path(scratch), model).device_dir(self.device)
+            directory.mkdir(parents=True)
+            if reads_ranges:
+                self._copy_in(directory)
+            with contextlib.redirect_stdout(io.StringIO()):  # it names the scratch directory
+                exit_code = main(self._words(command, model, Path(scratch)))
+            if exit_code == 0:
+                self._move_out(directory)
+        return exit_code
+
+    def _words(self, command: Sequence[str], model: str, out: Path) -> list[str]:
+        return [*command, "-m", model, "-o", str(out), "--device", self.device]
+
+    def _copy_in(self, directory: Path) -> None:
+        for path in self.dump.parent.iterdir():
+            name = parse_rank_file(path.name)
+            if name and name.dump == self.dump.name:
+                shutil.copy2(path, directory / replace(name, dump=DUMP_NAME).name)
+
+    def _move_out(self, directory: Path) -> None:
+        written = []
+        with stage_files(self.dump.parent) as staging:
+            for path in sorted(directory.iterdir()):
+                name = parse_rank_file(path.name)
+                if name:
+                    written.append(replace(name, dump=self.dump.name).name)
+                    shutil.move(path, staging / written[-1])
+        print(f"{len(written)} files in {self.dump.parent}")
+
+
+def find_configured_run(device: str | None) -> ConfiguredRun:
+    """Read the run from QUANT_CONFIG.
+
+    Args:
+        device: `g2`, `g3`, or None to take it from the path, the config or this machine.
+
+    Raises:
+        UsageError: QUANT_CONFIG is not set, or has no dump_stats_path.
+        CalibrationError: the file is no valid config, or nothing says which device will serve.
+    """
+    path = os.environ.get("QUANT_CONFIG")
+    if not path:
+        raise UsageError(
+            "QUANT_CONFIG is not set",
+            why="this step reads from it where the measurements are and what is left out",
+            fix="export QUANT_CONFIG=FILE.json (`gaudi-calib config show` prints one), or use `gaudi-calib calibrate`",
+        )
+    config = read_quant_config(Path(path))
+    if not config.dump_stats_path:
+        raise UsageError(
+            "QUANT_CONFIG has no dump_stats_path", where=path, fix="add it: OUT/<model>/<device>/inc_output"
+        )
+    dump = Path(config.dump_stats_path).expanduser().resolve()
+    if device is None and dump.parent.name in DEVICES:
+        device = dump.parent.name
+    return ConfiguredRun(Path(path), dump, device or require_gaudi(detect_platform()).name)
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add --device, which the reference does not have because it always runs on the device."""
+    parser.add_argument(
+        "--device",
+        choices=sorted(DEVICES),
+        help="device that will serve (default: from dump_stats_path, else this one)",
+    )
+
+
+def note_idle_flags(given: argparse.Namespace, parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
+    """Say on stderr which of `flags` were given and have no effect without vLLM."""
+    names = {flag: flag.lstrip("-").replace("-", "_") for flag in flags}
+    idle = [flag for flag, name in names.items() if getattr(given, name) != parser.get_default(name)]
+    if idle:
+        print(f"Note: no effect with the torch engine: {', '.join(idle)}", file=sys.stderr)
