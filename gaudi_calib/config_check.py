@@ -97,7 +97,7 @@ def _to_error(errors: tuple[Finding, ...], *, where: object) -> ConfigError:
     """Return the first of `errors` as an exception that counts the others."""
     first, others = errors[0], len(errors) - 1
     what = first.what + (f" (and {others} more: `gaudi-calib config validate` lists all)" if others else "")
-    place = f"{where}, key {first.key}" if first.key else where
+    place = f"{where}, key {first.where}" if first.where else where
     return ConfigError(what, where=place, why=first.why, fix=first.fix)
 
 

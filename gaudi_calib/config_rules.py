@@ -21,19 +21,19 @@ class Finding:
     """One thing to know about a QUANT_CONFIG.
 
     Attributes:
-        key: the attribute concerned (dotted where it is nested).
+        where: the attribute concerned (dotted where it is nested).
         what: what is wrong, or what INC does with it.
         why: the reason.
         fix: what to write instead.
     """
 
-    key: str
+    where: str
     what: str
     why: str | None = None
     fix: str | None = None
 
     def __str__(self) -> str:
-        rows = [("key", self.key), ("why", self.why), ("fix", self.fix)]
+        rows = [("where", self.where), ("why", self.why), ("fix", self.fix)]
         return "\n".join([self.what] + [f"  {name + ':':<6} {text}" for name, text in rows if text])
 
 
@@ -46,7 +46,6 @@ class RuleError(ValueError):
 
 
 Rule = Callable[["QuantConfig"], Iterator[Finding]]
-_DYNAMIC_TYPES = ("Matmul", "B2BMatmul", "KVCache", "VLLMKVCache")
 
 
 def find_errors(config: "QuantConfig") -> list[Finding]:
@@ -230,7 +229,7 @@ def _warn_backoffs(config: "QuantConfig") -> Iterator[Finding]:
     )
     methods = list_methods(config)
     if config.dynamic_quantization and config.scale_params.input_backoff is not None:
-        yield Finding("scale_params.input_backoff", "dynamic quantization uses its own input backoff")
+        yield Finding("scale_params.input_backoff", "dynamic quantization uses its own input backoff", fix="remove it")
     if all(method.fixed for method in methods):
         yield Finding("scale_params", f"{methods[0].name.lower()} has no backoff", fix="remove scale_params")
 
@@ -299,7 +298,9 @@ def _warn_types(config: "QuantConfig") -> Iterator[Finding]:
 def _warn_observer(config: "QuantConfig") -> Iterator[Finding]:
     if config.observer == "maxabs_per_channel" and config.mode == "MEASURE":
         yield Finding(
-            "observer", "maxabs_per_channel needs the files of an earlier run with mode SHAPE in the same place"
+            "observer",
+            "maxabs_per_channel needs the files of an earlier run with mode SHAPE in the same place",
+            fix='run with "mode": "SHAPE", "observer": "shape" first, or use "observer": "maxabs"',
         )
     elif config.observer == "save" and config.mode == "MEASURE":
         yield Finding("observer", "save stores every tensor, not ranges", fix='use "observer": "maxabs" to calibrate')

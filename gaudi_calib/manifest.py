@@ -243,14 +243,13 @@ class Record:
         self.manifest = manifest
 
     def update(self, **facts: Any) -> None:
-        """Set fields of the manifest; dicts (notes, files, scales, ...) are merged."""
-        merged = {
-            key: {**getattr(self.manifest, key), **value}
-            if isinstance(value, Mapping) and isinstance(getattr(self.manifest, key, None), dict)
-            else value
-            for key, value in facts.items()
+        """Set fields of the manifest; config, timings, scales and notes gain entries, keeping those they have."""
+        gained: dict[str, Any] = {
+            name: {**getattr(self.manifest, name), **facts[name]}
+            for name in ("config", "timings_s", "scales", "notes")
+            if name in facts
         }
-        self.manifest = self.manifest.updated(**merged)
+        self.manifest = self.manifest.updated(**{**facts, **gained})
 
     @contextlib.contextmanager
     def time(self, step: str) -> Iterator[None]:

@@ -28,6 +28,7 @@ from gaudi_calib.errors import ConfigError, ModelError, UsageError
 from gaudi_calib.families import FAMILIES, find_family
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.layout import RunLayout
+from gaudi_calib.scales.methods import METHODS
 
 PATH = "/data/out/g2/inc_output"
 
@@ -37,7 +38,7 @@ def parse(**content):
 
 
 def warn(**content):
-    return {finding.key: finding for finding in parse(**content).warnings}
+    return {finding.where: finding for finding in parse(**content).warnings}
 
 
 # What the reference's calibrate_model.sh writes, key by key.
@@ -72,7 +73,7 @@ def test_every_method_and_family_gives_a_config_that_reads_back(family, method, 
     write_quant_config(tmp_path / "quant.json", config)
     assert read_quant_config(tmp_path / "quant.json") == config
     assert set(family.blocklist) == set(config.blocklist.names)
-    assert "scale_format" not in {finding.key for finding in config.warnings}
+    assert "scale_format" not in {finding.where for finding in config.warnings}
 
 
 def test_dynamic_methods_leave_the_types_inc_cannot_quantize():
@@ -175,7 +176,11 @@ def test_a_refusal_says_how_to_repair_it(content, fix):
 def test_all_problems_are_found_at_once():
     """One wrong key does not hide the others; the exception counts them."""
     content = {"mode": "QUANTIZE", "use_qdq": "maybe", "blocklst": {}, "scale_format": "vector"}
-    assert [finding.key for finding in inspect_quant_config(content).errors] == ["scale_format", "use_qdq", "blocklst"]
+    assert [finding.where for finding in inspect_quant_config(content).errors] == [
+        "scale_format",
+        "use_qdq",
+        "blocklst",
+    ]
     with pytest.raises(ConfigError, match=r"and 2 more: `gaudi-calib config validate` lists all"):
         parse_quant_config(content)
 
@@ -244,6 +249,10 @@ WARNED = {
     ),
     "scalar fake": ({"fake_quant": True, "scale_format": "scalar"}, "scale_format"),
     "per channel": ({"scale_method": "act_maxabs_hw_weights_pcs_opt_pow2"}, "scale_method"),
+    "backoff of a dynamic activation": (
+        {"scale_method": "maxabs_pcs_pow2", "dynamic_quantization": True, "scale_params": {"input_backoff": 0.5}},
+        "scale_params.input_backoff",
+    ),
     "exclude": ({"measure_exclude": "INPUT"}, "measure_exclude"),
     "dotted type": ({"blocklist": {"types": ["torch.nn.Linear"]}}, "blocklist.types"),
     "mode of INC only": ({"mode": "LOAD"}, "mode"),
@@ -266,7 +275,9 @@ WARNED = {
 def test_what_inc_changes_silently_is_a_warning(content, key):
     """A valid config with a surprise in it is accepted with a warning; the plain one has none."""
     assert parse().warnings == []
-    assert key in warn(**content)
+    found = warn(**content)
+    assert key in found
+    assert all(finding.fix for finding in found.values())
 
 
 def test_warnings_about_spelling():
@@ -274,7 +285,7 @@ def test_warnings_about_spelling():
     inspection = inspect_quant_config(
         {"whitelist": {"names": ["mlp"]}, "seperate_measure_files": "False", "dump_stats_path": PATH}
     )
-    assert [finding.key for finding in inspection.warnings] == ["whitelist", "seperate_measure_files", "mode"]
+    assert [finding.where for finding in inspection.warnings] == ["whitelist", "seperate_measure_files", "mode"]
     assert to_content(inspection.config) == {
         "mode": "QUANTIZE",
         "allowlist": {"types": [], "names": ["mlp"]},
@@ -294,6 +305,24 @@ def test_backoffs_are_written_as_inc_reads_them():
         assert to_content(same)["scale_method"] == method
     once = convert_backoffs(parse(scale_params={"input_backoff": 0.125}))
     assert convert_backoffs(once) == once
+
+
+def test_the_methods_of_the_scales_are_these():
+    """Configs and scales know the same 13 methods by the same fields, backoffs and consequences."""
+    here = {
+        name: [(*part.kind, part.backoff) for part in (method.weight, method.activation)]
+        for name, method in SCALE_METHODS.items()
+    }
+    there = {
+        name: [(*(choice.name for choice in part.kind), part.backoff) for part in (method.weight, method.activation)]
+        for name, method in METHODS.items()
+    }
+    assert len(here) == 13
+    assert here == there
+    for name, method in METHODS.items():
+        ours = SCALE_METHODS[name]
+        assert ours.dynamic_only == method.is_dynamic_only
+        assert (ours.fixed or ours.dynamic_only) == (not method.needs_measurement)
 
 
 def test_required_environment():

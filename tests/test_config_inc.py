@@ -220,7 +220,7 @@ def test_any_combination_is_judged_as_inc_judges_it(content, device, tmp_path_fa
     if config.uses_stats_files:
         assert parsed["scale_file"] == f"{path}_hooks_maxabs_{config.default_method.name}"
     if "scale_format" in content:
-        announced = any(finding.key == "scale_format" for finding in config.warnings)
+        announced = any(finding.where == "scale_format" for finding in config.warnings)
         assert announced == (parsed["scale_format"].name != content["scale_format"].upper())
 
 
