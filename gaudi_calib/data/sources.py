@@ -36,7 +36,7 @@ _DECOMPRESSORS: Mapping[str, Callable[[IO[bytes]], Any]] = {
     ".bz2": bz2.BZ2File,
 }
 _NOT_DATA = {"readme.txt", "dataset_infos.json"}
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
 def read_rows(dataset: str, *, columns: Mapping[str, str] | None = None) -> list[Row]:
@@ -99,14 +99,14 @@ def _read_jsonl(file: IO[bytes], source: str) -> list[Record]:
 
 def _read_json(file: IO[bytes], source: str) -> list[Record]:
     content = file.read()
+    text = content.decode("utf-8-sig")
     try:
-        return _as_records(json.loads(content.decode("utf-8-sig")), source)
-    except UnicodeDecodeError:
-        raise
+        value = json.loads(text)
     except ValueError as error:
-        if "Extra data" in str(error) and content.count(b"\n") > 0:  # many .json files hold JSON lines
+        if "Extra data" in str(error) and "\n" in text.strip():  # many .json files hold JSON lines
             return _read_jsonl(io.BytesIO(content), source)
         raise DataError("the dataset is not valid JSON", where=source, why=str(error)) from error
+    return _as_records(value, source)
 
 
 def _read_csv(file: IO[bytes], source: str) -> list[Record]:
@@ -115,7 +115,9 @@ def _read_csv(file: IO[bytes], source: str) -> list[Record]:
     try:
         records = list(reader)
     except csv.Error as error:
-        raise DataError("a line is not valid CSV", where=f"{source}, line {reader.line_num}", why=str(error)) from error
+        raise DataError(
+            "a line is not valid CSV", where=f"{source}, line {reader.reader.line_num}", why=str(error)
+        ) from error
     for number, record in enumerate(records, 1):
         if "" in record and record[""] and isinstance(record[""], list):
             raise DataError(
