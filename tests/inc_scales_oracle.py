@@ -42,6 +42,7 @@ class IncScales:
         from neural_compressor.torch.algorithms.fp8_quant._core import common, fp_utils
         from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods import (
             ops_quantizer,
+            round_scales_function,
             scale_method_config,
             scale_method_parser,
         )
@@ -52,6 +53,7 @@ class IncScales:
         self.device = device
         self.common, self.fp_utils, self.ops_quantizer = common, fp_utils, ops_quantizer
         self.config, self.parser, self.ModuleConfig = scale_method_config, scale_method_parser, ModuleConfig
+        self.roundings = round_scales_function
         self.inc_device = INCAcceleratorType[device.inc_name]
         self.hqt_config = SimpleNamespace(
             cfg={
@@ -80,6 +82,14 @@ class IncScales:
     def find_rules(self, table: Mapping[Any, Any], name: str, layer_type: str) -> Any:
         """Return INC's pair of rules for a node."""
         return self.config.find_node_scale_method_config(table, name, layer_type)
+
+    def round(self, scales: np.ndarray, rounding: str) -> np.ndarray:
+        """Return bfloat16 scales (as float32) rounded by INC's `POW2` or `HW_ALIGNED`."""
+        by_name = {
+            "POW2": self.roundings.ScaleToPow2(),
+            "HW_ALIGNED": self.roundings.ScaleToHwAligned(self.inc_device),
+        }
+        return by_name[rounding].calc(torch.from_numpy(scales).to(torch.bfloat16)).float().numpy()
 
     def compute(
         self, nodes: Mapping[str, Node], method: str | dict, weights: Mapping[str, np.ndarray]

@@ -14,6 +14,7 @@ from gaudi_calib.scales.bf16 import round_to_bf16
 from gaudi_calib.scales.compute import compute_scales
 from gaudi_calib.scales.method_table import parse_scale_method
 from gaudi_calib.scales.methods import METHODS, Granularity, Rounding, ValueType
+from gaudi_calib.scales.rounding import round_scales
 
 pytest.importorskip("neural_compressor")
 
@@ -89,6 +90,13 @@ def test_scales_of_random_nodes_equal_inc(method: str, op: Op, inc: IncScales):
     nodes, weights = random_nodes(op)
     ours = compute_scales(RankSet(0, 1, nodes), method, inc.device, weights=weights.get).nodes
     assert {name: to_json(node) for name, node in ours.items()} == inc.compute(nodes, method, weights)
+
+
+@pytest.mark.parametrize("rounding", ["POW2", "HW_ALIGNED"])
+def test_roundings_of_every_scale_equal_inc(rounding: str, inc: IncScales):
+    """All 32,640 bfloat16 values that are not negative: bits equal, zero and subnormals included."""
+    values = (np.arange(0x7F80, dtype=np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(round_scales(values, Rounding[rounding], inc.device), inc.round(values, rounding))
 
 
 @pytest.mark.parametrize("method", ["MAXABS_HW", "MAXABS_HW_OPT_WEIGHT", "ACT_MAXABS_HW_WEIGHTS_PCS_OPT_POW2"])

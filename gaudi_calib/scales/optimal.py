@@ -90,9 +90,7 @@ def _channel_errors(magnitudes: np.ndarray, scales: np.ndarray, device: Device) 
     totals = np.empty(len(scales), dtype=np.float64)
     for scale in np.unique(scales):
         rows = scales == scale
-        with np.errstate(over="ignore"):
-            table = bf16.round_to_bf16(_squared_errors(float(scale), device))
-        totals[rows] = table[magnitudes[rows]].sum(axis=1, dtype=np.float64)
+        totals[rows] = _rounded_squares(float(scale), device)[magnitudes[rows]].sum(axis=1, dtype=np.float64)
     with np.errstate(over="ignore"):
         return bf16.round_to_bf16(totals.astype(np.float32))
 
@@ -118,3 +116,9 @@ def _squared_errors(scale: float, device: Device) -> np.ndarray:
     values = (np.arange(_MAGNITUDES, dtype=np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         return np.square(quantization_error(values, scale, device))
+
+
+@lru_cache(maxsize=128)
+def _rounded_squares(scale: float, device: Device) -> np.ndarray:
+    """Return `_squared_errors` rounded to bfloat16, as the per-channel methods add them."""
+    return bf16.round_to_bf16(_squared_errors(scale, device))

@@ -1,0 +1,205 @@
+"""Published scale methods, the dict form, and backoffs."""
+
+import pytest
+
+from gaudi_calib.errors import ConfigError
+from gaudi_calib.fp8 import GAUDI2, GAUDI3
+from gaudi_calib.scales.method_table import parse_scale_method, with_backoffs
+from gaudi_calib.scales.methods import METHODS, find_method
+
+PAIR_HW = {
+    "weight": {"rounding_method": "hw_aligned", "backoff": 0.5},
+    "activation": {"rounding_method": "hw_aligned", "backoff": 0.25},
+}
+
+
+def test_there_are_thirteen_methods_each_of_its_own_kind():
+    """The kinds of weight and activation tell them apart, as INC needs for the dict form."""
+    kinds = {(method.weight.kind, method.activation.kind) for method in METHODS.values()}
+    assert len(METHODS) == len(kinds) == 13
+
+
+@pytest.mark.parametrize("name", ["maxabs_hw", "MAXABS_HW", "MaxAbs_Hw"])
+def test_names_are_found_in_any_case(name: str):
+    """`scale_method` is written in lower case by the reference, in upper case by INC."""
+    assert find_method(name) is METHODS["MAXABS_HW"]
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    """A typing error is answered with the name that was meant."""
+    with pytest.raises(ConfigError) as error:
+        find_method("maxabs_pwo2")
+    assert "'maxabs_pow2'" in str(error.value)
+
+
+DYNAMIC = {"ACT_MAXABS_PCS_POW2_WEIGHT_MAXABS_PTS_POW2_HW", "MAXABS_PCS_POW2"}
+FIXED = {"UNIT_SCALE", "HW_ALIGNED_SINGLE_SCALE"}
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_facts_of_each_method(name: str):
+    """Which are dynamic only, need a measurement, leave a file, and forbid runtime scale patching."""
+    method, table = find_method(name), parse_scale_method(name)
+    for one in (method, table):
+        assert one.is_dynamic_only == (name in DYNAMIC)
+        assert one.allows_dynamic == (name not in FIXED and "MAXABS_HW" not in name and "ACT_MAXABS_HW" not in name)
+        assert one.needs_measurement == one.writes_scale_file == (name not in DYNAMIC | FIXED)
+        assert one.is_per_channel == ("PCS" in name)
+    assert table.file_tag == name
+
+
+def test_candidates_of_the_hardware_aligned_opt_method_depend_on_the_device():
+    """They are the free scales, in INC's order, which decides between equal errors."""
+    weight = find_method("maxabs_hw_opt_weight").weight
+    assert weight.find_candidates(GAUDI2) == (16.0, 1.0, 2.0**-4, 2.0**-8)
+    assert weight.find_candidates(GAUDI3)[0] == 128.0
+
+
+def test_a_rule_of_default_without_backoff_has_none():
+    """INC's default is 1.0, not the published 0.25 or 0.5."""
+    table = parse_scale_method(
+        {"default": {"activation": {"rounding_method": "pow2"}, "weight": {"rounding_method": "pow2"}}}
+    )
+    assert table.file_tag == "MAXABS_POW2"
+    assert (table.default.weight.backoff, table.default.activation.backoff) == (1.0, 1.0)
+
+
+def test_nodes_win_over_layers_over_classes_over_default():
+    """Each place names the same node with another backoff."""
+
+    def override(backoff: float) -> dict:
+        return {"activation": {"backoff": backoff}}
+
+    form = {
+        "default": PAIR_HW,
+        "nodes": {"model.layers.3.mlp.down_proj": override(0.1)},
+        "layers": {"3": override(0.2)},
+        "layer_types": {"RowParallelLinear": override(0.3)},
+    }
+    table = parse_scale_method(form)
+
+    def backoff(name: str) -> float:
+        return table.for_node(name, "RowParallelLinear").activation.backoff
+
+    assert backoff("model.layers.3.mlp.down_proj") == 0.1
+    assert backoff("model.layers.3.self_attn.o_proj") == 0.2
+    assert backoff("model.layers.33.self_attn.o_proj") == 0.3
+    assert table.for_node("lm_head", "ParallelLMHead").activation.backoff == 0.25
+    assert table.for_node("model.layers.33.mlp.gate").activation.backoff == 0.25
+
+
+def test_rules_share_the_params_of_the_default():
+    """INC's way: the default's candidates hold for overrides that give none, even of another kind."""
+    form = {
+        "default": {
+            "weight": {"scale_value_type": "opt", "rounding_method": "pow2", "backoff": 0.5},
+            "activation": {"rounding_method": "pow2", "backoff": 0.25},
+        },
+        "layers": {"0": {"weight": {"granularity": "pcs"}}, "1": {"weight": {"granularity": "pcs", "params": {}}}},
+    }
+    table = parse_scale_method(form)
+    assert table.layers["0"].name == table.layers["1"].name == "ACT_MAXABS_POW2_WEIGHTS_PCS_OPT_POW2"
+    assert table.layers["0"].weight.find_candidates(GAUDI2) == tuple(2.0**k for k in range(-10, 10))
+    assert table.layers["1"].weight.find_candidates(GAUDI2) == tuple(2.0**k for k in range(-3, 5))
+
+
+def test_overrides_that_match_nothing_are_found():
+    """A misspelt node, a layer the model lacks, a class nobody has."""
+    form = {
+        "default": PAIR_HW,
+        "nodes": {"lm_head": {}, "lm_haed": {}},
+        "layers": {"1": {}, "70": {}},
+        "layer_types": {"Matmul": {}, "Matmull": {}},
+    }
+    unused = parse_scale_method(form).find_unused(["lm_head", "model.layers.1.mlp.gate"], ["Matmul"])
+    assert unused == ["nodes['lm_haed']", "layers['70']", "layer_types['Matmull']"]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        pytest.param({}, "no default", id="empty"),
+        pytest.param({"default": None}, "no default", id="default-null"),
+        pytest.param({"default": {}, "node": {}}, "'nodes'", id="misspelt-section"),
+        pytest.param({"default": {"weights": {}}}, "'weight'", id="misspelt-side"),
+        pytest.param({"default": {"weight": {"granularty": "pts"}}}, "'granularity'", id="misspelt-key"),
+        pytest.param({"default": {"weight": {"rounding_method": "hw"}}}, "hw_aligned", id="misspelt-value"),
+        pytest.param({"default": {"weight": {"granularity": 3}}}, "3 is not allowed", id="number-for-name"),
+        pytest.param({"default": {"weight": {"backoff": 0}}}, "positive", id="backoff-zero"),
+        pytest.param({"default": {"weight": {"backoff": True}}}, "positive", id="backoff-bool"),
+        pytest.param({"default": {"weight": {"backoff": float("nan")}}}, "positive", id="backoff-nan"),
+        pytest.param({"default": {"weight": {"params": {"weight_scales": []}}}}, "weight_scales", id="no-candidates"),
+        pytest.param({"default": {"weight": {"params": {"scales": []}}}}, "'weight_scales'", id="misspelt-param"),
+        pytest.param({"default": {"weight": {"granularity": "pcs"}}}, "combine", id="pair-not-published"),
+        pytest.param({"default": {}, "layers": {"first": {}}}, "layer index", id="layer-name"),
+        pytest.param({"default": {}, "layers": {"03": {}}}, "layer index", id="layer-zeros"),
+        pytest.param({"default": {}, "nodes": {"lm_head": None}}, "dict is expected", id="override-null"),
+        pytest.param({"default": {}, "nodes": ["lm_head"]}, "dict is expected", id="section-list"),
+        pytest.param(7, "name or a dict", id="number"),
+    ],
+)
+def test_wrong_dict_forms_are_refused(form, message: str):
+    """The error says what is wrong and where."""
+    with pytest.raises(ConfigError) as error:
+        parse_scale_method(form)
+    assert message in str(error.value)
+    assert "scale_method" in str(error.value)
+
+
+def test_backoffs_become_the_dict_form_that_works():
+    """`scale_params` has no effect in INC; the dict has, and keeps the method's name."""
+    form = with_backoffs("maxabs_hw", input_backoff=0.5, weight_backoff=1.0)
+    table = parse_scale_method(form)
+    assert table.file_tag == "MAXABS_HW"
+    assert (table.default.activation.backoff, table.default.weight.backoff) == (0.5, 1.0)
+    assert set(form) == {"default"}
+
+
+def test_backoffs_of_a_dict_form_change_its_default_only():
+    """An override that sets its own backoff keeps it; the caller's dict is not changed."""
+    form = {"default": PAIR_HW, "layers": {"0": {"activation": {"backoff": 0.125}}, "1": {}}}
+    table = parse_scale_method(with_backoffs(form, input_backoff=0.5))
+    assert [table.layers[layer].activation.backoff for layer in "01"] == [0.125, 0.5]
+    assert form["default"]["activation"]["backoff"] == 0.25
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_the_dict_form_of_a_method_is_that_method(name: str):
+    """Written with unchanged backoffs, each method is read back the same, candidates included."""
+    assert parse_scale_method(with_backoffs(name)).default == METHODS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "backoffs"),
+    [
+        pytest.param("unit_scale", {"input_backoff": 0.5}, id="unit-input"),
+        pytest.param("hw_aligned_single_scale", {"weight_backoff": 0.5}, id="single-weight"),
+        pytest.param("maxabs_hw_opt_weight", {"weight_backoff": 0.5}, id="opt-weight"),
+        pytest.param("maxabs_hw", {"weight_backoff": -1}, id="negative"),
+    ],
+)
+def test_backoffs_without_effect_are_refused(name: str, backoffs: dict):
+    """A number nobody would use is an error, not silence."""
+    with pytest.raises(ConfigError):
+        with_backoffs(name, **backoffs)
+
+
+def test_the_config_room_describes_the_same_methods():
+    """`config_methods` (what a QUANT_CONFIG may say) and this table (what is computed) agree."""
+    from gaudi_calib.config_methods import SCALE_METHODS
+
+    def describe(method) -> dict:
+        rules = {"weight": method.weight, "activation": method.activation}
+        return {
+            side: (rule.granularity, rule.scale_value_type, rule.rounding_method, rule.backoff)
+            for side, rule in rules.items()
+        }
+
+    ours = {
+        name: {
+            side: (*(choice.name for choice in rule.kind), rule.backoff)
+            for side, rule in (("weight", method.weight), ("activation", method.activation))
+        }
+        for name, method in METHODS.items()
+    }
+    assert {name: describe(method) for name, method in SCALE_METHODS.items()} == ours
