@@ -9,7 +9,7 @@ import click
 from gaudi_calib.cli.dataset_options import dataset_options
 
 
-@click.command()
+@click.command(epilog="Example: gaudi-calib prepare -m ./llama -d builtin -l 256 --max-tokens 1024 -o prompts.jsonl")
 @click.option("-m", "--model", required=True, help="Model directory or Hugging Face name; its tokenizer is used.")
 @dataset_options
 @click.option(
@@ -25,10 +25,6 @@ def prepare(model: str, output: Path, as_json: bool, **options: Any) -> None:
 
     Conversations go through the model's chat template once, straight to token ids. The
     file is itself a dataset for -d of any command, and needs no tokenizer then.
-
-    \b
-    Example:
-      gaudi-calib prepare -m ./llama -d builtin -l 256 --max-tokens 1024 -o prompts.jsonl
     """
     from gaudi_calib.data.prompts import prepare_prompts, write_prompts
 
