@@ -3,6 +3,7 @@
 #   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 TORCH_INDEX ?=
+TORCH_VERSION := 2.13.0
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -50,14 +51,14 @@ $(MODEL)/config.json: examples/train_tiny_llama.py | $(VENV)/run.stamp
 	rm -rf $(MODEL) && mv $(MODEL).new $(MODEL)
 
 # torch comes first and alone, so that nothing below can pull another build of it.
-$(VENV)/torch.stamp: requirements/torch.txt
+$(VENV)/torch-$(TORCH_VERSION).stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Error: $(PYTHON) is too old; run make PYTHON=python3.11 (3.11 or newer)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION)
 	@touch $@
 
-$(VENV)/run.stamp: requirements/run.txt setup.cfg pyproject.toml $(VENV)/torch.stamp
+$(VENV)/run.stamp: requirements/run.txt setup.cfg pyproject.toml $(VENV)/torch-$(TORCH_VERSION).stamp
 	$(PIP) --no-deps -r requirements/run.txt
 	$(PIP) --no-deps -e .
 	@touch $@
