@@ -47,19 +47,21 @@ def observe_input(modules: Sequence[nn.Module]) -> LinearRanges:
 def observe_row_parallel(module: nn.Module, worlds: Sequence[int]) -> LinearRanges:
     """Watch a row-parallel layer's input and its partial products over each of `worlds`.
 
-    In float32 the product is formed as the sum of the finest partial products, at
-    no extra multiplications; in bfloat16 it is formed whole, as one device would.
+    In float32 the product, and those of coarser worlds, are formed as sums of the
+    finest partial products, at no extra multiplications; in bfloat16, where sums
+    round, each is formed on its own, as the devices would.
     """
     ranges = LinearRanges([module])
-    chains = chain_worlds(worlds)
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+    sums = weight.dtype is torch.float32
+    chains = chain_worlds(worlds) if sums else [[world] for world in worlds if world > 1]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         ranges.observe(x)
         flat = x.flatten(0, -2)
         parts = [_observe_products(flat, weight, chain, ranges) for chain in chains]
-        exact = x.dtype is not torch.float32 or not parts
+        exact = not sums or not parts
         product = flat @ weight.T if exact else parts[0]
         ranges.total = max(ranges.total, float(max_magnitude(product, (0, 1))))
         ranges.products[1] = ranges.total
