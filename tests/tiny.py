@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_tokenizer import LLAMA3_TEMPLATE, save_tokenizer
 
 _SHAPE = {
     "hidden_size": 256,
@@ -109,12 +110,6 @@ CHECKPOINTS: dict[str, dict[str, object]] = {
     "falcon-alibi": {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
 }
 
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-_TOKENIZER_TEXT = ("the ranges of every layer are measured on the text of a calibration run, and then the scales",) * 4
-
 
 def make_tiny_model(
     checkpoint: str,
@@ -137,7 +132,7 @@ def make_tiny_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    facts = {"bos_token_id": 1, "eos_token_id": 2, **CHECKPOINTS[checkpoint], **config_changes}
+    facts = {"bos_token_id": 0, "eos_token_id": 1, **CHECKPOINTS[checkpoint], **config_changes}
     config = AutoConfig.for_model(**facts)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -146,7 +141,7 @@ def make_tiny_model(
     if shards > 1:
         _split_safetensors(directory, shards)
     if tokenizer:
-        _write_tokenizer(directory)
+        save_tokenizer(directory, LLAMA3_TEMPLATE)
     return directory
 
 
@@ -178,26 +173,3 @@ def _split_safetensors(directory: Path, shards: int) -> None:
     size_bytes = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _write_tokenizer(directory: Path) -> None:
-    """Train a 300-token byte-level BPE tokenizer that adds BOS by itself, as Llama's does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_TOKENIZER_TEXT, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512
-    )
-    fast.chat_template = _CHAT_TEMPLATE
-    fast.save_pretrained(directory)

@@ -18,21 +18,6 @@ from pathlib import Path
 
 Tree = list[tuple[str, str]]
 
-# Classes that INC patches in a dense model, by exact name.
-# Source: INC `_mod_default_dict`, fp8_quant/_core/patching_common.py.
-LINEAR_CLASSES = frozenset(
-    {
-        "ColumnParallelLinear",
-        "FalconLinear",
-        "Linear",
-        "MergedColumnParallelLinear",
-        "ParallelLMHead",
-        "QKVParallelLinear",
-        "ReplicatedLinear",
-        "RowParallelLinear",
-    }
-)
-
 
 def read_vllm_trees(directories: Sequence[Path]) -> dict[Path, Tree]:
     """Return (module name, class name) of every module of each checkpoint, in vLLM's order.
@@ -40,7 +25,7 @@ def read_vllm_trees(directories: Sequence[Path]) -> dict[Path, Tree]:
     Raises:
         RuntimeError: the child process failed; carries its stderr.
     """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "trees.json"
         command = [sys.executable, __file__, str(answer), *map(str, directories)]
@@ -58,6 +43,7 @@ def _build_trees(directories: Sequence[str]) -> dict[str, Tree]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
 
+    _import_model_classes(directories)
     trees: dict[str, Tree] = {}
     for directory in directories:
         arguments = EngineArgs(model=directory, dtype="bfloat16", enforce_eager=True, max_model_len=256)
@@ -71,6 +57,16 @@ def _build_trees(directories: Sequence[str]) -> dict[str, Tree]:
             model = initialize_model(config)
         trees[directory] = [(name, type(module).__name__) for name, module in model.named_modules()]
     return trees
+
+
+def _import_model_classes(directories: Sequence[str]) -> None:
+    """Load the model classes here, or vLLM starts a process of 15 seconds to look at each."""
+    from vllm import ModelRegistry
+
+    configs = [json.loads((Path(directory) / "config.json").read_text()) for directory in directories]
+    names = {name for config in configs for name in config["architectures"]} | {"TransformersForCausalLM"}
+    for name in sorted(names):
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 if __name__ == "__main__":
