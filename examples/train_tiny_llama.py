@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 import gaudi_calib
 
@@ -171,11 +172,13 @@ def main() -> None:
     """Train and save; fail when the loss on held-out text did not fall clearly."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="directory of the checkpoint to write")
-    parser.add_argument("--steps", type=int, default=240, help="batches of 8 x 128 tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=280, help="batches of 8 x 128 tokens (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
     parser.add_argument("--vocab", type=int, default=2048, help="tokenizer entries (default: %(default)s)")
     options = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # long documents are cut into sequences here
     torch.manual_seed(0)
     random.seed(0)
 
