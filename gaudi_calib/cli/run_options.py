@@ -120,10 +120,10 @@ def print_result(result: "RunResult", options: "RunOptions", *, as_json: bool) -
         click.echo(json.dumps(value, indent=2))
         return
     click.echo(f"{len(result.files)} files in {result.root}")
-    for name, path in result.quant_configs.items():
+    for device, path in result.quant_configs.items():
         for world in result.worlds or (options.world,):
-            click.echo(f"\nOn Gaudi {name[1]}, {world} card{'s' * (world > 1)}:")
+            click.echo(f"\nOn Gaudi {device[1]}, {world} card{'s' * (world > 1)}:")
             click.echo(f"  export QUANT_CONFIG={path}")
-            for variable, value in result.env.items():
-                click.echo(f"  export {variable}={value}")
+            for variable, setting in result.env.items():
+                click.echo(f"  export {variable}={setting}")
             click.echo("  " + " ".join(result.serve_command(options.model, world)))

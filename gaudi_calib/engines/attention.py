@@ -151,7 +151,7 @@ class SdpaInterceptor(TorchFunctionMode):
         super().__init__()
         self.ranges = AttentionRanges()
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)

@@ -69,7 +69,7 @@ def observe_row_parallel(module: nn.Module, worlds: Sequence[int]) -> LinearRang
             return nn.functional.linear(x, weight, bias)
         return (product if bias is None else product.add_(bias)).unflatten(0, x.shape[:-1])
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     ranges.detach = lambda: module.__dict__.pop("forward")
     return ranges
 

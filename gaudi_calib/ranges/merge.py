@@ -137,7 +137,7 @@ def _is_garbage(node: Node, index: int, group: Sequence[RankSet[Node]]) -> bool:
 def _shape(node: Node) -> tuple:
     outputs = None if node.outputs is None else [one.shape for one in node.outputs]
     weight = None if node.weight is None else node.weight.shape
-    return [one.shape for one in node.inputs], outputs, weight  # type: ignore[return-value]
+    return [one.shape for one in node.inputs], outputs, weight
 
 
 def _maximum(name: str, what: str, group: Sequence[RankSet[Node]], values: Sequence[np.ndarray]) -> np.ndarray:

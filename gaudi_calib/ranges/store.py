@@ -230,12 +230,11 @@ def _read_npz(path: Path) -> Any:
 def _find_numpy(module: str, name: str) -> Any:
     import _codecs
 
-    from numpy._core import multiarray, numeric
+    from numpy._core import multiarray
 
     allowed = {
         ("multiarray", "_reconstruct"): multiarray._reconstruct,
         ("multiarray", "scalar"): multiarray.scalar,
-        ("numeric", "_frombuffer"): numeric._frombuffer,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("_codecs", "encode"): _codecs.encode,

@@ -1,0 +1,299 @@
+"""One calibration run: its options, what the steps share, and its result.
+
+Everything is validated before the first step. Steps write into a staging directory,
+whose files are renamed into `OUT/<model>/` together when the last step has succeeded.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gaudi_calib.config import measure_config, quant_config, read_quant_config, to_content, write_quant_config
+from gaudi_calib.config_model import QuantConfig, describe_scaling, get_scales_device, with_dump_stats_path
+from gaudi_calib.data.prompts import Prompts
+from gaudi_calib.errors import ConfigError, UsageError
+from gaudi_calib.files import hash_file, stage_files
+from gaudi_calib.fingerprint import fingerprint_model
+from gaudi_calib.fp8 import DEVICES, Device, get_device
+from gaudi_calib.layout import RankFile, RunLayout, parse_rank_file
+from gaudi_calib.manifest import (
+    DatasetFacts,
+    ModelFacts,
+    Record,
+    ScaleOrigin,
+    Topology,
+    check_scales_fresh,
+    hash_files,
+    record_run,
+)
+from gaudi_calib.ranges.node import Node, Op, RankSet
+from gaudi_calib.ranges.shard import ChannelRanges
+from gaudi_calib.scales.layer_types import find_layer_type
+
+if TYPE_CHECKING:
+    from gaudi_calib.engines.base import ModelPlan
+
+_log = logging.getLogger(__name__)
+
+# Where a new measurement moves the rank files of an earlier one.
+REPLACED_NAME = "replaced"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to calibrate, and how. Relative paths count from the caller's directory.
+
+    Attributes:
+        model: directory or hub name of the checkpoint.
+        out: root of the runs (-o); this run's files go to `out/<model>/`.
+        dataset: arguments of `prepare_prompts` beside the model.
+        world: ranks that will serve (-t).
+        unified_world: a second world to write (-r); divides `world`.
+        devices: devices that will serve.
+        engine: `auto` or `torch`.
+        batch_size: sequences that run together, at most.
+        dtype: what the model is served in.
+        compute_dtype: `float32` or `bfloat16`, the arithmetic of the measurement.
+        scale_method: a published method, in any case; None for maxabs_hw, or what
+            `quant_config` says.
+        measure_config, quant_config: QUANT_CONFIG files in place of the family's presets.
+    """
+
+    model: str
+    out: Path
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+    world: int = 1
+    unified_world: int | None = None
+    devices: tuple[str, ...] = tuple(DEVICES)
+    engine: str = "auto"
+    batch_size: int = 32
+    dtype: str = "bfloat16"
+    compute_dtype: str = "float32"
+    scale_method: str | None = None
+    measure_config: Path | None = None
+    quant_config: Path | None = None
+
+    @property
+    def layout(self) -> RunLayout:
+        return RunLayout(self.out.expanduser().resolve(), self.model)
+
+    @property
+    def worlds(self) -> tuple[int, ...]:
+        return tuple(sorted({self.world, self.unified_world or self.world}))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        root: `out/<model>/`.
+        files: everything written.
+        quant_configs: device name -> the file that QUANT_CONFIG points to.
+        worlds: worlds whose ranges (and scales) were written.
+        warnings: what the user should know.
+        serve_flags: flags of `vllm serve` beside model and world.
+        env: environment that serving needs beside QUANT_CONFIG.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+    quant_configs: Mapping[str, Path]
+    worlds: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
+    serve_flags: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def serve_command(self, model: str, world: int) -> list[str]:
+        """Return the words of the command that serves `model` on a Gaudi."""
+        return ["vllm", "serve", model, *self.serve_flags, "--tensor-parallel-size", str(world)]
+
+
+class Run:
+    """State shared by the steps.
+
+    Attributes:
+        plan: nodes of the model.
+        measure_configs, quant_configs: by device name.
+        staging: where steps write; renamed into the run directory at the end.
+        prompts, channels: results of the steps before.
+        ranges: per device name and world, all ranks.
+        records: the manifest in progress, by device name.
+    """
+
+    def __init__(self, options: RunOptions, *, serves: bool):
+        from gaudi_calib.engines.base import plan_model
+        from gaudi_calib.engines.checkpoint import resolve_model
+
+        _check_options(options)
+        self.options, self.layout, self.serves = options, options.layout, serves
+        self.devices = [get_device(name) for name in options.devices]
+        self.plan: ModelPlan = plan_model(resolve_model(options.model), options.dtype)
+        for world in options.worlds:
+            self.plan.require_world(world)
+        self.measure_configs = {device.name: self._measure_config(device) for device in self.devices}
+        self.quant_configs = {device.name: self._quant_config(device) for device in self.devices}
+        self.needs_ranges = not serves or any(one.uses_stats_files for one in self.quant_configs.values())
+        self.warnings: list[str] = []
+        self.staging = Path()
+        self.prompts: Prompts | None = None
+        self.channels: ChannelRanges | None = None
+        self.ranges: dict[tuple[str, int], list[RankSet[Node]]] = {}
+        self.records: dict[str, Record] = {}
+
+    def execute(self, steps: Sequence[Callable[["Run"], None]], *, fresh: bool = True) -> RunResult:
+        """Run `steps`, then rename what they wrote into the run directory.
+
+        Args:
+            fresh: False where the run adds to an earlier one.
+        """
+        if not self.needs_ranges:
+            self.warn("this scale method needs no measurement: only QUANT_CONFIG is written")
+            steps = []
+        with self._recorded(fresh=fresh):
+            with stage_files(self.layout.root) as self.staging:
+                for number, step in enumerate(steps, 1):
+                    _log.info("Step %d/%d: %s", number, len(steps), (step.__doc__ or "").strip().rstrip("."))
+                    with self._timed(step.__name__.strip("_")):
+                        step(self)
+                if self.serves:
+                    for name, config in self.quant_configs.items():
+                        write_quant_config(self.staging / self.layout.quant_config(name).name, config)
+                files = [path.relative_to(self.staging) for path in sorted(self.staging.rglob("*")) if path.is_file()]
+            self._set_aside(files)
+            self._record_files()
+        return self._result(files)
+
+    def _result(self, files: Sequence[Path]) -> RunResult:
+        config = next(iter(self.quant_configs.values()))
+        attention = self.plan.attention_node(0, "k_cache")
+        flags: tuple[str, ...] = ("--quantization", "inc")
+        if not config.is_blocked(attention, find_layer_type(attention, Op.KV_CACHE)):
+            flags += ("--kv-cache-dtype", "fp8_inc")
+        return RunResult(
+            self.layout.root,
+            tuple(self.layout.root / path for path in files),
+            {name: self.layout.quant_config(name) for name in self.quant_configs} if self.serves else {},
+            self.options.worlds if self.needs_ranges else (),
+            tuple(self.warnings),
+            flags,
+            {**self.plan.family.env, **config.required_env},
+        )
+
+    @contextmanager
+    def _recorded(self, *, fresh: bool) -> Iterator[None]:
+        """Keep a manifest for every device while the block runs."""
+        model = ModelFacts(
+            name=self.options.model,
+            fingerprint=fingerprint_model(self.plan.checkpoint.directory),
+            model_type=self.plan.checkpoint.config["model_type"],
+            family=self.plan.family.name,
+        )
+        with ExitStack() as stack:
+            for device in self.devices:
+                path = self.layout.manifest(device.name)
+                facts = {"device": device.name, "platform": "cpu", "engine": "torch"} if fresh else {}
+                record = stack.enter_context(record_run(path, fresh=fresh, model=model, **facts))
+                worlds = sorted({*record.manifest.topology.worlds, *self.options.worlds})
+                record.update(topology=Topology(measured_world=1, worlds=worlds))
+                self.records[device.name] = record
+            yield
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for record in self.records.values():
+                stack.enter_context(record.time(step))
+            yield
+
+    def _record_files(self) -> None:
+        for device in self.devices:
+            directory, record = self.layout.device_dir(device.name), self.records[device.name]
+            config = {"measure": to_content(self.measure_configs[device.name])} if self.ranges else {}
+            if self.serves:
+                config["quantize"] = to_content(self.quant_configs[device.name])
+            record.update(config=config, files=hash_files(directory))
+            if self.prompts is not None:
+                sizes = {"prompts": len(self.prompts), "tokens": self.prompts.token_count}
+                record.update(dataset=DatasetFacts(name=self.prompts.dataset, hash=self.prompts.sha256, **sizes))
+            for stale in check_scales_fresh(record.manifest.updated(status="ok"), directory):
+                self.warn(f"{directory / stale.name} is stale: {stale.why}; `gaudi-calib quantize` computes it anew")
+
+    def note(self, device: Device, **notes: Any) -> None:
+        """Add `notes` to the manifest of `device`."""
+        self.records[device.name].update(notes=notes)
+
+    def record_scales(self, device: Device, ranks: RankSet, files: Sequence[Path]) -> None:
+        """Note which ranges, and which settings, the scale `files` of one rank were computed from."""
+        name = RankFile(rank=ranks.rank, world=ranks.world, extension="npz").name
+        staged, placed = self.staging / device.name / name, self.layout.device_dir(device.name) / name
+        origin = ScaleOrigin(
+            ranges={name: hash_file(staged if staged.is_file() else placed)},
+            settings=describe_scaling(self.quant_configs[device.name], device),
+        )
+        self.records[device.name].update(scales={path.name: origin for path in files})
+
+    def warn(self, text: str) -> None:
+        """Log a warning and keep it for the result."""
+        _log.warning(text)
+        self.warnings.append(text)
+
+    def _measure_config(self, device: Device) -> QuantConfig:
+        path = self.layout.dump_stats_path(device.name)
+        if self.options.measure_config is None:
+            return measure_config(self.plan.family, path)
+        config = read_quant_config(self.options.measure_config)
+        if config.mode != "MEASURE" or config.measure_exclude != "OUTPUT":
+            raise ConfigError(
+                "not usable as a MEASURE config here",
+                where=self.options.measure_config,
+                why=f"mode is {config.mode}, measure_exclude {config.measure_exclude}; the torch engine records "
+                "inputs, weights and the outputs INC requires",
+                fix="set mode to MEASURE and leave measure_exclude out",
+            )
+        return with_dump_stats_path(config, path)
+
+    def _quant_config(self, device: Device) -> QuantConfig:
+        path = self.layout.dump_stats_path(device.name)
+        if self.options.quant_config is None:
+            return quant_config(self.plan.family, path, self.options.scale_method or "maxabs_hw")
+        config = with_dump_stats_path(read_quant_config(self.options.quant_config), path)
+        if config.mode not in ("QUANTIZE", "LOAD") or config.fp8_config != "E4M3":
+            raise ConfigError(
+                "not usable as a QUANTIZE config here",
+                where=self.options.quant_config,
+                why=f"mode is {config.mode}, fp8_config {config.fp8_config}",
+                fix="set mode to QUANTIZE, and fp8_config to E4M3, for which scales are computed",
+            )
+        get_scales_device(config, device)
+        return config
+
+    def _set_aside(self, written: Sequence[Path]) -> None:
+        """Move rank files of an earlier measurement out of the way of the ranges now in place."""
+        if self.channels is None:
+            return
+        for device in self.devices:
+            directory = self.layout.device_dir(device.name)
+            old = [path for path in directory.iterdir() if parse_rank_file(path.name)]
+            old = [path for path in old if path.relative_to(self.layout.root) not in written]
+            for path in old:
+                path.parent.joinpath(REPLACED_NAME).mkdir(exist_ok=True)
+                path.replace(path.parent / REPLACED_NAME / path.name)
+            if old:
+                self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")
+
+
+def _check_options(options: RunOptions) -> None:
+    if options.engine not in ("auto", "torch"):
+        raise UsageError(f"unknown engine {options.engine!r}", fix="choose auto or torch")
+    if options.world < 1 or options.world % (options.unified_world or 1):
+        raise UsageError(
+            f"cannot unify {options.world} ranks into {options.unified_world}",
+            why="-r must divide -t",
+            fix="choose a divisor of -t for -r",
+        )
+    if options.scale_method and options.quant_config:
+        raise UsageError("--scale-method and --config-quant both name the scale method", fix="give one of them")
