@@ -40,7 +40,7 @@ docs: $(VENV)/run.stamp ## write the generated parts of docs/
 	$(BIN)/python docs/generate_cli.py
 
 bench: $(VENV)/run.stamp ## speed and memory of measure against plain transformers
-	$(BIN)/python benchmarks/bench_measure.py
+	$(BIN)/python benchmarks/measure.py
 
 demo: $(MODEL)/config.json ## train a tiny Llama, calibrate it, show what to run on a Gaudi
 	PATH="$(BIN):$$PATH" scripts/calibrate_model.sh -m $(MODEL) -d builtin -o demo/out -t 2 -r 1 -l 64

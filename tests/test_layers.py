@@ -43,7 +43,7 @@ HOUSE = (
     Row(("ranges/*.py", "scales/*.py"), frozenset({"pydantic", "numpy"}), frozenset({"safetensors"})),
     Row(("data/*.py",), frozenset({"pydantic", "numpy"}), DATA_LIBRARIES),
     Row(("engines/*.py", "serve/*.py", "evaluate/*.py", "export.py"), ANY),
-    Row(("pipeline*.py", "report/*.py"), frozenset({"pydantic", "numpy"}), frozenset({"tqdm"})),
+    Row(("pipeline*.py", "run.py", "report/*.py"), frozenset({"pydantic", "numpy"}), frozenset({"tqdm"})),
     Row(("cli/*.py", "__main__.py"), frozenset({"click"})),
 )
 HEAVY_ROW = 4
