@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import struct
+from pathlib import Path
 
 import pytest
 from tiny_tokenizer import BOS, LLAMA3_TEMPLATE, MIXTRAL_TEMPLATE, save_tokenizer
@@ -139,6 +140,21 @@ def test_templates_that_fail(tokenizers, template, messages, message):
         tokenize_row(Row(3, messages=tuple(messages)), tokenizers["none"], chat_template=template)
     assert caught.value.where in ("row 3", "line 1")
     assert caught.value.why
+
+
+def test_tokenizer_with_a_chat_format_of_its_own(tmp_path):
+    """Mistral's own tokenizer has no template and formats conversations all the same."""
+    pytest.importorskip("transformers")
+    mistral_common = pytest.importorskip("mistral_common")
+    tekken = Path(mistral_common.__file__).parent / "data" / "tekken_240718.json"
+    (tmp_path / "tekken.json").symlink_to(tekken)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    for turns in ((SYSTEM, USER), (USER, ASSISTANT), (USER, ASSISTANT, USER)):
+        ids, how = tokenize_row(Row(1, messages=turns), tokenizer)
+        assert how is Rendering.CHAT_TEMPLATE
+        assert tokenizer.decode(ids).startswith("<s>[INST]")
+        assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_limit_is_a_reproducible_sample():

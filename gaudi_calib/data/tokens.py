@@ -125,7 +125,7 @@ def tokenize_row(
     if row.text is not None:
         return _tokenize_text(row.text, tokenizer), Rendering.TEXT
     messages = list(row.messages or ())
-    if not (chat_template or tokenizer.chat_template):
+    if not (chat_template or _formats_chats(tokenizer)):
         return _tokenize_text("\n\n".join(turn["content"] for turn in messages), tokenizer), Rendering.TEXT
     return _apply_template(messages, tokenizer, chat_template, f"row {row.number}")
 
@@ -135,29 +135,28 @@ def _tokenize_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]
     return list(tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"])
 
 
+def _formats_chats(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether a tokenizer has a chat template, or a format of its own as those of mistral-common."""
+    try:
+        return bool(tokenizer.chat_template or tokenizer.get_chat_template())
+    except NotImplementedError:
+        return True
+    except ValueError:
+        return False
+
+
 def _apply_template(
     messages: list[Message], tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, where: str
 ) -> tuple[list[int], Rendering]:
     from jinja2 import TemplateError, TemplateSyntaxError
 
-    def render(turns: list[Message]) -> list[int]:
-        return list(
-            tokenizer.apply_chat_template(
-                turns,
-                chat_template=chat_template,
-                add_generation_prompt=turns[-1]["role"] != "assistant",
-                tokenize=True,
-                return_dict=False,
-            )
-        )
-
     try:
         try:
-            return render(messages), Rendering.CHAT_TEMPLATE
+            return _render(messages, tokenizer, chat_template), Rendering.CHAT_TEMPLATE
         except TemplateError as error:
             if isinstance(error, TemplateSyntaxError) or messages[0]["role"] != "system":
                 raise
-            return render(_fold_system(messages)), Rendering.SYSTEM_FOLDED
+            return _render(_fold_system(messages), tokenizer, chat_template), Rendering.SYSTEM_FOLDED
     except TemplateSyntaxError as error:
         raise DataError(
             "the chat template is not valid Jinja",
@@ -165,13 +164,25 @@ def _apply_template(
             why=error.message,
             fix="correct the file given with --chat-template",
         ) from error
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program: it can raise anything
         raise DataError(
             "the chat template refuses the conversation",
             where=where,
-            why=str(error),
+            why=str(error) or type(error).__name__,
             fix="correct the row's roles and turns, or pass another template with --chat-template FILE",
         ) from error
+
+
+def _render(turns: list[Message], tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> list[int]:
+    is_answered = turns[-1]["role"] == "assistant"
+    options: dict[str, Any] = {"chat_template": chat_template} if chat_template else {}
+    if is_answered and not (chat_template or tokenizer.chat_template):
+        options["continue_final_message"] = True  # mistral-common refuses an answer at the end otherwise
+    return list(
+        tokenizer.apply_chat_template(
+            turns, add_generation_prompt=not is_answered, tokenize=True, return_dict=False, **options
+        )
+    )
 
 
 def _fold_system(messages: list[Message]) -> list[Message]:
