@@ -7,7 +7,7 @@
 INC takes unknown keys and several impossible combinations without a word; here they
 are errors. Names in the lists are regular expressions (`re.search`), types are class
 names. The attributes are in config_model.py, the rules in config_rules.py, the scale
-methods in config_methods.py.
+methods in config_methods.py and their dict form in config_method_form.py.
 """
 
 import json
@@ -17,7 +17,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from gaudi_calib.config_check import Inspection, inspect_quant_config, parse_quant_config
+from gaudi_calib.config_check import Inspection, inspect_quant_config, parse_quant_config, parse_scale_method
+from gaudi_calib.config_findings import Finding
 from gaudi_calib.config_methods import SCALE_METHODS, get_scale_method
 from gaudi_calib.config_model import (
     QuantConfig,
@@ -30,7 +31,6 @@ from gaudi_calib.config_model import (
     to_content,
     with_dump_stats_path,
 )
-from gaudi_calib.config_rules import Finding
 from gaudi_calib.errors import ConfigError, ModelError, UsageError
 from gaudi_calib.families import FAMILIES, Family, find_family
 from gaudi_calib.files import read_json, write_json
@@ -54,6 +54,7 @@ __all__ = [
     "match_patterns",
     "measure_config",
     "parse_quant_config",
+    "parse_scale_method",
     "plan_configs",
     "quant_config",
     "read_quant_config",
@@ -166,14 +167,14 @@ def quant_config(
     """
     method = get_scale_method(scale_method)
     content: dict[str, Any] = {"mode": "QUANTIZE", "observer": "maxabs", "scale_method": method.name}
-    if method.dynamic_only:
+    if method.is_dynamic_only:
         content |= {"scale_format": "CONST", "dynamic_quantization": True}
     elif family.scale_format:
-        content["scale_format"] = "CONST" if method.per_channel else family.scale_format
+        content["scale_format"] = "CONST" if method.is_per_channel else family.scale_format
     content |= {
         "allowlist": {"types": [], "names": []},
         "blocklist": {
-            "types": list(DYNAMIC_BLOCKED_TYPES if method.dynamic_only else ()),
+            "types": list(DYNAMIC_BLOCKED_TYPES if method.is_dynamic_only else ()),
             "names": list(family.blocklist),
         },
         "dump_stats_path": os.path.abspath(dump_stats_path),
@@ -249,11 +250,11 @@ def describe_presets() -> dict[str, list[dict[str, Any]]]:
     methods = [
         {
             "name": method.name.lower(),
-            "weight": dict(vars(method.weight)),
-            "activation": dict(vars(method.activation)),
-            "per_channel": method.per_channel,
-            "needs_ranges": not (method.fixed or method.dynamic_only),
-            "dynamic": method.dynamic_only,
+            "weight": method.weight.to_fields(),
+            "activation": method.activation.to_fields(),
+            "per_channel": method.is_per_channel,
+            "needs_ranges": method.needs_measurement,
+            "dynamic": method.is_dynamic_only,
         }
         for method in SCALE_METHODS.values()
     ]

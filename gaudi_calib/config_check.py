@@ -8,9 +8,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gaudi_calib.config_methods import MethodEntry, MethodTable, ScaleCandidates, StrictModel, TensorEntry
-from gaudi_calib.config_model import NodeFilter, QuantConfig, ScaleParams
-from gaudi_calib.config_rules import Finding, RuleError
+from gaudi_calib.config_findings import Finding, RuleError
+from gaudi_calib.config_method_form import (
+    MethodEntry,
+    MethodForm,
+    ScaleCandidates,
+    StrictModel,
+    TensorEntry,
+    build_table,
+)
+from gaudi_calib.config_methods import MethodTable
+from gaudi_calib.config_model import NodeFilter, QuantConfig, ScaleMethodField, ScaleParams
 from gaudi_calib.errors import ConfigError
 
 _OLD_NAMES = {"whitelist": "allowlist", "blacklist": "blocklist"}
@@ -20,7 +28,7 @@ _MODELS: dict[str, type[StrictModel]] = {
     "allowlist": NodeFilter,
     "blocklist": NodeFilter,
     "scale_params": ScaleParams,
-    "scale_method": MethodTable,
+    "scale_method": MethodForm,
     "weight": TensorEntry,
     "activation": TensorEntry,
     "params": ScaleCandidates,
@@ -93,6 +101,29 @@ def parse_quant_config(content: object, *, where: object = "QUANT_CONFIG") -> Qu
     return inspection.config
 
 
+class _MethodOnly(StrictModel):
+    scale_method: ScaleMethodField
+
+
+def parse_scale_method(value: object) -> MethodTable:
+    """Return the scale method of every node for the `scale_method` value of a QUANT_CONFIG.
+
+    Args:
+        value: a published name in any case, or the dict form.
+
+    Raises:
+        ConfigError: an unknown name, key or value, no `default`, or an entry that is no
+            published combination.
+
+    >>> parse_scale_method("maxabs_hw").file_tag
+    'MAXABS_HW'
+    """
+    try:
+        return build_table(_MethodOnly.model_validate({"scale_method": value}).scale_method)
+    except ValidationError as error:
+        raise _to_error(tuple(_list_findings(error)), where="QUANT_CONFIG") from None
+
+
 def _to_error(errors: tuple[Finding, ...], *, where: object) -> ConfigError:
     """Return the first of `errors` as an exception that counts the others."""
     first, others = errors[0], len(errors) - 1
@@ -138,6 +169,7 @@ def _describe(detail: Any, location: list[str]) -> Finding:
     if location[-1] == "[key]":
         return Finding(".".join(location[:-2]), f"{location[-2]!r} is no layer number", fix='use "0", "1", ...')
     remedy = detail["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+    remedy = "use an object" if detail["type"] in ("model_type", "dict_type") else remedy
     return Finding(key, f"{key} cannot be {json.dumps(detail['input'], default=str)[:80]}", fix=remedy)
 
 

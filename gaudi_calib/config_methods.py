@@ -1,49 +1,41 @@
-"""The 13 published scale methods, and `scale_method` written as a dict.
+"""The 13 published scale methods: how the scale of a tensor follows from its range or its values.
 
-INC knows a method by three fields for the weight and three for the activation; a
-dict may spell them out for everything (`default`) or for some nodes, layers or
-layer types, but each entry must be one of the published combinations.
+A published method is a name that QUANT_CONFIG's `scale_method` accepts; it pairs one
+rule for weights with one for activations. The dict form (config_method_form.py) mixes
+them per node, layer or module class; either way a `MethodTable` tells each node's.
 
-Source: INC fp8_quant/_core/scale_methods/scale_method_config.py, scale_method_parser.py.
+    method                                         weight          activation
+    UNIT_SCALE                                     1               1
+    HW_ALIGNED_SINGLE_SCALE                        one free scale  the same
+    MAXABS_HW                                      free            free
+    MAXABS_POW2                                    2**k            2**k
+    MAXABS_ARBITRARY                               exact           exact
+    MAXABS_HW_OPT_WEIGHT                           best free       free
+    MAXABS_POW2_OPT_WEIGHT                         best 2**k       2**k
+    ACT_MAXABS_HW_WEIGHTS_PCS_MAXABS_POW2          2**k / channel  free
+    ACT_MAXABS_HW_WEIGHTS_PCS_OPT_POW2             best / channel  free
+    ACT_MAXABS_POW2_WEIGHTS_PCS_MAXABS_POW2        2**k / channel  2**k
+    ACT_MAXABS_POW2_WEIGHTS_PCS_OPT_POW2           best / channel  2**k
+    ACT_MAXABS_PCS_POW2_WEIGHT_MAXABS_PTS_POW2_HW  free            2**k / channel, dynamic only
+    MAXABS_PCS_POW2                                2**k / channel  2**k / channel, dynamic only
+
+Source: INC `scale_method_config_mapping`, fp8_quant/_core/scale_methods/scale_method_config.py.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Annotated, Any
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from typing import Any, Literal
 
 from gaudi_calib.errors import ConfigError
+from gaudi_calib.fp8 import Device
 
+Granularity = Literal["PTS", "PCS"]
+ScaleValueType = Literal["MAXABS", "FIXED_VALUE", "OPT"]
+Rounding = Literal["IDENTITY", "POW2", "HW_ALIGNED", "HW_ALIGNED_FIXED", "SCALE_UNIT"]
 
-class OneOf:
-    """Annotation of a text field: one of `names`, in any case unless `exact_case`."""
-
-    def __init__(self, *names: str, exact_case: bool = False):
-        self.names = names
-        self.exact_case = exact_case
-
-    def normalize(self, value: object) -> str:
-        """Return `value` as it is spelt in `names`.
-
-        Raises:
-            ValueError: it is not among them; names the nearest.
-        """
-        text = value if isinstance(value, str) else ""
-        text = text if self.exact_case else text.upper()
-        if text not in self.names:
-            near = get_close_matches(text, self.names, n=1)
-            raise ValueError(f"use one of {', '.join(self.names)}" + (f" ({near[0]} is the nearest)" if near else ""))
-        return text
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        return BeforeValidator(self.normalize).__get_pydantic_core_schema__(source, handler)
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        spellings = self.names if self.exact_case else (*self.names, *(name.lower() for name in self.names))
-        return {"type": "string", "enum": list(spellings)}
+SECTIONS = ("nodes", "layers", "layer_types")
 
 
 @dataclass(frozen=True)
@@ -52,78 +44,123 @@ class TensorScaling:
 
     Attributes:
         granularity: `PTS` (one scale per tensor) or `PCS` (one per channel).
-        scale_value_type: `MAXABS`, `FIXED_VALUE` or `OPT` (least squared error).
-        rounding_method: `IDENTITY`, `POW2`, `HW_ALIGNED`, `HW_ALIGNED_FIXED` or `SCALE_UNIT`.
-        backoff: share of the FP8 range that the largest value may use.
+        scale_value_type: what the scale comes from: `MAXABS` (the range), `FIXED_VALUE`
+            (nothing) or `OPT` (the values: the candidate with the least squared error).
+        rounding_method: how the scale is rounded.
+        backoff: share of the FP8 range that the largest value may use; the rest is head
+            room. `FIXED_VALUE`, and `OPT` per tensor, do not use it.
+        weight_scales: candidates of `OPT`, tried in this order (per channel: factors of
+            the max-abs scale); empty for the free scales of the device.
     """
 
-    granularity: str = "PTS"
-    scale_value_type: str = "MAXABS"
-    rounding_method: str = "IDENTITY"
+    granularity: Granularity = "PTS"
+    scale_value_type: ScaleValueType = "MAXABS"
+    rounding_method: Rounding = "IDENTITY"
     backoff: float = 1.0
+    weight_scales: tuple[float, ...] = ()
 
     @property
-    def kind(self) -> tuple[str, str, str]:
-        """The three fields by which INC knows a method."""
+    def kind(self) -> tuple[Granularity, ScaleValueType, Rounding]:
+        """What tells published methods apart; backoff and candidates may vary."""
         return self.granularity, self.scale_value_type, self.rounding_method
+
+    @property
+    def is_fixed(self) -> bool:
+        """True where the scale depends on the device alone."""
+        return self.scale_value_type == "FIXED_VALUE"
+
+    @property
+    def is_per_channel(self) -> bool:
+        """True where each channel has a scale of its own."""
+        return self.granularity == "PCS"
+
+    @property
+    def uses_backoff(self) -> bool:
+        """True where the scale follows from a maximum."""
+        return self.scale_value_type == "MAXABS" or (self.scale_value_type == "OPT" and self.is_per_channel)
+
+    def find_candidates(self, device: Device) -> tuple[float, ...]:
+        """Return the candidates of an `OPT` method on `device`, in the order they are tried."""
+        return self.weight_scales or device.free_scales
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return the fields that QUANT_CONFIG's dict form spells out, candidates aside."""
+        return {
+            "granularity": self.granularity,
+            "scale_value_type": self.scale_value_type,
+            "rounding_method": self.rounding_method,
+            "backoff": self.backoff,
+        }
 
 
 @dataclass(frozen=True)
 class ScaleMethod:
-    """One published scale method.
+    """How weights and activations get their scales.
 
     Attributes:
-        name: INC's name, upper case.
-        weight, activation: how the two get their scales.
-        dynamic_only: activation scales are computed while serving.
+        name: the published method this pair is (backoffs and candidates aside), upper case.
+        weight: for weights.
+        activation: for inputs and outputs.
     """
 
     name: str
     weight: TensorScaling
     activation: TensorScaling
-    dynamic_only: bool = False
 
     @property
-    def per_channel(self) -> bool:
-        """Whether weights or activations have one scale per channel."""
-        return "PCS" in (self.weight.granularity, self.activation.granularity)
+    def is_fixed(self) -> bool:
+        """True where all scales are constants."""
+        return self.weight.is_fixed and self.activation.is_fixed
 
     @property
-    def fixed(self) -> bool:
-        """Whether the scale is a constant, so that nothing needs to be measured."""
-        return self.weight.scale_value_type == self.activation.scale_value_type == "FIXED_VALUE"
+    def is_per_channel(self) -> bool:
+        """True where any scale covers one channel; INC then refuses RUNTIME_SCALE_PATCHING=1."""
+        return self.weight.is_per_channel or self.activation.is_per_channel
 
+    @property
+    def is_dynamic_only(self) -> bool:
+        """True where INC computes activation scales at run time only (`dynamic_quantization`)."""
+        return self.activation.is_per_channel
 
-def _activation(rounding: str) -> TensorScaling:
-    return TensorScaling(rounding_method=rounding, backoff=0.25)
+    @property
+    def allows_dynamic(self) -> bool:
+        """True where INC accepts the method with `dynamic_quantization`."""
+        return self.activation.rounding_method != "HW_ALIGNED" and not self.is_fixed
 
-
-def _weight(rounding: str, value: str = "MAXABS", granularity: str = "PTS") -> TensorScaling:
-    return TensorScaling(granularity, value, rounding, 0.5)
+    @property
+    def needs_measurement(self) -> bool:
+        """False where serving needs neither ranges nor scale files."""
+        return not (self.is_fixed or self.is_dynamic_only)
 
 
 _UNIT = TensorScaling(scale_value_type="FIXED_VALUE", rounding_method="SCALE_UNIT")
 _SINGLE = TensorScaling(scale_value_type="FIXED_VALUE", rounding_method="HW_ALIGNED_FIXED")
-_PER_TOKEN = TensorScaling("PCS", "MAXABS", "POW2")
+_ACT_HW = TensorScaling(rounding_method="HW_ALIGNED", backoff=0.25)
+_ACT_POW2 = TensorScaling(rounding_method="POW2", backoff=0.25)
+_ACT_PCS = TensorScaling("PCS", rounding_method="POW2")
+_WEIGHT_HW = TensorScaling(rounding_method="HW_ALIGNED", backoff=0.5)
+_WEIGHT_POW2 = TensorScaling(rounding_method="POW2", backoff=0.5)
+_WEIGHT_PCS = TensorScaling("PCS", rounding_method="POW2", backoff=0.5)
+_WEIGHT_OPT_HW = TensorScaling("PTS", "OPT", "HW_ALIGNED", 0.5)
+_WEIGHT_OPT_POW2 = TensorScaling("PTS", "OPT", "POW2", 0.5, tuple(2.0**k for k in range(-10, 10)))
+_WEIGHT_PCS_OPT = TensorScaling("PCS", "OPT", "POW2", 0.5, tuple(2.0**k for k in range(-3, 5)))
 
 SCALE_METHODS: dict[str, ScaleMethod] = {
     method.name: method
     for method in (
         ScaleMethod("UNIT_SCALE", _UNIT, _UNIT),
         ScaleMethod("HW_ALIGNED_SINGLE_SCALE", _SINGLE, _SINGLE),
-        ScaleMethod("MAXABS_HW", _weight("HW_ALIGNED"), _activation("HW_ALIGNED")),
-        ScaleMethod("MAXABS_POW2", _weight("POW2"), _activation("POW2")),
-        ScaleMethod("MAXABS_ARBITRARY", _weight("IDENTITY"), _activation("IDENTITY")),
-        ScaleMethod("MAXABS_HW_OPT_WEIGHT", _weight("HW_ALIGNED", "OPT"), _activation("HW_ALIGNED")),
-        ScaleMethod("MAXABS_POW2_OPT_WEIGHT", _weight("POW2", "OPT"), _activation("POW2")),
-        ScaleMethod(
-            "ACT_MAXABS_HW_WEIGHTS_PCS_MAXABS_POW2", _weight("POW2", granularity="PCS"), _activation("HW_ALIGNED")
-        ),
-        ScaleMethod("ACT_MAXABS_HW_WEIGHTS_PCS_OPT_POW2", _weight("POW2", "OPT", "PCS"), _activation("HW_ALIGNED")),
-        ScaleMethod("ACT_MAXABS_POW2_WEIGHTS_PCS_MAXABS_POW2", _weight("POW2", granularity="PCS"), _activation("POW2")),
-        ScaleMethod("ACT_MAXABS_POW2_WEIGHTS_PCS_OPT_POW2", _weight("POW2", "OPT", "PCS"), _activation("POW2")),
-        ScaleMethod("ACT_MAXABS_PCS_POW2_WEIGHT_MAXABS_PTS_POW2_HW", _weight("HW_ALIGNED"), _PER_TOKEN, True),
-        ScaleMethod("MAXABS_PCS_POW2", _weight("POW2", granularity="PCS"), _PER_TOKEN, True),
+        ScaleMethod("MAXABS_HW", _WEIGHT_HW, _ACT_HW),
+        ScaleMethod("MAXABS_POW2", _WEIGHT_POW2, _ACT_POW2),
+        ScaleMethod("MAXABS_ARBITRARY", TensorScaling(backoff=0.5), TensorScaling(backoff=0.25)),
+        ScaleMethod("MAXABS_HW_OPT_WEIGHT", _WEIGHT_OPT_HW, _ACT_HW),
+        ScaleMethod("MAXABS_POW2_OPT_WEIGHT", _WEIGHT_OPT_POW2, _ACT_POW2),
+        ScaleMethod("ACT_MAXABS_HW_WEIGHTS_PCS_MAXABS_POW2", _WEIGHT_PCS, _ACT_HW),
+        ScaleMethod("ACT_MAXABS_HW_WEIGHTS_PCS_OPT_POW2", _WEIGHT_PCS_OPT, _ACT_HW),
+        ScaleMethod("ACT_MAXABS_POW2_WEIGHTS_PCS_MAXABS_POW2", _WEIGHT_PCS, _ACT_POW2),
+        ScaleMethod("ACT_MAXABS_POW2_WEIGHTS_PCS_OPT_POW2", _WEIGHT_PCS_OPT, _ACT_POW2),
+        ScaleMethod("ACT_MAXABS_PCS_POW2_WEIGHT_MAXABS_PTS_POW2_HW", _WEIGHT_HW, _ACT_PCS),
+        ScaleMethod("MAXABS_PCS_POW2", _WEIGHT_PCS, _ACT_PCS),
     )
 }
 _BY_KIND = {(method.weight.kind, method.activation.kind): method for method in SCALE_METHODS.values()}
@@ -135,8 +172,8 @@ def get_scale_method(name: str) -> ScaleMethod:
     Raises:
         ConfigError: no such method; names the nearest.
 
-    >>> get_scale_method("unit_scale").fixed
-    True
+    >>> get_scale_method("maxabs_hw").activation.backoff
+    0.25
     """
     method = SCALE_METHODS.get(name.upper())
     if method is None:
@@ -149,102 +186,71 @@ def get_scale_method(name: str) -> ScaleMethod:
 
 
 def match_scale_method(weight: TensorScaling, activation: TensorScaling) -> ScaleMethod | None:
-    """Return the published method with these fields (backoff aside), or None."""
+    """Return the published method with these fields (backoff and candidates aside), or None.
+
+    INC accepts no other combination.
+    """
     return _BY_KIND.get((weight.kind, activation.kind))
 
 
-class StrictModel(BaseModel):
-    """Refuses unknown keys and values of another type; cannot be changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class ScaleCandidates(StrictModel):
-    """The scales an `OPT` weight chooses from."""
-
-    weight_scales: Annotated[list[PositiveFloat], Field(min_length=1)]
-
-
-class TensorEntry(StrictModel):
-    """`weight` or `activation` of a dict entry; an absent field is inherited."""
-
-    granularity: Annotated[str, OneOf("PTS", "PCS")] = "PTS"
-    scale_value_type: Annotated[str, OneOf("MAXABS", "FIXED_VALUE", "OPT")] = "MAXABS"
-    rounding_method: Annotated[str, OneOf("IDENTITY", "POW2", "HW_ALIGNED", "HW_ALIGNED_FIXED", "SCALE_UNIT")] = (
-        "IDENTITY"
-    )
-    backoff: PositiveFloat = 1.0
-    params: ScaleCandidates | None = None
-
-    def resolve(self, inherited: TensorScaling) -> TensorScaling:
-        """Return the scaling with absent fields taken from `inherited`."""
-        given = {key: getattr(self, key) for key in self.model_fields_set - {"params"}}
-        return TensorScaling(**{**inherited.__dict__, **given})
-
-
-class MethodEntry(StrictModel):
-    """A scale method spelt out for one node, layer, layer type or by default."""
-
-    weight: TensorEntry = TensorEntry()
-    activation: TensorEntry = TensorEntry()
-
-    def resolve(self, inherited: "MethodEntry | None" = None) -> tuple[TensorScaling, TensorScaling]:
-        """Return the scaling of weight and activation."""
-        base = inherited.resolve() if inherited else (TensorScaling(), TensorScaling())
-        return self.weight.resolve(base[0]), self.activation.resolve(base[1])
-
-
-LayerNumber = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]*)$")]
-
-
-class MethodTable(StrictModel):
-    """`scale_method` as a dict.
+@dataclass(frozen=True)
+class MethodTable:
+    """The scale method of every node.
 
     Attributes:
-        default: for every node that no other entry names.
-        nodes: by full node name.
-        layers: by layer number (the digits after `layers.` in a node's name).
-        layer_types: by class name of the patched module.
+        default: of the nodes that no override names.
+        nodes, layers, layer_types: overrides by full node name, by layer number (the
+            digits after `layers.` in a node's name) and by class name of the module.
     """
 
-    default: MethodEntry
-    nodes: dict[str, MethodEntry] = Field(default_factory=dict)
-    layers: dict[LayerNumber, MethodEntry] = Field(default_factory=dict)
-    layer_types: dict[str, MethodEntry] = Field(default_factory=dict)
+    default: ScaleMethod
+    nodes: Mapping[str, ScaleMethod] = field(default_factory=dict)
+    layers: Mapping[str, ScaleMethod] = field(default_factory=dict)
+    layer_types: Mapping[str, ScaleMethod] = field(default_factory=dict)
 
-    def entries(self) -> Iterator[tuple[str, TensorScaling, TensorScaling]]:
-        """Yield (where, weight, activation) of every entry, the default first."""
-        yield "default", *self.default.resolve()
-        for section in ("nodes", "layers", "layer_types"):
-            for key, entry in getattr(self, section).items():
-                yield f"{section}.{key}", *entry.resolve(self.default)
+    @property
+    def file_tag(self) -> str:
+        """The method's name in scale file names: that of the default."""
+        return self.default.name
 
-    def resolve(self, node: str, layer_type: str = "") -> tuple[TensorScaling, TensorScaling]:
-        """Return the scaling of `node`'s weight and activation.
+    def entries(self) -> Iterator[tuple[str, ScaleMethod]]:
+        """Yield (where, method) of the default and every override, the default first."""
+        yield "default", self.default
+        for section in SECTIONS:
+            for key, method in getattr(self, section).items():
+                yield f"{section}.{key}", method
 
-        A node's own entry wins over its layer's, that over its type's, that over the default.
+    @property
+    def methods(self) -> tuple[ScaleMethod, ...]:
+        """The default and every override."""
+        return tuple(method for _, method in self.entries())
 
-        >>> MethodTable.model_validate({"default": {"weight": {"backoff": 0.5}}}).resolve("lm_head")[0].backoff
-        0.5
+    def for_node(self, name: str, layer_type: str | None = None) -> ScaleMethod:
+        """Return the method of node `name`, a module of class `layer_type`.
+
+        A node's own entry wins over its layer's, that over its class's, that over the default.
         """
-        layer = re.search(r"layers[./](\d+)", node)
-        entry = (
-            self.nodes.get(node)
-            or (self.layers.get(layer[1]) if layer else None)
-            or self.layer_types.get(layer_type)
-            or self.default
-        )
-        return entry.resolve(self.default)
+        if name in self.nodes:
+            return self.nodes[name]
+        layer = _find_layer(name)
+        if layer in self.layers:
+            return self.layers[layer]
+        return self.layer_types.get(layer_type or "", self.default)
+
+    def find_unused(self, names: Iterable[str], layer_types: Iterable[str] = ()) -> list[str]:
+        """Return the overrides that match none of the nodes `names` and module classes `layer_types`.
+
+        >>> MethodTable(SCALE_METHODS["MAXABS_HW"], {"lm_hed": SCALE_METHODS["UNIT_SCALE"]}).find_unused(["lm_head"])
+        ['nodes.lm_hed']
+        """
+        nodes = set(names)
+        known = {"nodes": nodes, "layers": set(map(_find_layer, nodes)), "layer_types": set(layer_types)}
+        return [
+            f"{section}.{key}" for section in SECTIONS for key in getattr(self, section) if key not in known[section]
+        ]
 
 
-def spell_out(method: ScaleMethod, *, weight_backoff: float | None, input_backoff: float | None) -> MethodTable:
-    """Return `method` as a dict with other backoffs, the form INC 3.5 and later read."""
-
-    def entry(scaling: TensorScaling, backoff: float | None) -> dict[str, Any]:
-        return {**scaling.__dict__, "backoff": scaling.backoff if backoff is None else backoff}
-
-    weight, activation = entry(method.weight, weight_backoff), entry(method.activation, input_backoff)
-    return MethodTable.model_validate({"default": {"weight": weight, "activation": activation}})
+def _find_layer(name: str) -> str:
+    """Return the layer number in a node's name, or nothing."""
+    match = re.search(r"layers\.(\d+)", name) or re.search(r"layers/(\d+)", name)
+    return match[1] if match else ""

@@ -11,16 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, field_serializer, model_validator
 
-from gaudi_calib.config_methods import (
-    SCALE_METHODS,
-    MethodTable,
-    OneOf,
-    PositiveFloat,
-    ScaleMethod,
-    StrictModel,
-    spell_out,
-)
-from gaudi_calib.config_rules import Finding, RuleError, find_errors, find_warnings, list_entries, list_methods
+from gaudi_calib.config_findings import Finding, RuleError
+from gaudi_calib.config_method_form import MethodForm, OneOf, PositiveFloat, StrictModel, build_table, with_backoffs
+from gaudi_calib.config_methods import SCALE_METHODS, MethodTable
+from gaudi_calib.config_rules import find_errors, find_warnings
 from gaudi_calib.errors import ConfigError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device, get_device
 
@@ -75,8 +69,8 @@ class ScaleParams(StrictModel):
 
 Filter = Annotated[NodeFilter, BeforeValidator(_refuse_bare_list)]
 ScaleMethodField = Annotated[
-    Annotated[str, OneOf(*SCALE_METHODS), Tag("name")] | Annotated[MethodTable, Tag("table")],
-    Discriminator(lambda value: "table" if isinstance(value, dict | MethodTable) else "name"),
+    Annotated[str, OneOf(*SCALE_METHODS), Tag("name")] | Annotated[MethodForm, Tag("table")],
+    Discriminator(lambda value: "table" if isinstance(value, dict | MethodForm) else "name"),
 ]
 
 
@@ -118,8 +112,8 @@ class QuantConfig(StrictModel):
         return self
 
     @field_serializer("scale_method")
-    def _write_scale_method(self, value: str | MethodTable) -> Any:
-        return value.model_dump(exclude_unset=True) if isinstance(value, MethodTable) else value.lower()
+    def _write_scale_method(self, value: str | MethodForm) -> Any:
+        return value.model_dump(exclude_unset=True) if isinstance(value, MethodForm) else value.lower()
 
     @field_serializer("scale_format")
     def _write_scale_format(self, value: str) -> str:
@@ -130,25 +124,20 @@ class QuantConfig(StrictModel):
         return {"types": value.types, "names": value.names}
 
     @property
-    def default_method(self) -> ScaleMethod:
-        """The published method of nodes without their own; its name is in the names of scale files."""
-        return list_methods(self)[0]
+    def method_table(self) -> MethodTable:
+        """The scale method of every node, as INC reads it (without `scale_params`)."""
+        return build_table(self.scale_method)
 
     @property
     def uses_stats_files(self) -> bool:
         """Whether INC reads or writes ranges: not for fixed scales, not for dynamic ones."""
-        fixed = all(
-            weight.scale_value_type == activation.scale_value_type == "FIXED_VALUE"
-            for _, weight, activation in list_entries(self)
-        )
+        fixed = all(method.is_fixed for method in self.method_table.methods)
         return not ((self.dynamic_quantization or fixed) and self.mode in ("QUANTIZE", "LOAD"))
 
     @property
     def required_env(self) -> dict[str, str]:
         """Environment variables without which serving with this config fails."""
-        static_per_channel = not self.dynamic_quantization and any(
-            "PCS" in method.name for method in list_methods(self)[:1]
-        )
+        static_per_channel = not self.dynamic_quantization and self.method_table.default.is_per_channel
         return {"RUNTIME_SCALE_PATCHING": "0"} if static_per_channel else {}
 
     @property
@@ -214,10 +203,11 @@ def get_scales_device(config: QuantConfig, device: Device) -> Device:
     if config.device_for_scales is None or config.device_for_scales == device.inc_name:
         return device
     chosen = get_device(config.device_for_scales)
-    if (chosen, device) != (GAUDI2, GAUDI3) or any(method.name != "MAXABS_HW" for method in list_methods(config)):
+    methods = config.method_table.methods
+    if (chosen, device) != (GAUDI2, GAUDI3) or any(method.name != "MAXABS_HW" for method in methods):
         raise ConfigError(
             f"device_for_scales {config.device_for_scales} does not work on {device.name}"
-            f" with {config.default_method.name.lower()}",
+            f" with {config.method_table.file_tag.lower()}",
             where="device_for_scales",
             why="INC overrides the device only for Gaudi 2 scales on Gaudi 3, with maxabs_hw",
             fix="remove device_for_scales",
@@ -226,14 +216,20 @@ def get_scales_device(config: QuantConfig, device: Device) -> Device:
 
 
 def convert_backoffs(config: QuantConfig) -> QuantConfig:
-    """Return `config` with `scale_params` moved into a `scale_method` dict, the form INC obeys."""
-    given = config.scale_params
+    """Return `config` with `scale_params` moved into a `scale_method` dict, the form INC obeys.
+
+    Backoffs that the method does not use are dropped; `config.warnings` tells.
+    """
     content = config.model_dump(exclude_unset=True, exclude={"scale_params"})
-    if isinstance(config.scale_method, str) and not config.default_method.fixed:
-        method = config.default_method
-        table = spell_out(method, weight_backoff=given.weight_backoff, input_backoff=given.input_backoff)
-        if table.default.resolve() != (method.weight, method.activation):
-            content["scale_method"] = table.model_dump(exclude_unset=True)
+    if isinstance(config.scale_method, str):
+        method, given = config.method_table.default, config.scale_params
+        form = with_backoffs(
+            method.name,
+            input_backoff=given.input_backoff if method.activation.uses_backoff else None,
+            weight_backoff=given.weight_backoff if method.weight.uses_backoff else None,
+        )
+        if form.to_table().default != method:
+            content["scale_method"] = form.model_dump(exclude_unset=True)
     return QuantConfig.model_validate(content)
 
 

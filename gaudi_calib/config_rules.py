@@ -7,42 +7,14 @@ vllm-gaudi's model runner, which calls INC.
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gaudi_calib.config_methods import SCALE_METHODS, MethodTable, ScaleMethod, TensorScaling, match_scale_method
+from gaudi_calib.config_findings import Finding
+from gaudi_calib.config_method_form import MethodForm
+from gaudi_calib.config_methods import SCALE_METHODS
 
 if TYPE_CHECKING:
     from gaudi_calib.config import QuantConfig
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing to know about a QUANT_CONFIG.
-
-    Attributes:
-        where: the attribute concerned (dotted where it is nested).
-        what: what is wrong, or what INC does with it.
-        why: the reason.
-        fix: what to write instead.
-    """
-
-    where: str
-    what: str
-    why: str | None = None
-    fix: str | None = None
-
-    def __str__(self) -> str:
-        rows = [("where", self.where), ("why", self.why), ("fix", self.fix)]
-        return "\n".join([self.what] + [f"  {name + ':':<6} {text}" for name, text in rows if text])
-
-
-class RuleError(ValueError):
-    """A config breaks rules; carries every finding through pydantic."""
-
-    def __init__(self, findings: list[Finding]):
-        super().__init__("; ".join(finding.what for finding in findings))
-        self.findings = findings
 
 
 Rule = Callable[["QuantConfig"], Iterator[Finding]]
@@ -51,7 +23,6 @@ Rule = Callable[["QuantConfig"], Iterator[Finding]]
 def find_errors(config: "QuantConfig") -> list[Finding]:
     """Return every rule of INC that `config` breaks."""
     rules: tuple[Rule, ...] = (
-        _check_method_entries,
         _check_dynamic,
         _check_patterns,
         _check_path,
@@ -77,36 +48,9 @@ def find_warnings(config: "QuantConfig") -> list[Finding]:
     return [finding for rule in rules for finding in rule(config)]
 
 
-def list_entries(config: "QuantConfig") -> list[tuple[str, TensorScaling, TensorScaling]]:
-    """Return (where, weight, activation) of every scale method `config` uses."""
-    method = config.scale_method
-    if isinstance(method, MethodTable):
-        return list(method.entries())
-    published = SCALE_METHODS[method]
-    return [("default", published.weight, published.activation)]
-
-
-def list_methods(config: "QuantConfig") -> list[ScaleMethod]:
-    """Return the published methods `config` uses, that of the default first."""
-    matches = (match_scale_method(weight, activation) for _, weight, activation in list_entries(config))
-    return [method for method in matches if method is not None]
-
-
-def _check_method_entries(config: "QuantConfig") -> Iterator[Finding]:
-    for where, weight, activation in list_entries(config):
-        if match_scale_method(weight, activation) is None:
-            yield Finding(
-                f"scale_method.{where}",
-                "these fields together are no published scale method",
-                f"weight is {'/'.join(weight.kind)} and activation is {'/'.join(activation.kind)}"
-                " (granularity/scale_value_type/rounding_method)",
-                "`gaudi-calib config presets` lists the published combinations",
-            )
-
-
 def _check_dynamic(config: "QuantConfig") -> Iterator[Finding]:
     if not config.dynamic_quantization:
-        for name in dict.fromkeys(method.name for method in list_methods(config) if method.dynamic_only):
+        for name in dict.fromkeys(method.name for method in config.method_table.methods if method.is_dynamic_only):
             yield Finding(
                 "scale_method",
                 f"{name.lower()} works only with dynamic quantization",
@@ -124,12 +68,12 @@ def _check_dynamic(config: "QuantConfig") -> Iterator[Finding]:
             "dynamic quantization has nothing to measure",
             'use "mode": "QUANTIZE"',
         )
-    for where, weight, activation in list_entries(config):
-        fixed = weight.scale_value_type == activation.scale_value_type == "FIXED_VALUE"
-        if fixed or activation.rounding_method == "HW_ALIGNED":
+    for where, method in config.method_table.entries():
+        if not method.allows_dynamic:
+            kind = "fixed" if method.is_fixed else "hardware-aligned activation"
             yield Finding(
                 "scale_method" if where == "default" else f"scale_method.{where}",
-                f"{'fixed' if fixed else 'hardware-aligned activation'} scales do not work with dynamic_quantization",
+                f"{kind} scales do not work with dynamic_quantization",
                 fix="choose act_maxabs_pcs_pow2_weight_maxabs_pts_pow2_hw or maxabs_pcs_pow2",
             )
 
@@ -160,7 +104,7 @@ def _check_path(config: "QuantConfig") -> Iterator[Finding]:
 
 
 def _check_backoffs(config: "QuantConfig") -> Iterator[Finding]:
-    if isinstance(config.scale_method, MethodTable) and config.scale_params.model_fields_set:
+    if isinstance(config.scale_method, MethodForm) and config.scale_params.model_fields_set:
         yield Finding(
             "scale_params",
             "backoffs are given twice",
@@ -204,7 +148,7 @@ def _warn_scale_format(config: "QuantConfig") -> Iterator[Finding]:
     if config.scale_format != "SCALAR" or "scale_format" not in config.model_fields_set:
         return
     reasons = {
-        "per-channel scales": any(method.per_channel for method in list_methods(config)),
+        "per-channel scales": any(method.is_per_channel for method in config.method_table.methods),
         "fake_quant": config.fake_quant,
         "dynamic_quantization": config.dynamic_quantization,
     }
@@ -227,21 +171,22 @@ def _warn_backoffs(config: "QuantConfig") -> Iterator[Finding]:
         "they read backoffs only from a scale_method written as a dict",
         "nothing for files that gaudi-calib writes (it spells out the dict); else write the dict form yourself",
     )
-    methods = list_methods(config)
     if config.dynamic_quantization and config.scale_params.input_backoff is not None:
         yield Finding("scale_params.input_backoff", "dynamic quantization uses its own input backoff", fix="remove it")
-    if all(method.fixed for method in methods):
-        yield Finding("scale_params", f"{methods[0].name.lower()} has no backoff", fix="remove scale_params")
+    method = config.method_table.default
+    for key, scaling in (("input_backoff", method.activation), ("weight_backoff", method.weight)):
+        if key in config.scale_params.model_fields_set and not scaling.uses_backoff:
+            yield Finding(f"scale_params.{key}", f"{method.name.lower()} has no such backoff", fix="remove it")
 
 
 def _warn_method_table(config: "QuantConfig") -> Iterator[Finding]:
-    table = config.scale_method
-    if not isinstance(table, MethodTable):
+    form = config.scale_method
+    if not isinstance(form, MethodForm):
         return
-    method = list_methods(config)[0]
+    method = SCALE_METHODS[config.method_table.file_tag]
     for part in ("weight", "activation"):
         default = getattr(method, part).backoff
-        if "backoff" not in getattr(table.default, part).model_fields_set and default != 1.0:
+        if "backoff" not in getattr(form.default, part).model_fields_set and default != 1.0:
             yield Finding(
                 f"scale_method.default.{part}.backoff",
                 f"no backoff is given: INC takes 1.0, not the {default} of {method.name.lower()}",
@@ -260,7 +205,7 @@ def _warn_runtime_patching(config: "QuantConfig") -> Iterator[Finding]:
     if config.required_env and config.mode in ("QUANTIZE", "LOAD"):
         yield Finding(
             "scale_method",
-            f"{list_methods(config)[0].name.lower()} needs RUNTIME_SCALE_PATCHING=0 in the environment",
+            f"{config.method_table.file_tag.lower()} needs RUNTIME_SCALE_PATCHING=0 in the environment",
             "vllm-gaudi sets it to 1, and INC then stops at per-channel scales",
             "export RUNTIME_SCALE_PATCHING=0 before serving",
         )

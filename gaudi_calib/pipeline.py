@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from gaudi_calib.config import to_content, write_quant_config
+from gaudi_calib.config import parse_scale_method, to_content, write_quant_config
 from gaudi_calib.config_model import QuantConfig, find_idle_patterns, get_scales_device
 from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.errors import FileError
@@ -17,7 +17,6 @@ from gaudi_calib.ranges.store import list_worlds, read_world_dir, write_rank_set
 from gaudi_calib.run import Run, RunOptions, RunResult
 from gaudi_calib.scales.compute import compute_scales
 from gaudi_calib.scales.layer_types import find_layer_type
-from gaudi_calib.scales.method_table import MethodTable, parse_scale_method
 
 __all__ = ["RunOptions", "RunResult", "calibrate", "list_files", "measure", "quantize"]
 
@@ -177,7 +176,7 @@ def _quantize(run: Run) -> None:
     """Compute scales."""
     for device in run.devices:
         config = run.quant_configs[device.name]
-        method: MethodTable = parse_scale_method(to_content(config)["scale_method"])
+        method = parse_scale_method(to_content(config)["scale_method"])
         scales_device = get_scales_device(config, device)
         for world in run.options.worlds:
             for rank_set in run.ranges[device.name, world]:

@@ -23,12 +23,11 @@ from gaudi_calib.config import (
     with_dump_stats_path,
     write_quant_config,
 )
-from gaudi_calib.config_methods import SCALE_METHODS, MethodTable
+from gaudi_calib.config_methods import SCALE_METHODS
 from gaudi_calib.errors import ConfigError, ModelError, UsageError
 from gaudi_calib.families import FAMILIES, find_family
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.layout import RunLayout
-from gaudi_calib.scales.methods import METHODS
 
 PATH = "/data/out/g2/inc_output"
 
@@ -151,7 +150,12 @@ REFUSED = {
         '"backoff" into weight and activation',
     ),
     "no published method": ({"scale_method": {"default": {"weight": {"rounding_method": "POW2"}}}}, "presets"),
+    "two entries of no published method": (
+        {"scale_method": {"default": {}, "nodes": {"lm_head": {"weight": {"granularity": "PCS"}}}}},
+        "presets",
+    ),
     "no default": ({"scale_method": {"layers": {}}}, "needs a default"),
+    "null for an object": ({"scale_method": {"default": None}}, "use an object"),
     "range of layers": ({"scale_method": {"default": {}, "layers": {"0-3": {}}}}, 'use "0", "1"'),
     "dynamic only": ({"scale_method": "maxabs_pcs_pow2"}, '"dynamic_quantization": true'),
     "dynamic qdq": (
@@ -241,7 +245,11 @@ WARNED = {
     "backoffs": ({"scale_params": {"input_backoff": 0.5}}, "scale_params"),
     "backoff of a fixed scale": (
         {"scale_method": "unit_scale", "scale_params": {"input_backoff": 0.5}},
-        "scale_params",
+        "scale_params.input_backoff",
+    ),
+    "backoff of a searched weight": (
+        {"scale_method": "maxabs_hw_opt_weight", "scale_params": {"weight_backoff": 0.75}},
+        "scale_params.weight_backoff",
     ),
     "scalar per channel": (
         {"scale_method": "act_maxabs_hw_weights_pcs_opt_pow2", "scale_format": "scalar"},
@@ -300,29 +308,11 @@ def test_backoffs_are_written_as_inc_reads_them():
     assert "scale_params" not in content
     assert content["scale_method"]["default"]["weight"]["backoff"] == 0.75
     assert content["scale_method"]["default"]["activation"]["backoff"] == 0.25
-    for method, backoff in {"unit_scale": 0.9, "maxabs_hw": 0.5}.items():
+    for method, backoff in {"unit_scale": 0.9, "maxabs_hw_opt_weight": 0.9, "maxabs_hw": 0.5}.items():
         same = parse(scale_method=method, scale_params={"weight_backoff": backoff})
         assert to_content(same)["scale_method"] == method
     once = convert_backoffs(parse(scale_params={"input_backoff": 0.125}))
     assert convert_backoffs(once) == once
-
-
-def test_the_methods_of_the_scales_are_these():
-    """Configs and scales know the same 13 methods by the same fields, backoffs and consequences."""
-    here = {
-        name: [(*part.kind, part.backoff) for part in (method.weight, method.activation)]
-        for name, method in SCALE_METHODS.items()
-    }
-    there = {
-        name: [(*(choice.name for choice in part.kind), part.backoff) for part in (method.weight, method.activation)]
-        for name, method in METHODS.items()
-    }
-    assert len(here) == 13
-    assert here == there
-    for name, method in METHODS.items():
-        ours = SCALE_METHODS[name]
-        assert ours.dynamic_only == method.is_dynamic_only
-        assert (ours.fixed or ours.dynamic_only) == (not method.needs_measurement)
 
 
 def test_required_environment():
@@ -388,8 +378,7 @@ def test_the_most_specific_entry_of_a_method_dict_wins():
             "layers": {"1": {"activation": {"backoff": 0.2}}},
             "layer_types": {"KVCache": {"activation": {"backoff": 0.3}}},
         }
-    ).scale_method
-    assert isinstance(table, MethodTable)
+    ).method_table
     chosen = {
         ("model.layers.1.mlp.down_proj", "KVCache"): 0.1,
         ("model.layers.1.mlp.gate_up_proj", "KVCache"): 0.2,
@@ -397,8 +386,8 @@ def test_the_most_specific_entry_of_a_method_dict_wins():
         ("lm_head", "ParallelLMHead"): 0.25,
     }
     for (node, layer_type), backoff in chosen.items():
-        weight, activation = table.resolve(node, layer_type)
-        assert (weight.backoff, activation.backoff) == (0.5, backoff)
+        method = table.for_node(node, layer_type)
+        assert (method.weight.backoff, method.activation.backoff) == (0.5, backoff)
 
 
 def test_schema_describes_what_is_accepted():

@@ -72,7 +72,7 @@ def test_the_13_methods_have_the_fields_and_backoffs_of_inc():
     mapping = {key.name: theirs(parts) for key, parts in inc_methods.scale_method_config_mapping.items()}
     assert {name: ours(method) for name, method in SCALE_METHODS.items()} == mapping
     dynamic_only = {method.name for method in inc.SUPPORTED_DYNAMIC_QUANTIZATION_SCALES}
-    assert {name for name, method in SCALE_METHODS.items() if method.dynamic_only} == dynamic_only
+    assert {name for name, method in SCALE_METHODS.items() if method.is_dynamic_only} == dynamic_only
 
 
 HW = {
@@ -104,6 +104,9 @@ CASES = {
     "dict": {"scale_method": HW},
     "dict without default": {"scale_method": {"nodes": {"lm_head": POW2}}},
     "dict with null default": {"scale_method": {"default": None}},
+    "dict with null sections": {"scale_method": {**HW, "nodes": None, "layers": None, "layer_types": None}},
+    "dict with null override": {"scale_method": {**HW, "nodes": {"lm_head": None}}},
+    "dict with null weight": {"scale_method": {"default": {**POW2, "weight": None}}},
     "empty dict": {"scale_method": {}},
     "empty default": {"scale_method": {"default": {}}},
     "half a default": {"scale_method": {"default": {"weight": {"rounding_method": "POW2"}}}},
@@ -120,6 +123,10 @@ CASES = {
     "candidates": {
         "scale_method": {"default": {**POW2, "weight": scaling("PTS", "OPT", "POW2", params={"weight_scales": [1.0]})}}
     },
+    "null candidates": {
+        "scale_method": {"default": {**POW2, "weight": scaling("PTS", "OPT", "POW2", params={"weight_scales": None})}}
+    },
+    "empty params": {"scale_method": {"default": {**POW2, "weight": scaling("PTS", "OPT", "POW2", params={})}}},
     "dynamic method, static": {"scale_method": "MAXABS_PCS_POW2"},
     "dynamic method, measured": {"scale_method": "MAXABS_PCS_POW2", "mode": "MEASURE"},
     "dynamic dict entry, static": {
@@ -218,7 +225,7 @@ def test_any_combination_is_judged_as_inc_judges_it(content, device, tmp_path_fa
     assert parsed["use_stats_files"] == config.uses_stats_files
     assert parsed["device_for_scales"].name == get_scales_device(config, DEVICES[device]).inc_name
     if config.uses_stats_files:
-        assert parsed["scale_file"] == f"{path}_hooks_maxabs_{config.default_method.name}"
+        assert parsed["scale_file"] == f"{path}_hooks_maxabs_{config.method_table.file_tag}"
     if "scale_format" in content:
         announced = any(finding.where == "scale_format" for finding in config.warnings)
         assert announced == (parsed["scale_format"].name != content["scale_format"].upper())
@@ -240,9 +247,17 @@ def test_inc_accepts_every_template(name, tmp_path, monkeypatch):
         assert parsed["dynamic_quantization"] == config.dynamic_quantization
 
 
-@pytest.mark.parametrize("method", ["maxabs_hw", "maxabs_pow2_opt_weight", "act_maxabs_hw_weights_pcs_maxabs_pow2"])
-def test_backoffs_of_scale_params_reach_inc(method, tmp_path):
-    """INC ignores scale_params as given, and obeys them in the form that is written."""
+@pytest.mark.parametrize(
+    ("method", "weight_backoff"),
+    [
+        ("maxabs_hw", 0.75),
+        ("act_maxabs_hw_weights_pcs_maxabs_pow2", 0.75),
+        ("act_maxabs_hw_weights_pcs_opt_pow2", 0.75),
+        ("maxabs_pow2_opt_weight", 0.5),  # chooses among candidates, whatever the backoff
+    ],
+)
+def test_backoffs_of_scale_params_reach_inc(method, weight_backoff, tmp_path):
+    """INC ignores scale_params as given, and obeys those the method uses in the form that is written."""
     from gaudi_calib.config import to_content
 
     content = {
@@ -258,7 +273,7 @@ def test_backoffs_of_scale_params_reach_inc(method, tmp_path):
 
     assert read_backoffs(ask_inc(content, DEVICES["g2"])) == (0.25, 0.5)
     parsed = ask_inc(to_content(parse_quant_config(content)), DEVICES["g2"])
-    assert read_backoffs(parsed) == (0.125, 0.75)
+    assert read_backoffs(parsed) == (0.125, weight_backoff)
     assert parsed["scale_file"].endswith(f"_hooks_maxabs_{method.upper()}")
 
 

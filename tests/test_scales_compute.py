@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from inc_scales_oracle import to_json as describe_scales
 
+from gaudi_calib.config import parse_scale_method
+from gaudi_calib.config_methods import SCALE_METHODS
 from gaudi_calib.errors import ConfigError, RangeError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device, get_device
+from gaudi_calib.ranges import bf16
 from gaudi_calib.ranges.node import Node, Op, RankSet, ScaleNode, find_op
-from gaudi_calib.scales import bf16
 from gaudi_calib.scales.compute import compute_scales
 from gaudi_calib.scales.layer_types import find_layer_type
-from gaudi_calib.scales.method_table import parse_scale_method
-from gaudi_calib.scales.methods import METHODS
 from gaudi_calib.scales.optimal import choose_channel_scales, choose_tensor_scale, quantization_error
 from gaudi_calib.scales.tensor import scale_channels
 
@@ -67,7 +67,7 @@ def dense_weights(name: str) -> np.ndarray | None:
 
 
 @pytest.mark.parametrize("device", [GAUDI2, GAUDI3], ids=lambda device: device.name)
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(SCALE_METHODS))
 def test_scales_equal_a_golden_file_of_each_method(method: str, device: Device):
     """Layer 0 of a llama, quantized by INC: every number, weights included."""
     golden = read_golden("llama_all_methods.json")
@@ -195,7 +195,7 @@ def test_a_channel_of_zeros_gets_the_smallest_normal_scale():
     """Padded rows of the vocabulary: 2**-126, on both devices."""
     weight = np.array([[0.0, 0.0], [1.0, -2.0]], dtype=np.float32)
     for device, scale in ((GAUDI2, 2.0**-5), (GAUDI3, 2.0**-6)):
-        assert scale_channels(weight, METHODS["MAXABS_PCS_POW2"].weight, device).tolist() == [2.0**-126, scale]
+        assert scale_channels(weight, SCALE_METHODS["MAXABS_PCS_POW2"].weight, device).tolist() == [2.0**-126, scale]
 
 
 @pytest.mark.parametrize("device", [GAUDI2, GAUDI3], ids=lambda device: device.name)

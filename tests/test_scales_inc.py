@@ -7,13 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gaudi_calib.config import parse_scale_method
+from gaudi_calib.config_methods import SCALE_METHODS, TensorScaling
 from gaudi_calib.errors import ConfigError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device
+from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import Node, Op, RankSet, find_op
-from gaudi_calib.scales.bf16 import round_to_bf16
 from gaudi_calib.scales.compute import compute_scales
-from gaudi_calib.scales.method_table import parse_scale_method
-from gaudi_calib.scales.methods import METHODS, Granularity, Rounding, ValueType
 from gaudi_calib.scales.rounding import round_scales
 
 pytest.importorskip("neural_compressor")
@@ -84,7 +84,7 @@ def random_nodes(op: Op) -> tuple[dict[str, Node], dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("op", list(Op), ids=lambda op: op.value)
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(SCALE_METHODS))
 def test_scales_of_random_nodes_equal_inc(method: str, op: Op, inc: IncScales):
     """Every method, device and op type: inputs, outputs and weights of 200 random nodes."""
     nodes, weights = random_nodes(op)
@@ -96,7 +96,7 @@ def test_scales_of_random_nodes_equal_inc(method: str, op: Op, inc: IncScales):
 def test_roundings_of_every_scale_equal_inc(rounding: str, inc: IncScales):
     """All 32,640 bfloat16 values that are not negative: bits equal, zero and subnormals included."""
     values = (np.arange(0x7F80, dtype=np.uint32) << 16).view(np.float32)
-    np.testing.assert_array_equal(round_scales(values, Rounding[rounding], inc.device), inc.round(values, rounding))
+    np.testing.assert_array_equal(round_scales(values, rounding, inc.device), inc.round(values, rounding))
 
 
 @pytest.mark.parametrize("method", ["MAXABS_HW", "MAXABS_HW_OPT_WEIGHT", "ACT_MAXABS_HW_WEIGHTS_PCS_OPT_POW2"])
@@ -139,17 +139,8 @@ RULES = st.fixed_dictionaries(
 )
 
 
-def write_rule(rule) -> dict:
-    return {
-        "granularity": rule.granularity.value,
-        "scale_value_type": rule.value_type.value,
-        "rounding_method": rule.rounding.value,
-        "backoff": rule.backoff,
-    }
-
-
-PUBLISHED_PAIRS = st.sampled_from(list(METHODS.values())).map(
-    lambda method: {"weight": write_rule(method.weight), "activation": write_rule(method.activation)}
+PUBLISHED_PAIRS = st.sampled_from(list(SCALE_METHODS.values())).map(
+    lambda method: {"weight": method.weight.to_fields(), "activation": method.activation.to_fields()}
 )
 PAIRS = st.one_of(PUBLISHED_PAIRS, st.fixed_dictionaries({}, optional={"weight": RULES, "activation": RULES}))
 BACKOFFS = st.sampled_from([0.125, 0.25, 0.75])
@@ -159,7 +150,8 @@ OVERRIDES = st.one_of(
 TABLES = st.fixed_dictionaries(
     {"default": st.one_of(PUBLISHED_PAIRS, PAIRS)},
     optional={
-        "nodes": st.dictionaries(st.sampled_from(["model.layers.1.mlp.down_proj", "lm_head"]), OVERRIDES, max_size=2),
+        "nodes": st.none()
+        | st.dictionaries(st.sampled_from(["model.layers.1.mlp.down_proj", "lm_head"]), OVERRIDES, max_size=2),
         "layers": st.dictionaries(st.sampled_from(["1", "12"]), OVERRIDES, max_size=2),
         "layer_types": st.dictionaries(st.sampled_from(["RowParallelLinear", "Matmul"]), OVERRIDES, max_size=2),
     },
@@ -176,16 +168,16 @@ PLACES = [
 def describe_inc_rule(rule) -> tuple:
     scales = rule.params.get("weight_scales") if rule.scale_value_type.name == "OPT" else None
     return (
-        Granularity[rule.granularity.name],
-        ValueType[rule.scale_value_type.name],
-        Rounding[rule.rounding_method.name],
+        rule.granularity.name,
+        rule.scale_value_type.name,
+        rule.rounding_method.name,
         rule.backoff,
         None if scales is None else tuple(scales),
     )
 
 
-def describe_rule(rule, device: Device) -> tuple:
-    candidates = rule.find_candidates(device) if rule.value_type is ValueType.OPT else None
+def describe_rule(rule: TensorScaling, device: Device) -> tuple:
+    candidates = rule.find_candidates(device) if rule.scale_value_type == "OPT" else None
     return (*rule.kind, rule.backoff, candidates)
 
 

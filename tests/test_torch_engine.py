@@ -16,8 +16,9 @@ from gaudi_calib.engines.torch_stream import make_batches, measure_channels
 from gaudi_calib.errors import ModelError, RangeError, TopologyError
 from gaudi_calib.families import Split
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
+from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.channel_file import read_channel_ranges, write_channel_ranges
-from gaudi_calib.ranges.node import Op, round_to_bf16
+from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.shard import ChannelRanges, bound_partial_product, derive_rank
 
 LENGTHS = (7, 33, 50, 50, 3)

@@ -9,7 +9,8 @@ from gaudi_calib.engines.attention import AttentionRanges, max_magnitude
 from gaudi_calib.engines.base import ATTENTION_OPS, LinearPlan, ModelPlan
 from gaudi_calib.engines.linear import LinearRanges
 from gaudi_calib.families import Split
-from gaudi_calib.ranges.node import Op, round_to_bf16
+from gaudi_calib.ranges.bf16 import round_to_bf16
+from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.shard import Axis, ChannelNode, ChannelRange
 
 _WEIGHT_ROWS = 16384  # rows of an unloaded weight read at a time

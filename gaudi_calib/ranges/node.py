@@ -122,14 +122,3 @@ def find_op(name: str, node: Node) -> Op:
     if node.outputs is not None and len(node.outputs) == 2 and node.weight is not None:
         return Op.ROW_PARALLEL_LINEAR
     return Op.LINEAR
-
-
-def round_to_bf16(values: np.ndarray) -> np.ndarray:
-    """Round float32 values to the nearest bfloat16, ties to even, as float32.
-
-    >>> round_to_bf16(np.array([1.0, 1.00390625, 3.14159], dtype=np.float32)).tolist()
-    [1.0, 1.0, 3.140625]
-    """
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(values), values, rounded.view(np.float32)).astype(np.float32)

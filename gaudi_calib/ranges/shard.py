@@ -13,7 +13,8 @@ import numpy as np
 
 from gaudi_calib.errors import TopologyError
 from gaudi_calib.fp8 import GAUDI2, Device
-from gaudi_calib.ranges.node import Node, Op, RankSet, round_to_bf16
+from gaudi_calib.ranges.bf16 import round_to_bf16
+from gaudi_calib.ranges.node import Node, Op, RankSet
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gaudi_calib.config_methods import MethodTable, ScaleMethod, TensorScaling, get_scale_method
 from gaudi_calib.errors import ConfigError, RangeError
 from gaudi_calib.fp8 import Device
+from gaudi_calib.ranges import bf16
 from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, RankSet, ScaleNode, find_op
-from gaudi_calib.scales import bf16
 from gaudi_calib.scales.layer_types import find_layer_type, is_expert_matmul
-from gaudi_calib.scales.method_table import MethodTable, parse_scale_method
-from gaudi_calib.scales.methods import Rounding, ScaleMethod, TensorMethod, ValueType
 from gaudi_calib.scales.optimal import choose_tensor_scale
 from gaudi_calib.scales.rounding import round_scales
 from gaudi_calib.scales.tensor import scale_channels, scale_ranges
@@ -47,7 +46,7 @@ def compute_scales(
 
     Args:
         ranges: one rank's ranges; rounded to bfloat16 first, as INC does.
-        method: a published name or a parsed dict form. Dynamic-only methods are computed as
+        method: a published name, or the table of a dict form. Dynamic-only methods are computed as
             if static (a per-channel activation gets one scale from its range).
         device: the device that will serve.
         weights: returns the rank's weight of a node, float32 of shape (out, in), or None.
@@ -64,7 +63,7 @@ def compute_scales(
             scale of 0 (a division by zero when serving), or a weight is missing or malformed.
         ConfigError: the table has `layer_types` and a node's class is not known.
     """
-    table = parse_scale_method(method) if isinstance(method, str) else method
+    table = MethodTable(get_scale_method(method)) if isinstance(method, str) else method
     batch = _Batch(device)
     plans = {name: _plan_node(name, node, table, layer_types or {}, batch) for name, node in ranges.nodes.items()}
     values = batch.solve()
@@ -78,7 +77,7 @@ class _Plan:
 
     inputs: tuple[int, ...]
     output: int | None = None  # None: the first input's scale times that of the weight
-    weight: int | TensorMethod | None = None
+    weight: int | TensorScaling | None = None
 
 
 @dataclass
@@ -97,9 +96,9 @@ class _Batch:
 
     device: Device
     requests: list[_Request] = field(default_factory=list)
-    by_method: dict[TensorMethod | None, list[int]] = field(default_factory=dict)
+    by_method: dict[TensorScaling | None, list[int]] = field(default_factory=dict)
 
-    def add(self, request: _Request, method: TensorMethod | None) -> int:
+    def add(self, request: _Request, method: TensorScaling | None) -> int:
         """Return the index of the scale that will be computed."""
         self.requests.append(request)
         self.by_method.setdefault(method, []).append(len(self.requests) - 1)
@@ -116,7 +115,7 @@ class _Batch:
         values[products] = bf16.multiply(values[pairs[:, 0]], values[pairs[:, 1]])
         return values
 
-    def _scale(self, method: TensorMethod, indices: list[int]) -> np.ndarray:
+    def _scale(self, method: TensorScaling, indices: list[int]) -> np.ndarray:
         requests = [self.requests[index] for index in indices]
         if method.is_fixed:
             return scale_ranges(np.zeros(len(requests)), method, self.device)
@@ -181,10 +180,10 @@ def _plan_linear(
     name: str, node: Node, op: Op, rules: ScaleMethod, batch: _Batch, entry: int, of_output: Callable[[int], int]
 ) -> _Plan:
     rule = rules.weight
-    weight: int | TensorMethod = rule
+    weight: int | TensorScaling = rule
     if rule.is_fixed:
         weight = batch.add(_Request(name, "weight"), rule)
-    elif not rule.is_per_channel and rule.value_type is ValueType.MAXABS and node.weight is not None:
+    elif not rule.is_per_channel and rule.scale_value_type == "MAXABS" and node.weight is not None:
         weight = batch.add(_Request(name, "weight", float(np.max(node.weight))), rule)
     if op is Op.ROW_PARALLEL_LINEAR:
         return _Plan((entry,), of_output(0), weight)
@@ -217,13 +216,13 @@ def _fill_plan(name: str, plan: _Plan, values: np.ndarray, weights: WeightReader
     if plan.output is not None:
         return ScaleNode(inputs, (float(values[plan.output]),), stored)
     product = np.multiply(scales, np.float32(inputs[0]))
-    if weight.value_type is not ValueType.OPT or weight.is_per_channel:
+    if weight.scale_value_type != "OPT" or weight.is_per_channel:
         product = bf16.round_to_bf16(product)
     return ScaleNode(inputs, (float(product) if product.ndim == 0 else product,), stored)
 
 
 def _scale_weight(
-    name: str, rule: TensorMethod, weights: WeightReader, device: Device
+    name: str, rule: TensorScaling, weights: WeightReader, device: Device
 ) -> tuple[np.ndarray, float | np.ndarray | PerChannelWeight]:
     """Return the weight's scales and the form they are stored in."""
     weight = _read_weight(name, weights)
@@ -232,9 +231,11 @@ def _scale_weight(
         stored: float | np.ndarray | PerChannelWeight = PerChannelWeight(
             scales, np.ones(weight.shape[1], dtype=np.float32)
         )
-    elif rule.value_type is ValueType.OPT:
+    elif rule.scale_value_type == "OPT":
         chosen = choose_tensor_scale(weight, rule.find_candidates(device), device)
-        stored = scales = round_scales(np.array([chosen], dtype=np.float32), rule.rounding, device, in_bf16=False)
+        stored = scales = round_scales(
+            np.array([chosen], dtype=np.float32), rule.rounding_method, device, in_bf16=False
+        )
     else:
         scales = scale_ranges(np.abs(weight).max(initial=0.0), rule, device)
         stored = float(scales)
@@ -269,8 +270,8 @@ def _bad_range(request: _Request, count: int) -> RangeError:
     )
 
 
-def _bad_scale(request: _Request, scale: float, method: TensorMethod) -> RangeError:
-    exact = method.rounding in (Rounding.POW2, Rounding.IDENTITY)
+def _bad_scale(request: _Request, scale: float, method: TensorScaling) -> RangeError:
+    exact = method.rounding_method in ("POW2", "IDENTITY")
     return RangeError(
         f"the scale of {request.part} of node {request.name!r} is {scale:g}",
         where=request.name,

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from gaudi_calib.fp8 import Device
-from gaudi_calib.scales import bf16
+from gaudi_calib.ranges import bf16
 from gaudi_calib.scales.cast import cast_to_fp8
 
 _MAGNITUDES = 1 << 15

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from gaudi_calib.config_methods import Rounding
 from gaudi_calib.fp8 import Device
-from gaudi_calib.scales import bf16
-from gaudi_calib.scales.methods import Rounding
+from gaudi_calib.ranges import bf16
 
 
 def round_to_pow2(scales: np.ndarray, *, in_bf16: bool = True) -> np.ndarray:
@@ -57,13 +57,13 @@ def align_to_hardware(scales: np.ndarray, device: Device, *, in_bf16: bool = Tru
 
 def round_scales(scales: np.ndarray, rounding: Rounding, device: Device, *, in_bf16: bool = True) -> np.ndarray:
     """Round float32 `scales` of any shape as `rounding` says; see the functions above."""
-    if rounding is Rounding.POW2:
+    if rounding == "POW2":
         return round_to_pow2(scales, in_bf16=in_bf16)
-    if rounding is Rounding.HW_ALIGNED:
+    if rounding == "HW_ALIGNED":
         return align_to_hardware(scales, device, in_bf16=in_bf16)
-    if rounding is Rounding.HW_ALIGNED_FIXED:
+    if rounding == "HW_ALIGNED_FIXED":
         return np.full(np.shape(scales), device.free_scales[0], dtype=np.float32)
-    if rounding is Rounding.SCALE_UNIT:
+    if rounding == "SCALE_UNIT":
         return np.ones(np.shape(scales), dtype=np.float32)
     return np.asarray(scales, dtype=np.float32)
 

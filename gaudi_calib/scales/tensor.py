@@ -2,14 +2,14 @@
 
 import numpy as np
 
+from gaudi_calib.config_methods import TensorScaling
 from gaudi_calib.fp8 import Device
-from gaudi_calib.scales import bf16
-from gaudi_calib.scales.methods import TensorMethod, ValueType
+from gaudi_calib.ranges import bf16
 from gaudi_calib.scales.optimal import choose_channel_scales
 from gaudi_calib.scales.rounding import round_scales
 
 
-def scale_ranges(ranges: np.ndarray, method: TensorMethod, device: Device) -> np.ndarray:
+def scale_ranges(ranges: np.ndarray, method: TensorScaling, device: Device) -> np.ndarray:
     """Return the scale of each range under a `MAXABS` or `FIXED_VALUE` rule.
 
     Args:
@@ -20,15 +20,15 @@ def scale_ranges(ranges: np.ndarray, method: TensorMethod, device: Device) -> np
         float32 holding bfloat16 values, same shape.
 
     >>> from gaudi_calib.fp8 import GAUDI2
-    >>> from gaudi_calib.scales.methods import find_method
-    >>> scale_ranges(np.array([1.0, 30.0, 0.0]), find_method("maxabs_hw").activation, GAUDI2).tolist()
+    >>> from gaudi_calib.config_methods import get_scale_method
+    >>> scale_ranges(np.array([1.0, 30.0, 0.0]), get_scale_method("maxabs_hw").activation, GAUDI2).tolist()
     [0.0625, 1.0, 0.00390625]
     """
     scales = bf16.divide(bf16.round_to_bf16(ranges), device.fullscale * method.backoff)
-    return round_scales(scales, method.rounding, device)
+    return round_scales(scales, method.rounding_method, device)
 
 
-def scale_channels(weight: np.ndarray, method: TensorMethod, device: Device) -> np.ndarray:
+def scale_channels(weight: np.ndarray, method: TensorScaling, device: Device) -> np.ndarray:
     """Return one scale per output channel.
 
     Args:
@@ -40,8 +40,8 @@ def scale_channels(weight: np.ndarray, method: TensorMethod, device: Device) -> 
     """
     largest = bf16.round_to_bf16(np.abs(weight).max(axis=1, initial=0.0))
     scales = np.maximum(bf16.divide(largest, device.fullscale * method.backoff), np.float32(bf16.TINY))
-    scales = round_scales(scales, method.rounding, device)
-    if method.value_type is ValueType.MAXABS:
+    scales = round_scales(scales, method.rounding_method, device)
+    if method.scale_value_type == "MAXABS":
         return scales
     scales = choose_channel_scales(weight, scales, method.find_candidates(device), device)
-    return round_scales(scales, method.rounding, device)
+    return round_scales(scales, method.rounding_method, device)

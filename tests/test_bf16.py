@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
-from gaudi_calib.scales import bf16
+from gaudi_calib.ranges import bf16
 
 VALUES = (np.arange(0x7F80, dtype=np.uint32) << 16).view(np.float32)  # all finite, not negative
 TENSOR = torch.from_numpy(VALUES.copy()).to(torch.bfloat16)
