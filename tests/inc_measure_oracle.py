@@ -4,11 +4,11 @@ Run as a child process, because INC keeps global state:
 
     python inc_measure_oracle.py JOBS.json
 
-JOBS.json lists [checkpoint directory, prompts, output directory]; each job runs in a
-process forked after the imports, one sequence per forward call, and leaves INC's own
-`inc_output_hooks_maxabs.npz` in its output directory, and in `before_bias.json` the
-products of biased layers before the bias, which INC's patched `Linear` does not see
-but its patched `RowParallelLinear` does.
+JOBS.json lists [checkpoint directory, data type, attention, prompts, output directory];
+each job runs in a process forked after the imports, one sequence per forward call, and
+leaves INC's own `inc_output_hooks_maxabs.npz` in its output directory, and in
+`before_bias.json` the products of biased layers before the bias, which INC's patched
+`Linear` does not see but its patched `RowParallelLinear` does.
 """
 
 import json
@@ -17,13 +17,34 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 Prompts = Sequence[Sequence[int]]
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to measure.
+
+    Attributes:
+        checkpoint: its directory.
+        prompts: token ids; one sequence per forward call.
+        dtype: in which it computes; INC keeps ranges in bfloat16 either way.
+        attention: transformers' attention implementation.
+    """
+
+    checkpoint: Path
+    prompts: Prompts
+    dtype: str = "bfloat16"
+    attention: str = "eager"
 
 
 @dataclass(frozen=True)
@@ -40,22 +61,25 @@ class Measured:
     weight: float
 
 
-def measure_with_inc(checkpoints: Mapping[str, Path], prompts: Prompts) -> dict[str, dict[str, Measured]]:
-    """Return INC's ranges of every linear layer: checkpoint name -> Hugging Face module name -> ranges.
+def measure_with_inc(jobs: Mapping[Key, Job]) -> dict[Key, dict[str, Measured]]:
+    """Return INC's ranges of every linear layer: job -> Hugging Face module name -> ranges.
 
     Raises:
         RuntimeError: the child process failed; carries its stderr.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        jobs = [[str(directory), prompts, f"{scratch}/{name}"] for name, directory in checkpoints.items()]
+        outputs = {key: Path(scratch) / str(index) for index, key in enumerate(jobs)}
+        rows = [
+            [str(job.checkpoint), job.dtype, job.attention, job.prompts, str(outputs[key])] for key, job in jobs.items()
+        ]
         jobs_file = Path(scratch) / "jobs.json"
-        jobs_file.write_text(json.dumps(jobs))
+        jobs_file.write_text(json.dumps(rows))
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "LOGLEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, str(jobs_file)]
         child = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if child.returncode != 0:
             raise RuntimeError(f"INC could not measure:\n{child.stderr[-4000:]}")
-        return {name: _read_measured(Path(scratch) / name) for name in checkpoints}
+        return {key: _read_measured(output) for key, output in outputs.items()}
 
 
 def fuse_measured(measured: Mapping[str, Measured], modules: Iterable[str]) -> Measured:
@@ -81,19 +105,24 @@ def _read_measured(directory: Path) -> dict[str, Measured]:
     }
 
 
-def _measure_job(job: tuple[str, Prompts, str]) -> None:
+def _measure_job(job: tuple[str, str, str, Prompts, str]) -> None:
     """Measure one checkpoint in this process; call it in a fresh one."""
     import torch
+    from neural_compressor.torch.algorithms.fp8_quant._core.patching_common import mod_default_dict
     from neural_compressor.torch.quantization import FP8Config, finalize_calibration, prepare
     from transformers import AutoModelForCausalLM
 
-    checkpoint, prompts, output = job
+    # On a Gaudi, INC patches Falcon's own linear class as it patches torch's; on a CPU it leaves it out.
+    mod_default_dict["FalconLinear"] = mod_default_dict["Linear"]
+    checkpoint, dtype, attention, prompts, output = job
     Path(output).mkdir()
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=getattr(torch, dtype), attn_implementation=attention
+    ).eval()
     before_bias: dict[str, float] = {}
 
     def watch(name: str, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        largest = torch.matmul(args[0], module.weight.T).abs().max().item()
+        largest = torch.matmul(args[0], module.weight.T).abs().max().bfloat16().item()
         before_bias[name] = max(before_bias.get(name, 0.0), largest)
 
     for name, module in model.named_modules():
@@ -115,7 +144,7 @@ def _measure_job(job: tuple[str, Prompts, str]) -> None:
     (Path(output) / "before_bias.json").write_text(json.dumps(before_bias))
 
 
-def _measure_jobs(jobs: Sequence[tuple[str, Prompts, str]]) -> None:
+def _measure_jobs(jobs: Sequence[tuple[str, str, str, Prompts, str]]) -> None:
     import neural_compressor.torch.quantization  # noqa: F401 - imported once, for all forks
     from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
 
