@@ -59,6 +59,7 @@ _OTHERS = {
     "decimal": {"Decimal"},
 }
 _PYTHON2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # protocols 0 to 2
+_PLAIN = {int, str, float, bool, type(None)}
 
 
 class _Recorder:
@@ -128,7 +129,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        is_plain = _PLAIN.issuperset(map(type, value))  # long lists of token ids: no call for each
+        return list(value) if is_plain else [_plain(item) for item in value]
     if not isinstance(value, _Recorder):
         return value
     name = _kind(value)
