@@ -29,7 +29,7 @@ _OPTIONS = (
         "a Hugging Face dataset (ORG/NAME or ORG/NAME:CONFIG), or 'builtin'.",
     ),
     click.option(
-        "-l", "--limit", type=click.IntRange(min=1), help="Number of prompts, sampled with --seed; all if not given."
+        "-l", "--limit", type=click.IntRange(min=1), help="Number of prompts, sampled with --seed.  [all]"
     ),
     click.option("--seed", type=int, default=DEFAULT_SEED, show_default=True, help="Seed of the sample of -l."),
     click.option("--min-tokens", type=click.IntRange(min=1), help="Leave out prompts with fewer tokens."),
