@@ -118,7 +118,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, layers: int, hidden: int)
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
-        max_position_embeddings=2048,
+        max_position_embeddings=8192,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
