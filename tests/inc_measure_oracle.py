@@ -145,7 +145,9 @@ def _measure_job(job: tuple[str, str, str, Prompts, str]) -> None:
 
 
 def _measure_jobs(jobs: Sequence[tuple[str, str, str, Prompts, str]]) -> None:
-    import neural_compressor.torch.quantization  # noqa: F401 - imported once, for all forks
+    # Imported once, for all forks; torchao is what INC's first call to prepare imports.
+    import neural_compressor.torch.quantization  # noqa: F401
+    import torchao.quantization.quant_primitives  # noqa: F401
     from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
 
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
