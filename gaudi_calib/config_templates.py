@@ -10,7 +10,7 @@ from typing import Any
 
 from gaudi_calib.config import QuantConfig, measure_config, quant_config, write_quant_config
 from gaudi_calib.config_methods import SCALE_METHODS
-from gaudi_calib.families import FAMILIES, Family
+from gaudi_calib.families import FAMILIES, TEMPLATE_BLOCKLISTS, Family
 
 TEMPLATE_PATH = "./hqt_output/measure"
 _ANY_FAMILY = Family("default", ())
@@ -53,6 +53,9 @@ def list_templates() -> dict[str, QuantConfig]:
         if family.blocklist or family.scale_format:
             templates[f"maxabs_measure_{family.name}"] = measure_config(family, TEMPLATE_PATH)
             templates[f"maxabs_quant_{family.name}"] = quant_config(family, TEMPLATE_PATH)
+    for name, blocklist in TEMPLATE_BLOCKLISTS.items():
+        overrides = {"blocklist": {"types": [], "names": list(blocklist)}}
+        templates[f"maxabs_quant_{name}"] = quant_config(_ANY_FAMILY, TEMPLATE_PATH, **overrides)
     return {f"{name}.json": _set_template_path(config) for name, config in templates.items()}
 
 

@@ -107,8 +107,8 @@ _GATE_UP = Linear("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), Split.CO
 _DOWN = Linear("mlp.down_proj", ("mlp.down_proj",), Split.ROW)
 
 
-def _llama_like(**changes) -> Layout:
-    facts = {
+def _llama_like(**changes: Any) -> Layout:
+    facts: dict[str, Any] = {
         "layers": "model.layers",
         "linears": (_SPLIT_QKV, _O_PROJ, _GATE_UP, _DOWN),
         "attention": "self_attn.attn",
@@ -206,6 +206,12 @@ FAMILIES: tuple[Family, ...] = (
         quantize_args={"gpu_memory_utilization": 0.1, "max_model_len": 2048},
     ),
 )
+
+# Blocklists of templates that the reference ships without applying them itself.
+TEMPLATE_BLOCKLISTS: Mapping[str, tuple[str, ...]] = {
+    "gemma": ("lm_head",),
+    "phi": ("matmul_qk", "matmul_av", "lm_head"),
+}
 
 
 def count_kv_heads(config: Mapping[str, Any]) -> int:

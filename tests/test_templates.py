@@ -60,6 +60,16 @@ REFERENCE = {
     "maxabs_quant_dynamic_quantization": {**DYNAMIC, **BLOCKED, "scale_method": PER_TOKEN},
     "maxabs_quant_dynamic_quantization_all_layers": {**DYNAMIC, "scale_method": PER_TOKEN},
     "maxabs_quant_dynamic_quantization_weight_pcs_pow2": {**DYNAMIC, **BLOCKED, "scale_method": "maxabs_pcs_pow2"},
+    "maxabs_quant_gemma": {
+        **STATIC,
+        "scale_method": "maxabs_hw",
+        "blocklist": {"types": [], "names": ["lm_head"]},
+    },
+    "maxabs_quant_phi": {
+        **STATIC,
+        "scale_method": "maxabs_hw",
+        "blocklist": {"types": [], "names": ["matmul_qk", "matmul_av", "lm_head"]},
+    },
     "maxabs_quant_qdq": {**STATIC, "scale_method": "maxabs_hw", "scale_format": "scalar", "use_qdq": True},
     "maxabs_quant_scalar_scales": {**STATIC, "scale_method": "maxabs_hw", "scale_format": "scalar"},
     "pow2_quant": {**STATIC, "scale_method": "maxabs_pow2"},
