@@ -6,11 +6,12 @@ even, which is what torch does for one operation on bfloat16 tensors.
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 TINY = 2.0**-126  # smallest normal bfloat16
 
 
-def round_to_bf16(x: np.ndarray) -> np.ndarray:
+def round_to_bf16(x: ArrayLike) -> np.ndarray:
     """Round to the nearest bfloat16, ties to even.
 
     Args:
@@ -22,11 +23,11 @@ def round_to_bf16(x: np.ndarray) -> np.ndarray:
     >>> round_to_bf16(np.array([1.0, 1.001, 1.005], dtype=np.float32)).tolist()
     [1.0, 1.0, 1.0078125]
     """
-    x = np.ascontiguousarray(x, dtype=np.float32).reshape(np.shape(x))
-    bits = x.view(np.uint32)
+    values = np.ascontiguousarray(x, dtype=np.float32).reshape(np.shape(x))
+    bits = values.view(np.uint32)
     rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
     rounded &= np.uint32(0xFFFF0000)
-    return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
+    return np.where(np.isnan(values), np.float32(np.nan), rounded.view(np.float32))
 
 
 def divide(x: np.ndarray, divisor: float | np.ndarray) -> np.ndarray:

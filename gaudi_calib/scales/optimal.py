@@ -9,6 +9,7 @@ the middle between two bfloat16 values may be rounded the other way there.
 Source: INC `mmse_scale`, `mmse_scale_multi`, fp8_quant/_core/fp_utils.py.
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -48,11 +49,11 @@ def choose_tensor_scale(weight: np.ndarray, candidates: tuple[float, ...], devic
     """
     counts = _count_magnitudes(weight)
     present = np.flatnonzero(counts)
-    best, best_norm = np.float32(-1.0), np.float32(np.inf)
+    best, best_norm = np.float32(-1.0), math.inf
     for scale in candidates:
         total = counts[present] @ _squared_errors(float(scale), device)[present].astype(np.float64)
         with np.errstate(over="ignore"):
-            norm = bf16.round_to_bf16(np.sqrt(np.float32(total)))
+            norm = float(bf16.round_to_bf16(np.sqrt(np.float32(total))))
         if norm <= best_norm:
             best, best_norm = np.float32(scale), norm
     return best
