@@ -150,10 +150,6 @@ REFUSED = {
         '"backoff" into weight and activation',
     ),
     "no published method": ({"scale_method": {"default": {"weight": {"rounding_method": "POW2"}}}}, "presets"),
-    "two entries of no published method": (
-        {"scale_method": {"default": {}, "nodes": {"lm_head": {"weight": {"granularity": "PCS"}}}}},
-        "presets",
-    ),
     "no default": ({"scale_method": {"layers": {}}}, "needs a default"),
     "null for an object": ({"scale_method": {"default": None}}, "use an object"),
     "range of layers": ({"scale_method": {"default": {}, "layers": {"0-3": {}}}}, 'use "0", "1"'),
@@ -187,6 +183,18 @@ def test_all_problems_are_found_at_once():
     ]
     with pytest.raises(ConfigError, match=r"and 2 more: `gaudi-calib config validate` lists all"):
         parse_quant_config(content)
+
+
+def test_every_entry_of_a_method_dict_is_judged():
+    """Each entry that is no published method is named, beside what else is wrong."""
+    form = {
+        "default": {},
+        "nodes": {"lm_head": {"weight": {"granularity": "PCS"}}},
+        "layers": {"0": {}, "7": {"activation": {"rounding_method": "pow2"}}},
+    }
+    findings = inspect_quant_config({"mode": "QUANTIZE", "scale_method": form, "use_qdq": 1}).errors
+    assert [finding.where for finding in findings] == ["scale_method.nodes.lm_head", "scale_method.layers.7", "use_qdq"]
+    assert "PCS/MAXABS/IDENTITY" in findings[0].why
 
 
 BROKEN_FILES = {
