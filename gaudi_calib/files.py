@@ -80,7 +80,8 @@ def stage_files(directory: Path) -> Iterator[Path]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=directory, prefix=".staging-"))
+        _remove_abandoned(directory)
+        staging = Path(tempfile.mkdtemp(dir=directory, prefix=f".staging-{os.getpid()}-"))
     except OSError as error:
         raise _cannot_write(directory, error) from error
     try:
@@ -96,10 +97,15 @@ def stage_files(directory: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def remove_stale_staging(directory: Path) -> None:
-    """Delete what a killed run left behind in `directory`."""
-    for path in directory.glob(".staging-*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _remove_abandoned(directory: Path) -> None:
+    """Delete staging directories of processes that were killed."""
+    for path in directory.glob(".staging-*-*"):
+        try:
+            os.kill(int(path.name.split("-")[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (PermissionError, ValueError):
+            continue  # alive, and somebody else's
 
 
 def hash_file(path: Path) -> str:

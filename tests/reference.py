@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import eager_mask
 
 
@@ -35,7 +35,10 @@ def record_model(directory: Path, prompts: list[list[int]], dtype: torch.dtype) 
     implementation = "sdpa" if "falcon" in (directory / "config.json").read_text() else "recording"
     AttentionInterface.register("recording", _record_attention)
     AttentionMaskInterface.register("recording", eager_mask)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=implementation).eval()
+    config = AutoConfig.from_pretrained(directory)
+    if getattr(config, "rope_parameters", None) and "long_factor" in config.rope_parameters:  # vLLM takes them for every prompt
+        config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
+    model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, attn_implementation=implementation).eval()
     model.requires_grad_(False)
     recording = Recording(model)
     for name, module in model.named_modules():

@@ -37,10 +37,8 @@ def attention_modules(plan: ModelPlan, recording: Recording) -> list[str]:
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_streamed_and_packed_equals_whole_model(checkpoint: str, tiny_model: Callable[[str], Path]):
     """Layer by layer, with packed prompts, every channel is what the whole model sees prompt by prompt."""
-    # Phi-3's long rope picks its factors by the longest position of a batch, so prompts must not share one.
-    batch_size = 1 if checkpoint == "phi3-longrope" else 32
     directory, prompts = tiny_model(checkpoint), make_prompts()
-    channels = measure_channels(directory, prompts, batch_size=batch_size)
+    channels = measure_channels(directory, prompts)
     plan, recording = plan_model(directory), record_model(directory, prompts, torch.float32)
     for name, linear in plan.linears.items():
         source = linear.modules[0] if linear.modules else _head_name(recording)

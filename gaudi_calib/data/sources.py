@@ -92,7 +92,12 @@ def _read_jsonl(file: IO[bytes], source: str) -> list[Record]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise DataError("a line is not valid JSON", where=f"{source}, line {number}", why=str(error)) from error
+                raise DataError(
+                    "a line is not valid JSON",
+                    where=f"{source}, line {number}",
+                    why=str(error),
+                    fix="correct or remove the line; .jsonl holds one JSON object per line",
+                ) from error
             records.append(_as_record(record, f"{source}, line {number}"))
     return records
 

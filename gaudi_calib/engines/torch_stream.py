@@ -317,10 +317,22 @@ def build_skeleton(plan: ModelPlan, dtype: torch.dtype) -> nn.Module:
 
     register_attention()
     config = AutoConfig.from_pretrained(plan.checkpoint.directory)
+    _serve_long_rope(config)
     implementation = ATTENTION_NAME if plan.layout.uses_attention_interface else "sdpa"
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
     return model.eval()
+
+
+def _serve_long_rope(config: Any) -> None:
+    """Rotate by the long factors always, as vLLM does for a model served with its whole context.
+
+    transformers chooses them by the longest position of a batch, vLLM by `max_model_len`.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and original and config.max_position_embeddings > original:
+        rope["short_factor"] = rope["long_factor"]
 
 
 @contextlib.contextmanager
