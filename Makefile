@@ -45,7 +45,8 @@ bench: $(VENV)/run.stamp ## speed and memory of measure against plain transforme
 demo: $(MODEL)/config.json ## train a tiny Llama, calibrate it, show what to run on a Gaudi
 	PATH="$(BIN):$$PATH" scripts/calibrate_model.sh -m $(MODEL) -d builtin -o demo/out -t 2 -r 1 -l 64
 	@echo; echo "The model is in $(MODEL), its calibration in demo/out/ ($$(find demo/out -type f | wc -l) files)."
-	@echo "Copy both to a Gaudi, set the paths above to where they are there, and run the two lines for it."
+	@echo "Copy both to the same paths on a Gaudi and run its two lines; under other paths,"
+	@echo "change dump_stats_path in maxabs_quant_*.json as well."
 
 $(MODEL)/config.json: examples/train_tiny_llama.py | $(VENV)/run.stamp
 	$(BIN)/python examples/train_tiny_llama.py $(MODEL).new
