@@ -115,7 +115,9 @@ def load_json(path: Path) -> Any:
     except ConfigError as error:
         raise ConfigError(error.what, where=path, why=error.why, fix=error.fix) from None
     except ValueError as error:
-        raise ConfigError(f"{path.name} is not UTF-8 text", where=path, why=str(error)) from error
+        raise ConfigError(
+            f"{path.name} is not UTF-8 text", where=path, why=str(error), fix="save the file as UTF-8 text"
+        ) from error
 
 
 def write_quant_config(path: Path, config: QuantConfig) -> None:

@@ -62,7 +62,12 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise FileError(f"cannot read {path.name}", where=path, why=error.strerror or str(error)) from error
+        raise FileError(
+            f"cannot read {path.name}",
+            where=path,
+            why=error.strerror or str(error),
+            fix="check that the path exists and that you may read it",
+        ) from error
     except ValueError as error:
         raise FileError(
             f"{path.name} is not valid JSON", where=path, why=str(error), fix="restore the file or make it again"
@@ -142,7 +147,12 @@ def load_pickle(file: IO[bytes], *, find_class: Callable[[str, str], Any], name:
     except FileError:
         raise
     except Exception as error:  # a malformed pickle can raise anything
-        raise FileError("not a readable pickle", where=name, why=f"{type(error).__name__}: {error}") from error
+        raise FileError(
+            "not a readable pickle",
+            where=name,
+            why=f"{type(error).__name__}: {error}",
+            fix="get it again from its source, or make it again",
+        ) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> FileError:

@@ -200,7 +200,9 @@ def _in_order(rows: Sequence[Row], limit: int | None, seed: int) -> Iterator[Row
 def _check_options(limit: int | None, min_tokens: int | None, max_tokens: int | None) -> None:
     for option, value in (("-l", limit), ("--min-tokens", min_tokens), ("--max-tokens", max_tokens)):
         if value is not None and value < 1:
-            raise UsageError(f"{option} is {value}, expected at least 1")
+            raise UsageError(
+                f"{option} is {value}, expected at least 1", fix=f"give {option} a number from 1 up, or leave it out"
+            )
     if min_tokens is not None and max_tokens is not None and min_tokens > max_tokens:
         raise UsageError(f"--min-tokens {min_tokens} is above --max-tokens {max_tokens}", fix="lower --min-tokens")
 
@@ -237,7 +239,12 @@ def _read_template(path: Path) -> str:
     try:
         return path.expanduser().read_text()
     except (OSError, ValueError) as error:
-        raise DataError("cannot read the chat template", where=path, why=str(error)) from error
+        raise DataError(
+            "cannot read the chat template",
+            where=path,
+            why=str(error),
+            fix="give --chat-template a readable file with a Jinja template in UTF-8",
+        ) from error
 
 
 def write_prompts(path: Path, prompts: Prompts) -> None:

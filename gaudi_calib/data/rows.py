@@ -74,7 +74,10 @@ def _require_columns(records: list[Mapping[str, Any]], *, source: str, columns: 
     for name, field in columns.items():
         if field not in present:
             raise DataError(
-                f"no column {field!r}, which --column {name}={field} asks for", where=source, why=f"columns: {listed}"
+                f"no column {field!r}, which --column {name}={field} asks for",
+                where=source,
+                why=f"columns: {listed}",
+                fix=f"name one of these columns: --column {name}=FIELD",
             )
     fields = [columns.get(form, form) for form in FORMS]
     # An instruction dataset's `input` is an optional attachment of the instruction, not a prompt.
@@ -124,7 +127,11 @@ def _text(cell: Any, field: str, where: str) -> str:
     if _is_missing(cell):
         raise _empty(field, where)
     if not isinstance(cell, str):
-        raise DataError(f"column {field!r} holds {type(cell).__name__}, expected text", where=where)
+        raise DataError(
+            f"column {field!r} holds {type(cell).__name__}, expected text",
+            where=where,
+            fix="store it as one string, or choose another column with --column",
+        )
     return cell
 
 
@@ -137,7 +144,11 @@ def _parsed(cell: Any, field: str, where: str) -> Any:
     except ValueError:
         value = None
     if not isinstance(value, list | tuple):
-        raise DataError(f"column {field!r} holds {type(cell).__name__}, expected a list", where=where)
+        raise DataError(
+            f"column {field!r} holds {type(cell).__name__}, expected a list",
+            where=where,
+            fix="store a list (in a CSV: as JSON), or choose another column with --column",
+        )
     if not value:
         raise _empty(field, where)
     return value
@@ -148,7 +159,9 @@ def _token_ids(cell: Any, field: str, where: str) -> tuple[int, ...]:
     for position, value in enumerate(values):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise DataError(
-                f"column {field!r} holds {value!r} at position {position}, expected a token id", where=where
+                f"column {field!r} holds {value!r} at position {position}, expected a token id",
+                where=where,
+                fix="store whole numbers from 0 up, or give text in a column `prompt` instead",
             )
     return tuple(values)
 
@@ -165,7 +178,10 @@ def _message(turn: Any, where: str, field: str) -> Message:
         turn = {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or "content" not in turn:
         raise DataError(
-            f"column {field!r} needs messages with 'role' and 'content'", where=where, why=f"got {turn!r:.80}"
+            f"column {field!r} needs messages with 'role' and 'content'",
+            where=where,
+            why=f"got {turn!r:.80}",
+            fix='store each message as {"role": "user", "content": "..."}',
         )
     content = turn["content"]
     if isinstance(content, list):
@@ -176,5 +192,5 @@ def _message(turn: Any, where: str, field: str) -> Message:
     if content is None and turn.get("tool_calls"):
         content = ""
     elif not isinstance(content, str) or (turn["role"] == "user" and not content.strip()):
-        raise DataError("a message has no text", where=where)
+        raise DataError("a message has no text", where=where, fix="put text in its `content`, or remove the row")
     return {key: value for key, value in turn.items() if value is not None} | {"content": content}

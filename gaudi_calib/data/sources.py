@@ -78,7 +78,12 @@ def _read_file(path: Path, source: str) -> list[Record]:
         with path.open("rb") as raw:
             return _READERS[suffix](_DECOMPRESSORS[compression](raw) if compression else raw, source)
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError("cannot read the dataset", where=path, why=str(error)) from error
+        raise DataError(
+            "cannot read the dataset",
+            where=path,
+            why=str(error),
+            fix="check that you may read it; if it is compressed, copy or download it again",
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(
             "the dataset is not UTF-8 text", where=path, why=str(error), fix="convert it to UTF-8"
@@ -110,7 +115,12 @@ def _read_json(file: IO[bytes], source: str) -> list[Record]:
     except ValueError as error:
         if "Extra data" in str(error) and "\n" in text.strip():  # many .json files hold JSON lines
             return _read_jsonl(io.BytesIO(content), source)
-        raise DataError("the dataset is not valid JSON", where=source, why=str(error)) from error
+        raise DataError(
+            "the dataset is not valid JSON",
+            where=source,
+            why=str(error),
+            fix="correct it at that line and column; a .json file holds one list of objects",
+        ) from error
     return _as_records(value, source)
 
 
@@ -121,7 +131,10 @@ def _read_csv(file: IO[bytes], source: str) -> list[Record]:
         records = list(reader)
     except csv.Error as error:
         raise DataError(
-            "a line is not valid CSV", where=f"{source}, line {reader.reader.line_num}", why=str(error)
+            "a line is not valid CSV",
+            where=f"{source}, line {reader.reader.line_num}",
+            why=str(error),
+            fix='correct or remove the line; a quote inside a quoted cell is written twice: "a ""b"" c"',
         ) from error
     for number, record in enumerate(records, 1):
         if "" in record and record[""] and isinstance(record[""], list):
@@ -145,7 +158,12 @@ def _read_parquet(file: IO[bytes], source: str) -> list[Record]:
     try:
         return pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
     except pyarrow.ArrowException as error:
-        raise DataError("the dataset is not a readable Parquet file", where=source, why=str(error)) from error
+        raise DataError(
+            "the dataset is not a readable Parquet file",
+            where=source,
+            why=str(error),
+            fix="download or export the file again, or store the rows as .jsonl",
+        ) from error
 
 
 def _read_pkl(file: IO[bytes], source: str) -> list[Record]:
@@ -167,7 +185,11 @@ def _as_record(value: Any, where: str) -> Record:
     if isinstance(value, str):
         return {"prompt": value}
     if not isinstance(value, dict):
-        raise DataError(f"a row is a {type(value).__name__}, expected an object with columns", where=where)
+        raise DataError(
+            f"a row is a {type(value).__name__}, expected an object with columns",
+            where=where,
+            fix='store each row as an object such as {"prompt": "..."}',
+        )
     return value
 
 
@@ -181,7 +203,12 @@ def _as_records(value: Any, source: str) -> list[Record]:
         )
     cells = [list(column.values()) if isinstance(column, dict) else column for column in value.values()]
     if len({len(column) for column in cells}) > 1:
-        raise DataError("the columns differ in length", where=source, why=", ".join(str(len(c)) for c in cells))
+        raise DataError(
+            "the columns differ in length",
+            where=source,
+            why=", ".join(str(len(c)) for c in cells),
+            fix="give every column one cell per row, or store a list of objects",
+        )
     return [dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True)]
 
 
@@ -192,7 +219,12 @@ def _read_directory(path: Path, columns: Mapping[str, str]) -> list[Record]:
         try:
             return _read_dataset(datasets.load_from_disk(str(path)), str(path), columns)
         except (OSError, ValueError) as error:
-            raise DataError("cannot load the dataset directory", where=path, why=str(error)) from error
+            raise DataError(
+                "cannot load the dataset directory",
+                where=path,
+                why=str(error),
+                fix="save it again with datasets' save_to_disk, or point -d at a data file such as .jsonl or .parquet",
+            ) from error
     files = sorted(_data_files(path))
     train = [file for file in files if file.name.startswith("train") or file.parent.name == "train"]
     chosen = train or files
@@ -238,7 +270,12 @@ def _read_dataset(loaded: Any, source: str, columns: Mapping[str, str]) -> list[
     if isinstance(loaded, dict):
         split = "train" if "train" in loaded else next(iter(loaded), "")
         if split != "train" and len(loaded) != 1:
-            raise DataError("the dataset has no split 'train'", where=source, why=f"splits: {', '.join(loaded)}")
+            raise DataError(
+                "the dataset has no split 'train'",
+                where=source,
+                why=f"splits: {', '.join(loaded)}",
+                fix="save the split you want with datasets' `save_to_disk` and give that directory to -d",
+            )
         loaded = loaded[split]
     wanted = {columns.get(name, name) for name in COLUMNS} | {"instruction"}
     kept = [name for name in loaded.column_names if name in wanted]

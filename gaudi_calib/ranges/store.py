@@ -30,6 +30,10 @@ from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
 N = TypeVar("N", Node, ScaleNode)
 
 _RANGES_MODE, _SCALES_MODE = "DynamicRange", "Scale"
+_FIXES = {
+    _RANGES_MODE: "restore the file or measure again",
+    _SCALES_MODE: "restore the file, or make it again with `gaudi-calib quantize`",
+}
 
 
 def write_rank_set(
@@ -192,7 +196,7 @@ def _decode_nodes(path: Path, value: Any, mode: str, decode: Callable[[Path, str
     if not isinstance(value, dict) or not isinstance(value.get("Nodes"), dict):
         raise FileError(f"{path.name} has no Nodes", where=path, fix="restore the file or measure again")
     if value.get("Mode", mode) != mode:
-        raise FileError(f"{path.name} holds {value['Mode']}, expected {mode}", where=path)
+        raise FileError(f"{path.name} holds {value['Mode']}, expected {mode}", where=path, fix=_FIXES[mode])
     return {name: decode(path, name, node) for name, node in value["Nodes"].items()}
 
 
@@ -216,7 +220,8 @@ def _read_npz(path: Path) -> Any:
             )
             _, _, dtype = read_header(member)
             if dtype != np.dtype(object):
-                raise FileError(f"{path.name} holds no pickled dict", where=path, why=f"arr_0 has dtype {dtype}")
+                why = f"arr_0 has dtype {dtype}"
+                raise FileError(f"{path.name} holds no pickled dict", where=path, why=why, fix="restore the file")
             loaded = load_pickle(member, find_class=_find_numpy, name=str(path))
     except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
         if isinstance(error, FileError):
@@ -253,7 +258,8 @@ def _decode_ranges(path: Path, name: str, node: Any) -> Node:
             weight=None if weight is None else _vector(weight),
         )
     except (TypeError, ValueError, AttributeError) as error:
-        raise FileError(f"cannot read the ranges of {name}", where=path, why=str(error)) from error
+        fix = _FIXES[_RANGES_MODE]
+        raise FileError(f"cannot read the ranges of {name}", where=path, why=str(error), fix=fix) from error
 
 
 def _vector(value: Any) -> np.ndarray:
@@ -275,7 +281,8 @@ def _decode_scales(path: Path, name: str, node: Any) -> ScaleNode:
             decoded,
         )
     except (TypeError, ValueError, AttributeError) as error:
-        raise FileError(f"cannot read the scales of {name}", where=path, why=str(error)) from error
+        fix = _FIXES[_SCALES_MODE]
+        raise FileError(f"cannot read the scales of {name}", where=path, why=str(error), fix=fix) from error
 
 
 def _scale(value: Any) -> float | np.ndarray:

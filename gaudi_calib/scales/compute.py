@@ -254,7 +254,11 @@ def _read_weight(name: str, weights: WeightReader) -> np.ndarray:
             fix="give the model the ranges were measured on, or choose a method such as maxabs_hw",
         )
     if weight.ndim != 2:
-        raise RangeError(f"the weight of {name!r} has {weight.ndim} dimensions, not 2", where=name)
+        raise RangeError(
+            f"the weight of {name!r} has {weight.ndim} dimensions, not 2",
+            where=name,
+            fix="name it in the blocklist of the QUANT_CONFIG, or choose a method such as maxabs_hw",
+        )
     if not np.isfinite(weight).all():
         raise RangeError(f"the weight of {name!r} holds NaN or inf", where=name, fix="repair the checkpoint")
     return weight
