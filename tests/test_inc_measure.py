@@ -103,7 +103,6 @@ def test_every_layer_inc_patches_is_a_node(
     assert set(inc_ranges[checkpoint, "bfloat16"]) - named <= {"lm_head", "embed_out"}
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the engine leaves the choice of factors to transformers")
 def test_longrope_rotates_short_prompts_by_the_long_factors(tmp_path: Path) -> None:
     """vLLM takes the long factors for every prompt once it serves contexts beyond the original, its default.
 
