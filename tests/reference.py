@@ -36,9 +36,13 @@ def record_model(directory: Path, prompts: list[list[int]], dtype: torch.dtype) 
     AttentionInterface.register("recording", _record_attention)
     AttentionMaskInterface.register("recording", eager_mask)
     config = AutoConfig.from_pretrained(directory)
-    if getattr(config, "rope_parameters", None) and "long_factor" in config.rope_parameters:  # vLLM takes them for every prompt
+    if (
+        getattr(config, "rope_parameters", None) and "long_factor" in config.rope_parameters
+    ):  # vLLM takes them for every prompt
         config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
-    model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, attn_implementation=implementation).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=dtype, attn_implementation=implementation
+    ).eval()
     model.requires_grad_(False)
     recording = Recording(model)
     for name, module in model.named_modules():

@@ -28,9 +28,7 @@ _OPTIONS = (
         help="Dataset: a .pkl, .jsonl, .json, .parquet, .csv or .txt file (also .gz, .xz, .bz2), a dataset directory, "
         "a Hugging Face dataset (ORG/NAME or ORG/NAME:CONFIG), or 'builtin'.",
     ),
-    click.option(
-        "-l", "--limit", type=click.IntRange(min=1), help="Number of prompts, sampled with --seed.  [all]"
-    ),
+    click.option("-l", "--limit", type=click.IntRange(min=1), help="Number of prompts, sampled with --seed.  [all]"),
     click.option("--seed", type=int, default=DEFAULT_SEED, show_default=True, help="Seed of the sample of -l."),
     click.option("--min-tokens", type=click.IntRange(min=1), help="Leave out prompts with fewer tokens."),
     click.option("--max-tokens", type=click.IntRange(min=1), help="Cut prompts to this many tokens."),

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 ATTENTION_NAME = "gaudi_calib"
 # Bounds the memory of the score matrix: heads x queries x keys values at a time.
-_MAX_SCORES = 2**24
+_MAX_SCORES = 2**22
 
 
 @dataclass
@@ -87,7 +87,7 @@ def attend(
     """
     ranges.scale = scale
     for name, tensor in (("q", query), ("k", key), ("v", value)):
-        ranges.observe(name, max_magnitude(tensor, (1, 2)))
+        ranges.observe(name, _max_per_head(tensor))
     out = torch.empty_like(query[..., : value.shape[-1]])
     for start, stop in pairwise(ranges.bounds):
         rows = max(1, min(stop - start, _MAX_SCORES // (query.shape[0] * (stop - start))))
@@ -96,7 +96,7 @@ def attend(
             out[:, first:last] = _attend_rows(
                 query[:, first:last], key[:, start:last], value[:, start:last], ranges, scale, window, softcap, bias
             )
-    ranges.observe("out", max_magnitude(out, (1, 2)))
+    ranges.observe("out", _max_per_head(out))
     return out
 
 
@@ -112,32 +112,52 @@ def _attend_rows(
 ) -> torch.Tensor:
     """Attention of the last `query.shape[1]` positions of the sequence whose keys are given."""
     heads, rows, keys = query.shape[0], query.shape[1], key.shape[1]
-    groups = heads // key.shape[0]
-    grouped = query.unflatten(0, (key.shape[0], groups))
-    scores = (torch.matmul(grouped, key.unsqueeze(1).transpose(-2, -1)) * scale).flatten(0, 1)
+    scores = _score(query, key, scale).view(heads, rows, keys)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias[..., -rows:, :keys].to(scores.dtype)
-    scores.masked_fill_(_hidden(rows, keys, window, scores.device), float("-inf"))
+    scores += _mask(rows, keys, window, scores)
     probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
     largest = probabilities.amax(-1)
     ranges.observe("probability", largest.amax(-1))
     # The largest term of a softmax is exp(0) over the sum.
     ranges.observe("softmax_sum", largest.amin(-1).reciprocal())
-    probabilities = probabilities.to(query.dtype).unflatten(0, (key.shape[0], groups))
+    probabilities = probabilities.to(query.dtype).unflatten(0, (key.shape[0], -1))
+    if query.dtype is torch.float32:
+        return torch.bmm(probabilities.flatten(1, 2), value).view(heads, rows, -1)
     return torch.matmul(probabilities, value.unsqueeze(1)).flatten(0, 1)
 
 
-def _hidden(rows: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """True where a query must not see a key; the queries are the last `rows` positions."""
-    distance = torch.arange(keys - rows, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return (distance < 0) if window is None else (distance < 0) | (distance >= window)
+def _score(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """Scaled q·k; the query heads that share a key head are multiplied with it together.
+
+    In bfloat16, head by head and scaled afterwards, which rounds as transformers' eager attention does.
+    """
+    grouped = query.unflatten(0, (key.shape[0], -1))
+    if query.dtype is torch.float32:
+        return torch.bmm((grouped * scale).flatten(1, 2), key.transpose(-2, -1))
+    return torch.matmul(grouped, key.unsqueeze(1).transpose(-2, -1)).mul_(scale)
+
+
+def _mask(rows: int, keys: int, window: int | None, scores: torch.Tensor) -> torch.Tensor:
+    """-inf where a query must not see a key, else 0; the queries are the last `rows` positions."""
+    distance = torch.arange(keys - rows, keys, device=scores.device)[:, None] - torch.arange(keys, device=scores.device)
+    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros_like(distance, dtype=scores.dtype).masked_fill_(hidden, float("-inf"))
 
 
 def max_magnitude(tensor: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """Largest magnitude over `dims`; two reductions are faster than one over a copy of magnitudes."""
     return torch.maximum(tensor.amax(dims), -tensor.amin(dims))
+
+
+def _max_per_head(tensor: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude per head of (heads, tokens, dim), whichever way it lies in memory."""
+    if tensor.is_contiguous():
+        return max_magnitude(tensor, (1, 2))
+    by_channel = max_magnitude(tensor.transpose(0, 1).flatten(1), (0,))
+    return by_channel.unflatten(0, (tensor.shape[0], -1)).amax(1)
 
 
 class SdpaInterceptor(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from gaudi_calib.engines.attention import max_magnitude
 
 # Tokens whose partial products are formed together; bounds their memory.
-_CHUNK = 512
+_CHUNK = 1024
 
 
 @dataclass
@@ -18,7 +19,7 @@ class LinearRanges:
 
     Attributes:
         modules: the Hugging Face modules it fuses.
-        seen: largest input magnitude per input channel, shape (in,), or None.
+        seen: largest input magnitude, shape (in,) where ranks split the input, else (1,); or None.
         products: world -> largest magnitude of the elementwise maximum over ranks of
             the partial products.
         total: largest magnitude of the whole product, without bias.
@@ -30,16 +31,20 @@ class LinearRanges:
     total: float = 0.0
     detach: Callable[[], None] = lambda: None
 
-    def observe(self, x: torch.Tensor) -> None:
+    def observe(self, x: torch.Tensor, *, per_channel: bool) -> None:
         """Take in an input of shape (..., in)."""
-        values = max_magnitude(x.flatten(0, -2), (0,))
+        if per_channel:
+            values = max_magnitude(x.flatten(0, -2), (0,))
+        else:  # every rank sees all channels; one pass over memory is several times faster
+            lowest, highest = torch.aminmax(x)
+            values = torch.maximum(highest, -lowest).view(1)
         self.seen = values if self.seen is None else torch.maximum(self.seen, values)
 
 
 def observe_input(modules: Sequence[nn.Module]) -> LinearRanges:
     """Watch the input of fused modules (they share it, so the first one's)."""
     ranges = LinearRanges(modules)
-    handle = modules[0].register_forward_pre_hook(lambda module, args: ranges.observe(args[0]))
+    handle = modules[0].register_forward_pre_hook(lambda module, args: ranges.observe(args[0], per_channel=False))
     ranges.detach = handle.remove
     return ranges
 
@@ -58,12 +63,13 @@ def observe_row_parallel(module: nn.Module, worlds: Sequence[int]) -> LinearRang
     chains = chain_worlds(worlds) if sums else [[world] for world in worlds if world > 1]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        ranges.observe(x)
+        ranges.observe(x, per_channel=True)
         flat = x.flatten(0, -2)
         parts = [_observe_products(flat, weight, chain, ranges) for chain in chains]
         exact = not sums or not parts
         product = flat @ weight.T if exact else parts[0]
-        ranges.total = max(ranges.total, float(max_magnitude(product, (0, 1))))
+        lowest, highest = torch.aminmax(product)
+        ranges.total = max(ranges.total, float(highest), -float(lowest))
         ranges.products[1] = ranges.total
         if exact and bias is not None:
             return nn.functional.linear(x, weight, bias)
@@ -91,6 +97,21 @@ def chain_worlds(worlds: Sequence[int]) -> list[list[int]]:
     return chains
 
 
+def order_ranks(chain: Sequence[int]) -> list[int]:
+    """Order of the finest world's ranks in which contiguous blocks sum to the ranks of every coarser world.
+
+    For [4, 2]: positions 0 and 2 hold ranks 0 and 1, and sum to rank 0 of 2 at position 0.
+
+    >>> order_ranks([4, 2])
+    [0, 2, 1, 3]
+    """
+    ranks = [0]
+    for coarse, fine in pairwise([1, *reversed(chain)]):
+        step = fine // coarse
+        ranks = [ranks[position % coarse] * step + position // coarse for position in range(fine)]
+    return ranks
+
+
 def _observe_products(
     x: torch.Tensor, weight: torch.Tensor, chain: Sequence[int], ranges: LinearRanges
 ) -> torch.Tensor:
@@ -101,27 +122,22 @@ def _observe_products(
     for start in range(0, tokens, _CHUNK):
         chunk = x[start : start + _CHUNK]
         parts = buffer[:, : chunk.shape[0]]
-        for rank in range(chain[0]):
+        for position, rank in enumerate(order_ranks(chain)):
             columns = slice(rank * width, (rank + 1) * width)
-            torch.mm(chunk[:, columns], weight[:, columns].T, out=parts[rank])
+            torch.mm(chunk[:, columns], weight[:, columns].T, out=parts[position])
         for world in chain:
-            parts = _sum_neighbours(parts, world)
+            parts = _sum_blocks(parts, world)
             ranges.products[world] = max_signed(parts, ranges.products.get(world, 0.0))
-        _sum_neighbours(parts, 1, out=product[start : start + _CHUNK])
+        product[start : start + _CHUNK] = _sum_blocks(parts, 1)[0]
     return product
 
 
-def _sum_neighbours(parts: torch.Tensor, world: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum consecutive ranks' partial products, shape (ranks, tokens, rows), down to `world` of them, in place."""
-    step = parts.shape[0] // world
-    if out is not None:
-        return torch.sum(parts, 0, out=out) if step > 2 else torch.add(parts[0], parts[-1], out=out)
-    if step == 1:
-        return parts
-    total = parts[::step]
-    for offset in range(1, step):
-        total.add_(parts[offset::step])
-    return total
+def _sum_blocks(parts: torch.Tensor, world: int) -> torch.Tensor:
+    """Sum partial products, shape (ranks, tokens, rows), in place down to `world` ranks."""
+    blocks = parts.split(world)
+    for block in blocks[1:]:
+        blocks[0].add_(block)
+    return blocks[0]
 
 
 def max_signed(parts: torch.Tensor, floor: float) -> float:
@@ -138,8 +154,8 @@ def max_signed(parts: torch.Tensor, floor: float) -> float:
     Source: INC all-reduces with MAX before it observes the magnitude
     (`PatchedRowParallelLinear.forward_measure_reduce`).
     """
-    extremes = [torch.aminmax(part) for part in parts]
-    largest = max(floor, *(float(extreme.max) for extreme in extremes))
-    if max(float(extreme.min) for extreme in extremes) < -largest:
+    lowest, highest = torch.aminmax(parts)
+    largest = max(floor, float(highest))
+    if float(lowest) < -largest and max(float(part.min()) for part in parts) < -largest:
         largest = max(largest, -float(parts.amax(0).min()))
     return largest

@@ -21,7 +21,6 @@ from gaudi_calib.engines.attention import (
     ATTENTION_NAME,
     AttentionRanges,
     SdpaInterceptor,
-    max_magnitude,
     register_attention,
 )
 from gaudi_calib.engines.base import ModelPlan, WeightNames, plan_model
@@ -280,11 +279,10 @@ class _Measurement:
 
         self._replace(layers, [_Recorder(layer, finish) for layer in real])
         head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        seen: list[torch.Tensor] = []
+        ranges = LinearRanges([])
 
         def stop(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            values = max_magnitude(args[0].flatten(0, -2), (0,))
-            seen[:] = [values if not seen else torch.maximum(seen[0], values)]
+            ranges.observe(args[0], per_channel=False)
             raise _Stop
 
         handle = head.register_forward_pre_hook(stop)
@@ -293,11 +291,10 @@ class _Measurement:
             with contextlib.suppress(_Stop):
                 self._forward(model, batch)
         handle.remove()
-        for node, ranges in self.outer.items():
-            self.nodes[node] = linear_node(self.plan, self.plan.linears[node], ranges)
+        for node, seen in self.outer.items():
+            self.nodes[node] = linear_node(self.plan, self.plan.linears[node], seen)
         lm_head = self.plan.layout.vllm_lm_head
         if lm_head is not None:
-            ranges = LinearRanges([], seen=seen[0])
             self.nodes[lm_head] = linear_node(self.plan, self.plan.linears[lm_head], ranges)
 
     def _forward(self, model: nn.Module, batch: Batch) -> None:
