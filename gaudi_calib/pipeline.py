@@ -1,6 +1,8 @@
 """The steps of a run: prompts, ranges, ranges of every rank, scales."""
 
 import logging
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from gaudi_calib.config import parse_scale_method, to_content, write_quant_config
@@ -147,7 +149,7 @@ def _select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]
 
     modules = tuple(name for name in rank_set.modules if not blocked(name))
     nodes = {name: node for name, node in rank_set.nodes.items() if not blocked(name)}
-    return RankSet(rank_set.rank, rank_set.world, nodes, modules, rank_set.num_samples)
+    return replace(rank_set, nodes=nodes, modules=modules)
 
 
 def _load_ranges(run: Run) -> None:
@@ -176,16 +178,19 @@ def _quantize(run: Run) -> None:
     """Compute scales."""
     for device in run.devices:
         config = run.quant_configs[device.name]
-        method = parse_scale_method(to_content(config)["scale_method"])
-        scales_device = get_scales_device(config, device)
-        for world in run.options.worlds:
-            for rank_set in run.ranges[device.name, world]:
-                selected = _select_nodes(rank_set, config)
-                scales = compute_scales(
-                    selected,
-                    method,
-                    scales_device,
-                    weights=lambda node, one=rank_set: run.plan.read_rank_weight(node, one.rank, one.world),  # type: ignore[misc]
-                )
-                written = write_rank_set(run.staging / device.name, scales, method=method.file_tag)
-                run.record_scales(device, scales, written)
+        method, scales_device = (
+            parse_scale_method(to_content(config)["scale_method"]),
+            get_scales_device(config, device),
+        )
+        for finding in find_idle_patterns(config, run.plan.node_names):
+            run.warn(f"{finding.what} ({finding.where})")
+        for override in method.find_unused(run.plan.node_names):
+            if not override.startswith("layer_types."):
+                run.warn(f"the scale method's {override} matches no node of the model")
+        for rank_set in (one for world in run.options.worlds for one in run.ranges[device.name, world]):
+            weights = partial(run.plan.read_rank_weight, rank=rank_set.rank, world=rank_set.world)
+            scales = compute_scales(
+                _select_nodes(rank_set, config), method, get_scales_device(config, device), weights=weights
+            )
+            written = write_rank_set(run.staging / device.name, scales, method=method.file_tag)
+            run.record_scales(device, scales, written)

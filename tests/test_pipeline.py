@@ -180,6 +180,20 @@ def test_unify_takes_the_maximum_over_ranks(tmp_path: Path):
         assert all(one == np.maximum(left, right) for one, left, right in pairs)
 
 
+def test_expand_is_undone_by_unify(tmp_path: Path):
+    """Every rank gets the whole's ranges, and their maximum is the whole's again; the files keep their name."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in (GOLDEN / "tp1/g3").glob("inc_output_hooks_maxabs_0_1*"):
+        (source / path.name.replace("inc_output", "mine")).write_bytes(path.read_bytes())
+    assert run_cli("expand", "-m", source, "-w", 4, "-o", tmp_path / "four").returncode == 0
+    assert run_cli("unify", "-m", tmp_path / "four", "-r", 1, "-o", tmp_path / "one").returncode == 0
+    before, after = (read_ranges(one / "mine_hooks_maxabs_0_1.json") for one in (source, tmp_path / "one"))
+    assert repr(after) == repr(before)
+    run = run_cli("expand", "-m", tmp_path / "four", "-w", 8)
+    assert run.returncode == 1 and "no ranges of rank 0 of 1" in run.stderr
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -186,7 +186,7 @@ def test_steps_that_need_quant_config_say_so(name: str, tiny: Path, tmp_path: Pa
     assert "QUANT_CONFIG is not set" in result.stderr
 
 
-def test_steps_2_to_5_honour_quant_config_in_the_layout_of_a_run(tiny: Path, tmp_path: Path) -> None:
+def test_steps_2_to_6_honour_quant_config_in_the_layout_of_a_run(tiny: Path, tmp_path: Path) -> None:
     """dump_stats_path and blocklist of QUANT_CONFIG decide where the files go and what is in them."""
     directory = tmp_path / "out" / "model" / "g2"
     dump = {"dump_stats_path": str(directory / "inc_output")}
@@ -216,6 +216,9 @@ def test_steps_2_to_5_honour_quant_config_in_the_layout_of_a_run(tiny: Path, tmp
     result = run_step("5-unify_measurements", ["-m", directory, "-r", 1, "-o", directory, "-u"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert "step-4-quantize-scales.py --tensor-parallel-size 1" in result.stderr
+    result = run_step("6-expand-measurements", ["-m", directory, "-w", 4, "-o", tmp_path / "four"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "four").glob("*_3_4.npz"))) == 1
     assert (directory / "inc_output_hooks_maxabs_0_1_mod_list.json").is_file()
 
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "measure": "gaudi_calib.cli.measure:measure",
     "postprocess": "gaudi_calib.cli.postprocess:postprocess",
     "unify": "gaudi_calib.cli.unify:unify",
+    "expand": "gaudi_calib.cli.expand:expand",
     "quantize": "gaudi_calib.cli.quantize:quantize",
     "config": "gaudi_calib.cli.config:config",
     "detect": "gaudi_calib.cli.detect:detect",

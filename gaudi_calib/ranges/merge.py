@@ -1,4 +1,4 @@
-"""Ranks into fewer ranks. Ranges are merged, scales never: they are computed anew."""
+"""Ranks into fewer ranks, or into more. Ranges are merged, scales never: they are computed anew."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,6 +57,43 @@ def unify_dir(directory: Path, world: int, out: Path, *, source_world: int | Non
     merged = unify_ranks(read_world_dir(directory, source_world), world)
     with stage_files(out) as staging:
         written = [path for one in merged for path in write_rank_set(staging, one)]
+    return [out / path.name for path in written]
+
+
+def expand_rank(rank_set: RankSet[Node], world: int) -> list[RankSet[Node]]:
+    """Give each of `world` tensor-parallel ranks the ranges of the one rank that was measured.
+
+    A rank's part of a tensor never exceeds the whole, so every range is an upper bound,
+    except the partial products of row-parallel layers (`outputs[0]`), which may cancel
+    in the whole. Ranges of the parts themselves need `channel_ranges.safetensors`.
+
+    Raises:
+        TopologyError: `rank_set` is not the only rank, or the model has experts.
+    """
+    if rank_set.world != 1 or world < 1:
+        raise TopologyError(
+            f"cannot expand world size {rank_set.world} to {world}",
+            why="only a single rank's ranges are those of the whole model",
+            fix="unify to one rank first: `gaudi-calib unify -r 1`",
+        )
+    _refuse_experts([rank_set])
+    return [replace(rank_set, rank=rank, world=world) for rank in range(world)]
+
+
+def expand_dir(directory: Path, world: int, out: Path) -> list[Path]:
+    """Expand the ranges of world size 1 in `directory` to `world` ranks, and write those to `out`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileError: there are no ranges of world size 1, or they are malformed; nothing is written.
+        TopologyError: see `expand_rank`.
+    """
+    (rank_set,) = read_world_dir(directory, 1)
+    ranks = expand_rank(rank_set, world)
+    with stage_files(out) as staging:
+        written = [path for one in ranks for path in write_rank_set(staging, one)]
     return [out / path.name for path in written]
 
 

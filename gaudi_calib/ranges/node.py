@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from gaudi_calib.layout import DUMP_NAME
+
 T = TypeVar("T")
 
 
@@ -86,6 +88,7 @@ class RankSet(Generic[T]):
         modules: names of all modules INC patched, in module order (`_mod_list.json`);
             a module that never ran is here and not in `nodes`.
         num_samples: forward calls seen, or None where not recorded.
+        dump: first part of its files' names (last component of `dump_stats_path`).
     """
 
     rank: int
@@ -93,6 +96,7 @@ class RankSet(Generic[T]):
     nodes: Mapping[str, T]
     modules: tuple[str, ...] = ()
     num_samples: int | None = None
+    dump: str = DUMP_NAME
 
 
 _OP_BY_SUFFIX = {

@@ -24,7 +24,7 @@ import numpy as np
 
 from gaudi_calib.errors import FileError
 from gaudi_calib.files import load_pickle, read_json, write_bytes, write_text
-from gaudi_calib.layout import DUMP_NAME, RankFile, parse_rank_file
+from gaudi_calib.layout import RankFile, parse_rank_file
 from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
 
 N = TypeVar("N", Node, ScaleNode)
@@ -41,13 +41,11 @@ def write_rank_set(
     rank_set: RankSet[Node] | RankSet[ScaleNode],
     *,
     method: str | None = None,
-    dump: str = DUMP_NAME,
 ) -> list[Path]:
     """Write one rank's `.json` and `.npz`, and for ranges `_mod_list.json`.
 
     Args:
         method: scale method in upper case for scales, None for ranges.
-        dump: last component of `dump_stats_path`.
 
     Returns:
         The files written.
@@ -63,7 +61,7 @@ def write_rank_set(
         "Mode": _RANGES_MODE if method is None else _SCALES_MODE,
         "Nodes": {name: encode(node) for name, node in rank_set.nodes.items()},
     }
-    file = RankFile(dump=dump, method=method, rank=rank_set.rank, world=rank_set.world)
+    file = RankFile(dump=rank_set.dump, method=method, rank=rank_set.rank, world=rank_set.world)
     json_path = directory / file.name
     npz_path = json_path.with_suffix(".npz")
     buffer = io.BytesIO()
@@ -72,7 +70,7 @@ def write_rank_set(
     write_text(json_path, json.dumps(_to_lists(value), indent=4))
     if method is not None:
         return [json_path, npz_path]
-    mod_list = directory / RankFile(dump=dump, rank=rank_set.rank, world=rank_set.world, is_mod_list=True).name
+    mod_list = directory / RankFile(dump=rank_set.dump, rank=rank_set.rank, world=rank_set.world, is_mod_list=True).name
     write_text(mod_list, json.dumps(list(rank_set.modules), indent=4))
     return [json_path, npz_path, mod_list]
 
@@ -84,13 +82,14 @@ def read_ranges(path: Path) -> RankSet[Node]:
         FileError: a file is malformed, holds scales, or json and npz disagree.
     """
     file, value, nodes = _read_pair(path, _RANGES_MODE, _decode_ranges)
-    return RankSet(file.rank or 0, file.world or 1, nodes, _read_modules(path, file, nodes), value.get("NumSamples"))
+    modules, samples = _read_modules(path, file, nodes), value.get("NumSamples")
+    return RankSet(file.rank or 0, file.world or 1, nodes, modules, samples, file.dump)
 
 
 def read_scales(path: Path) -> RankSet[ScaleNode]:
     """Read one rank's scales; see `read_ranges`."""
     file, _, nodes = _read_pair(path, _SCALES_MODE, _decode_scales)
-    return RankSet(file.rank or 0, file.world or 1, nodes)
+    return RankSet(file.rank or 0, file.world or 1, nodes, dump=file.dump)
 
 
 def list_worlds(directory: Path, method: str | None = None) -> dict[int, dict[int, Path]]:
