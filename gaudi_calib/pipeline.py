@@ -178,10 +178,7 @@ def _quantize(run: Run) -> None:
     """Compute scales."""
     for device in run.devices:
         config = run.quant_configs[device.name]
-        method, scales_device = (
-            parse_scale_method(to_content(config)["scale_method"]),
-            get_scales_device(config, device),
-        )
+        method = parse_scale_method(to_content(config)["scale_method"])
         for finding in find_idle_patterns(config, run.plan.node_names):
             run.warn(f"{finding.what} ({finding.where})")
         for override in method.find_unused(run.plan.node_names):

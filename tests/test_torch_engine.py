@@ -267,11 +267,11 @@ def _edit(path: Path, old: str, new: str):
 
 
 def test_batches_bound_sequences_and_tokens():
-    """A batch holds at most `batch_size` prompts and 2048 tokens, or one longer prompt."""
-    prompts = [[0] * length for length in (1000, 1000, 100, 3000, 1, 1, 1)]
+    """A batch holds at most `batch_size` prompts and 1024 tokens, or one longer prompt."""
+    prompts = [[0] * length for length in (500, 500, 100, 3000, 1, 1, 1)]
     batches = make_batches(prompts, batch_size=2)
-    assert [batch.bounds for batch in batches] == [[0, 1000, 2000], [0, 100], [0, 3000], [0, 1, 2], [0, 1]]
-    assert batches[0].positions[0, [0, 999, 1000]].tolist() == [0, 999, 0]
+    assert [batch.bounds for batch in batches] == [[0, 500, 1000], [0, 100], [0, 3000], [0, 1, 2], [0, 1]]
+    assert batches[0].positions[0, [0, 499, 500]].tolist() == [0, 499, 0]
 
 
 def test_signed_maximum_sees_values_negative_on_every_rank():

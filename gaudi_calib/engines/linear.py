@@ -18,14 +18,12 @@ class LinearRanges:
     """What one linear node has seen.
 
     Attributes:
-        modules: the Hugging Face modules it fuses.
         seen: largest input magnitude, shape (in,) where ranks split the input, else (1,); or None.
         products: world -> largest magnitude of the elementwise maximum over ranks of
             the partial products.
         total: largest magnitude of the whole product, without bias.
     """
 
-    modules: Sequence[nn.Module]
     seen: torch.Tensor | None = None
     products: dict[int, float] = field(default_factory=dict)
     total: float = 0.0
@@ -41,10 +39,10 @@ class LinearRanges:
         self.seen = values if self.seen is None else torch.maximum(self.seen, values)
 
 
-def observe_input(modules: Sequence[nn.Module]) -> LinearRanges:
-    """Watch the input of fused modules (they share it, so the first one's)."""
-    ranges = LinearRanges(modules)
-    handle = modules[0].register_forward_pre_hook(lambda module, args: ranges.observe(args[0], per_channel=False))
+def observe_input(module: nn.Module) -> LinearRanges:
+    """Watch the input of a layer that every rank feeds with all of it."""
+    ranges = LinearRanges()
+    handle = module.register_forward_pre_hook(lambda module, args: ranges.observe(args[0], per_channel=False))
     ranges.detach = handle.remove
     return ranges
 
@@ -56,7 +54,7 @@ def observe_row_parallel(module: nn.Module, worlds: Sequence[int]) -> LinearRang
     finest partial products, at no extra multiplications; in bfloat16, where sums
     round, each is formed on its own, as the devices would.
     """
-    ranges = LinearRanges([module])
+    ranges = LinearRanges()
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
     sums = weight.dtype is torch.float32

@@ -13,13 +13,12 @@ from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.shard import Axis, ChannelNode, ChannelRange
 
-_WEIGHT_ROWS = 16384  # rows of an unloaded weight read at a time
+_WEIGHT_VALUES = 2**24  # of a weight, looked at at a time
 
 
 def linear_node(plan: ModelPlan, linear: LinearPlan, ranges: LinearRanges) -> ChannelNode:
-    """Return the channel ranges of one linear layer whose modules hold their weights."""
+    """Return the channel ranges of one linear layer."""
     assert ranges.seen is not None
-    weight = _weight_range(plan, linear, [module.weight for module in ranges.modules])  # type: ignore[misc]
     outputs = None
     if linear.op is Op.ROW_PARALLEL_LINEAR:
         total = ChannelRange(_array(torch.tensor([ranges.total])))
@@ -28,17 +27,17 @@ def linear_node(plan: ModelPlan, linear: LinearPlan, ranges: LinearRanges) -> Ch
         linear.op,
         inputs=(ChannelRange(_array(ranges.seen), linear.in_axis),),
         outputs=outputs,
-        weight=weight,
+        weight=_weight_range(plan, linear),
         partial_products=dict(ranges.products),
     )
 
 
-def _weight_range(plan: ModelPlan, linear: LinearPlan, weights: list[torch.Tensor]) -> ChannelRange:
-    if not weights:  # not loaded: read it piece by piece
-        weights = list(_weight_pieces(plan, linear))
+def _weight_range(plan: ModelPlan, linear: LinearPlan) -> ChannelRange:
+    """Read the weight from the checkpoint piece by piece; per input column for row-parallel layers, else per row."""
     if linear.split is Split.ROW:
-        return ChannelRange(_array(max_magnitude(weights[0], (0,))), linear.in_axis)
-    values = np.concatenate([_array(max_magnitude(weight, (1,))) for weight in weights])
+        columns = torch.stack([_magnitudes(piece, 0) for piece in _weight_pieces(plan, linear)]).amax(0)
+        return ChannelRange(_array(columns), linear.in_axis)
+    values = np.concatenate([_array(_magnitudes(piece, 1)) for piece in _weight_pieces(plan, linear)])
     order = plan.canonical_rows(linear)
     if order is not None:
         values = values[order]
@@ -47,8 +46,17 @@ def _weight_range(plan: ModelPlan, linear: LinearPlan, weights: list[torch.Tenso
 
 def _weight_pieces(plan: ModelPlan, linear: LinearPlan) -> Iterator[torch.Tensor]:
     for name in linear.weights:
-        for piece in plan.checkpoint.read([name])[name].split(_WEIGHT_ROWS):
+        weight = plan.checkpoint.read([name])[name]
+        for piece in weight.split(max(1, _WEIGHT_VALUES // weight.shape[1])):
             yield plan.served(piece)
+
+
+def _magnitudes(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """Largest magnitudes over `dim`."""
+    if weight.dtype is not torch.bfloat16:
+        return max_magnitude(weight, (dim,))
+    # Without its sign bit, a bfloat16 is ordered as the integer of the same bits (NaN above all).
+    return (weight.view(torch.int16) & 0x7FFF).amax(dim).view(torch.bfloat16)
 
 
 def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[str, ChannelNode]:

@@ -32,7 +32,7 @@ from gaudi_calib.ranges.shard import ChannelNode, ChannelRanges
 
 DEFAULT_WORLDS = (1, 2, 4, 8)
 # Tokens that run through a layer together; bounds the memory of its activations.
-_MAX_TOKENS = 2048
+_MAX_TOKENS = 1024
 
 
 @dataclass
@@ -211,11 +211,9 @@ class _Measurement:
         observed = {}
         for linear in self.plan.layout.linears:
             node = self.plan.node_name(index, linear.name)
-            modules = [layer.get_submodule(part) for part in linear.parts]
-            if linear.split is Split.ROW:
-                observed[node] = observe_row_parallel(modules[0], self.worlds)
-            else:
-                observed[node] = observe_input(modules)
+            module = layer.get_submodule(linear.parts[0])  # fused ones share their input
+            by_rows = linear.split is Split.ROW
+            observed[node] = observe_row_parallel(module, self.worlds) if by_rows else observe_input(module)
         return observed
 
     def _run_layer(
@@ -261,7 +259,7 @@ class _Measurement:
     def _observe_outer(self, model: nn.Module) -> None:
         """Measure linear layers before the first decoder layer or behind the last (none in most families)."""
         self.outer = {
-            linear.name: observe_input([model.get_submodule(linear.parts[0])])
+            linear.name: observe_input(model.get_submodule(linear.parts[0]))
             for linear in self.plan.layout.outer
             if linear.name in self.plan.linears
         }
@@ -279,7 +277,7 @@ class _Measurement:
 
         self._replace(layers, [_Recorder(layer, finish) for layer in real])
         head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        ranges = LinearRanges([])
+        ranges = LinearRanges()
 
         def stop(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             ranges.observe(args[0], per_channel=False)
