@@ -232,6 +232,18 @@ def test_a_sample_that_overflows_is_named(tmp_path: Path):
     assert "sample 1 of" in error.value.where
 
 
+def test_an_overflow_behind_the_last_layer_is_found(tmp_path: Path):
+    """Infinity that only the last norm makes is an error, too."""
+    from safetensors.torch import load_file, save_file
+
+    directory = make_tiny_model("llama", tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(RangeError, match="the output projection saw NaN or infinity"):
+        measure_channels(directory, [[1, 2, 3]])
+
+
 def test_world_that_does_not_divide_is_refused(tiny_model: Callable[[str], Path]):
     """-t 3 of a model with 8 heads fails before anything is measured."""
     with pytest.raises(TopologyError, match="does not divide over 3 ranks") as error:

@@ -4,17 +4,12 @@ from pathlib import Path
 
 import click
 
+from gaudi_calib.cli.directory_options import directory_options
+
 
 @click.command(epilog="Example: gaudi-calib expand -m out/llama/g3 -w 4")
-@click.option(
-    "-m",
-    "--measurements",
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Directory of the ranges (OUT/<model>/<device>).",
-)
+@directory_options
 @click.option("-w", "--world-size", "world", required=True, type=click.IntRange(min=1), help="Ranks to expand to.")
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Where the results go.  [in place]")
 def expand(measurements: Path, world: int, out: Path | None) -> None:
     """Give the ranges of one rank to every rank of a larger world.
 

@@ -4,16 +4,11 @@ from pathlib import Path
 
 import click
 
+from gaudi_calib.cli.directory_options import directory_options
+
 
 @click.command(epilog="Example: gaudi-calib postprocess -m out/llama/g3")
-@click.option(
-    "-m",
-    "--measurements",
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Directory of the ranges (OUT/<model>/<device>).",
-)
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Where the results go.  [in place]")
+@directory_options
 def postprocess(measurements: Path, out: Path | None) -> None:
     """Give the attention matmuls the ranges of the KV caches they read.
 

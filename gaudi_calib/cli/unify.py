@@ -4,17 +4,12 @@ from pathlib import Path
 
 import click
 
+from gaudi_calib.cli.directory_options import directory_options
+
 
 @click.command(epilog="Example: gaudi-calib unify -m out/llama/g3 -r 1")
-@click.option(
-    "-m",
-    "--measurements",
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Directory of the ranges (OUT/<model>/<device>).",
-)
+@directory_options
 @click.option("-r", "--rank", "world", required=True, type=click.IntRange(min=1), help="Ranks that remain.")
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Where the results go.  [in place]")
 @click.option(
     "--from-world", "source_world", type=click.IntRange(min=2), help="World size to unify, if several are there."
 )

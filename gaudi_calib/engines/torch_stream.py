@@ -288,6 +288,7 @@ class _Measurement:
             current[:], position[0] = [batch], 0
             with contextlib.suppress(_Stop):
                 self._forward(model, batch)
+            self._check_finite(batch, {"the output projection": ranges})
         handle.remove()
         for node, seen in self.outer.items():
             self.nodes[node] = linear_node(self.plan, self.plan.linears[node], seen)
