@@ -155,6 +155,7 @@ def _select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]
 def _load_ranges(run: Run) -> None:
     """Read ranges."""
     for device in run.devices:
+        run.require_same_model(device)
         directory = run.layout.device_dir(device.name)
         for world in run.options.worlds:
             if directory.is_dir() and world in list_worlds(directory):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gaudi_calib.config import measure_config, quant_config, read_quant_config, to_content, write_quant_config
 from gaudi_calib.config_model import QuantConfig, describe_scaling, get_scales_device, with_dump_stats_path
 from gaudi_calib.data.prompts import Prompts
-from gaudi_calib.errors import ConfigError, UsageError
+from gaudi_calib.errors import ConfigError, ModelError, UsageError
 from gaudi_calib.files import hash_file, stage_files
 from gaudi_calib.fingerprint import fingerprint_model
 from gaudi_calib.fp8 import DEVICES, Device, get_device
@@ -221,6 +221,19 @@ class Run:
                 record.update(dataset=DatasetFacts(name=self.prompts.dataset, hash=self.prompts.sha256, **sizes))
             for stale in check_scales_fresh(record.manifest.updated(status="ok"), directory):
                 self.warn(f"{directory / stale.name} is stale: {stale.why}; `gaudi-calib quantize` computes it anew")
+
+    def require_same_model(self, device: Device) -> None:
+        """Raise ModelError where the ranges in place were measured on other weights, as far as the manifest knows."""
+        manifest = self.records[device.name].manifest
+        before = manifest.last_good and manifest.last_good.model
+        now = manifest.model
+        if before and now and before.fingerprint and before.fingerprint != now.fingerprint:
+            raise ModelError(
+                f"the ranges for {device.name} were measured on another checkpoint",
+                where=self.layout.device_dir(device.name),
+                why=f"the fingerprint of {self.options.model!r} is not that of {before.name!r} when it was measured",
+                fix="give the model that was measured, or run `gaudi-calib measure` with this one",
+            )
 
     def note(self, device: Device, **notes: Any) -> None:
         """Add `notes` to the manifest of `device`."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny import make_tiny_model
 
+from gaudi_calib.errors import ModelError
 from gaudi_calib.layout import parse_rank_file
 from gaudi_calib.manifest import check_scales_fresh, read_manifest
 from gaudi_calib.pipeline import RunOptions, calibrate, list_files, measure, quantize
@@ -129,6 +130,18 @@ def test_quantize_adds_worlds_and_methods_later(dataset: Path):
     )
     assert weight.out_channels.shape == (256,) and weight.in_channels.shape == (128,)
     assert read_manifest(root / "g3/calibration_manifest.json").history[0].command
+
+
+def test_scales_are_not_computed_for_another_checkpoint(dataset: Path, tmp_path: Path):
+    """Weights that changed since the measurement, under the same path, are noticed; the files stay."""
+    directory = make_tiny_model("llama", tmp_path / "model")
+    root = measure(options(dataset, model=str(directory), devices=("g3",))).root
+    before = snapshot(root)
+    make_tiny_model("llama", tmp_path / "other", seed=1)
+    os.replace(tmp_path / "other/model.safetensors", directory / "model.safetensors")
+    with pytest.raises(ModelError, match="measured on another checkpoint"):
+        quantize(options(dataset, model=str(directory), devices=("g3",)))
+    assert snapshot(root) == before
 
 
 @pytest.mark.parametrize("method", ["unit_scale", "maxabs_pcs_pow2"])
