@@ -50,13 +50,10 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("device", ["g2", "g3"])
+@pytest.mark.parametrize(("device", "world"), [("g2", 1), ("g3", 1), ("g2", 2)])
 def test_run_has_the_structure_of_real_files(device: str, world: int, dataset: Path):
     """Names, order, modules, structure and (but for sampled or decode-only nodes) values are those of a real run."""
     golden = GOLDEN / f"tp{world}" / device
-    if not golden.is_dir():
-        pytest.skip("no real run of this combination")
     result = calibrate(options(dataset, world=world, devices=(device,)))
     ours = result.root / device
     for path in golden.iterdir():
