@@ -11,7 +11,7 @@ from reference import Recording, largest, rank_heads, rank_part, record_model
 from tiny import CHECKPOINTS, make_tiny_model
 
 from gaudi_calib.engines.base import ModelPlan, plan_model
-from gaudi_calib.engines.linear import chain_worlds, max_signed, order_ranks
+from gaudi_calib.engines.linear import chain_worlds, max_signed, sum_neighbours
 from gaudi_calib.engines.torch_stream import make_batches, measure_channels
 from gaudi_calib.errors import ModelError, RangeError, TopologyError
 from gaudi_calib.families import Split
@@ -297,10 +297,10 @@ def test_signed_maximum_sees_values_negative_on_every_rank():
 
 
 @pytest.mark.parametrize("chain", [[8, 4, 2], [6, 3], [12, 4, 2], [5]], ids=str)
-def test_blocks_of_ordered_ranks_sum_to_coarser_worlds(chain: list[int]):
-    """Summing contiguous blocks gives, at every world of a chain, the sums of consecutive ranks."""
-    held = [{rank} for rank in order_ranks(chain)]
-    for world in [*chain[1:], 1]:
-        held = [set().union(*held[position::world]) for position in range(world)]
-        size = chain[0] // world
-        assert sorted(map(sorted, held)) == [list(range(start, start + size)) for start in range(0, chain[0], size)]
+def test_partial_products_sum_to_those_of_coarser_worlds(chain: list[int]):
+    """Summing neighbours in place gives, at every world of a chain, the sums of consecutive ranks."""
+    parts = torch.arange(1.0, chain[0] + 1).view(-1, 1, 1).expand(-1, 2, 3).clone()
+    whole = parts.clone()
+    for world in [*chain, 1]:
+        parts = sum_neighbours(parts, world)
+        assert torch.equal(parts, whole.unflatten(0, (world, -1)).sum(1))

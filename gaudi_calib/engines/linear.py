@@ -1,8 +1,8 @@
 """Observing linear layers: per-channel inputs, and the partial products of row parallelism."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -11,6 +11,20 @@ from gaudi_calib.engines.attention import max_magnitude
 
 # Tokens whose partial products are formed together; bounds their memory.
 _CHUNK = 1024
+
+
+class Scratch:
+    """Memory that layers use in turn: getting fresh memory takes longer than filling it."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised tensor; it is overwritten after the next call."""
+        size = math.prod(shape)
+        if self._flat.numel() < size or self._flat.dtype is not dtype:
+            self._flat = torch.empty(size, dtype=dtype)
+        return self._flat[:size].view(shape)
 
 
 @dataclass
@@ -47,7 +61,7 @@ def observe_input(module: nn.Module) -> LinearRanges:
     return ranges
 
 
-def observe_row_parallel(module: nn.Module, worlds: Sequence[int]) -> LinearRanges:
+def observe_row_parallel(module: nn.Module, worlds: Sequence[int], scratch: Scratch) -> LinearRanges:
     """Watch a row-parallel layer's input and its partial products over each of `worlds`.
 
     In float32 the product, and those of coarser worlds, are formed as sums of the
@@ -63,7 +77,7 @@ def observe_row_parallel(module: nn.Module, worlds: Sequence[int]) -> LinearRang
     def forward(x: torch.Tensor) -> torch.Tensor:
         ranges.observe(x, per_channel=True)
         flat = x.flatten(0, -2)
-        parts = [_observe_products(flat, weight, chain, ranges) for chain in chains]
+        parts = [_observe_products(flat, weight, chain, ranges, scratch) for chain in chains]
         exact = not sums or not parts
         product = flat @ weight.T if exact else parts[0]
         lowest, highest = torch.aminmax(product)
@@ -95,47 +109,34 @@ def chain_worlds(worlds: Sequence[int]) -> list[list[int]]:
     return chains
 
 
-def order_ranks(chain: Sequence[int]) -> list[int]:
-    """Order of the finest world's ranks in which contiguous blocks sum to the ranks of every coarser world.
-
-    For [4, 2]: positions 0 and 2 hold ranks 0 and 1, and sum to rank 0 of 2 at position 0.
-
-    >>> order_ranks([4, 2])
-    [0, 2, 1, 3]
-    """
-    ranks = [0]
-    for coarse, fine in pairwise([1, *reversed(chain)]):
-        step = fine // coarse
-        ranks = [ranks[position % coarse] * step + position // coarse for position in range(fine)]
-    return ranks
-
-
 def _observe_products(
-    x: torch.Tensor, weight: torch.Tensor, chain: Sequence[int], ranges: LinearRanges
+    x: torch.Tensor, weight: torch.Tensor, chain: Sequence[int], ranges: LinearRanges, scratch: Scratch
 ) -> torch.Tensor:
-    """Form x @ weight.T as the sum of partial products over `chain[0]` ranks, and note their ranges."""
+    """Form x @ weight.T as the sum of partial products over `chain[0]` ranks, and note their ranges.
+
+    One batched product over all ranks is faster than one product per rank: each core takes whole ranks.
+    """
     tokens, width, rows = x.shape[0], x.shape[1] // chain[0], weight.shape[0]
+    weight_by_rank = weight.unflatten(1, (chain[0], width)).permute(1, 2, 0)
     product = x.new_empty(tokens, rows)
-    buffer = x.new_empty(chain[0], min(tokens, _CHUNK), rows)
     for start in range(0, tokens, _CHUNK):
         chunk = x[start : start + _CHUNK]
-        parts = buffer[:, : chunk.shape[0]]
-        for position, rank in enumerate(order_ranks(chain)):
-            columns = slice(rank * width, (rank + 1) * width)
-            torch.mm(chunk[:, columns], weight[:, columns].T, out=parts[position])
+        parts = scratch.take((chain[0], chunk.shape[0], rows), x.dtype)
+        torch.bmm(chunk.unflatten(1, (chain[0], width)).transpose(0, 1), weight_by_rank, out=parts)
         for world in chain:
-            parts = _sum_blocks(parts, world)
+            parts = sum_neighbours(parts, world)
             ranges.products[world] = max_signed(parts, ranges.products.get(world, 0.0))
-        product[start : start + _CHUNK] = _sum_blocks(parts, 1)[0]
+        product[start : start + _CHUNK] = sum_neighbours(parts, 1)[0]
     return product
 
 
-def _sum_blocks(parts: torch.Tensor, world: int) -> torch.Tensor:
-    """Sum partial products, shape (ranks, tokens, rows), in place down to `world` ranks."""
-    blocks = parts.split(world)
-    for block in blocks[1:]:
-        blocks[0].add_(block)
-    return blocks[0]
+def sum_neighbours(parts: torch.Tensor, world: int) -> torch.Tensor:
+    """Sum consecutive ranks' partial products, shape (ranks, tokens, rows), in place down to `world` ranks."""
+    step = parts.shape[0] // world
+    total = parts[::step]
+    for offset in range(1, step):
+        total.add_(parts[offset::step])
+    return total
 
 
 def max_signed(parts: torch.Tensor, floor: float) -> float:
@@ -152,8 +153,8 @@ def max_signed(parts: torch.Tensor, floor: float) -> float:
     Source: INC all-reduces with MAX before it observes the magnitude
     (`PatchedRowParallelLinear.forward_measure_reduce`).
     """
-    lowest, highest = torch.aminmax(parts)
-    largest = max(floor, float(highest))
-    if float(lowest) < -largest and max(float(part.min()) for part in parts) < -largest:
+    extremes = [torch.aminmax(part) for part in parts]
+    largest = max(floor, *(float(extreme.max) for extreme in extremes))
+    if max(float(extreme.min) for extreme in extremes) < -largest:
         largest = max(largest, -float(parts.amax(0).min()))
     return largest

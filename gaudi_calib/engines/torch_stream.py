@@ -24,7 +24,7 @@ from gaudi_calib.engines.attention import (
     register_attention,
 )
 from gaudi_calib.engines.base import ModelPlan, WeightNames, plan_model
-from gaudi_calib.engines.linear import LinearRanges, observe_input, observe_row_parallel
+from gaudi_calib.engines.linear import LinearRanges, Scratch, observe_input, observe_row_parallel
 from gaudi_calib.engines.nodes import attention_nodes, linear_node
 from gaudi_calib.errors import RangeError
 from gaudi_calib.families import Split
@@ -157,6 +157,7 @@ class _Measurement:
         self.names = WeightNames(plan.checkpoint)
         self.nodes: dict[str, ChannelNode] = {}
         self.interceptor = SdpaInterceptor()
+        self.scratch = Scratch()
         self.returns_tuple = False
 
     def run(self, num_samples: int) -> ChannelRanges:
@@ -213,7 +214,9 @@ class _Measurement:
             node = self.plan.node_name(index, linear.name)
             module = layer.get_submodule(linear.parts[0])  # fused ones share their input
             by_rows = linear.split is Split.ROW
-            observed[node] = observe_row_parallel(module, self.worlds) if by_rows else observe_input(module)
+            observed[node] = (
+                observe_row_parallel(module, self.worlds, self.scratch) if by_rows else observe_input(module)
+            )
         return observed
 
     def _run_layer(
