@@ -139,6 +139,7 @@ def unify(directory: Path, world: int, out: Path, *, expert_parallel: bool = Fal
         for index in range(world):
             contents = [json.loads(path.read_text()) for path in paths[index * size : (index + 1) * size]]
             merge_groups([content["Nodes"] for content in contents], expert_parallel=expert_parallel)
+            del contents[1:]
             write_rank(out / f"{start}_{index}_{world}.json", contents[0], index if world > 1 else -1)
 
 
