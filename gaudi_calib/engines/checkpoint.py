@@ -1,18 +1,34 @@
-"""Reading a Hugging Face checkpoint tensor by tensor, never as a whole."""
+"""Reading a Hugging Face checkpoint tensor by tensor, never as a whole.
 
-from collections.abc import Iterable
-from functools import cached_property
+Weights that are stored as FP8 or MXFP4 are read as the bf16 values they stand for
+(`dequantize.py`), so that nobody else needs to know how a weight is stored.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gaudi_calib.engines.dequantize import (
+    ScaleGrid,
+    StoredWeight,
+    dequantize,
+    dequantize_packed,
+    find_block,
+    find_foreign,
+    find_weights,
+    packed_shape,
+    plan_grid,
+)
 from gaudi_calib.errors import ModelError
 from gaudi_calib.files import read_json
 
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
+_SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 
 def resolve_model(model: str) -> Path:
@@ -48,14 +64,16 @@ class Checkpoint:
     Attributes:
         directory: where it is.
         config: config.json as a dict.
-        files: file name of every tensor.
+        files: file name of every weight, by its logical name; scales are no weights.
+        weights: the tensors that hold each of them.
     """
 
     def __init__(self, directory: Path):
         """Read the index.
 
         Raises:
-            ModelError: config.json, the safetensors files or a shard is missing.
+            ModelError: config.json, the safetensors files or a shard is missing, or the
+                weights are quantized in a way that cannot be read.
         """
         self.directory = directory
         if not (directory / "config.json").is_file():
@@ -65,7 +83,15 @@ class Checkpoint:
                 fix="give the directory of a Hugging Face checkpoint (config.json beside *.safetensors)",
             )
         self.config: dict[str, Any] = read_json(directory / "config.json")
-        self.files = self._find_tensors()
+        self._tensors = self._find_tensors()
+        quantization = _find_quantization(self.config)
+        self._method = quantization.get("quant_method")
+        self._block = find_block(quantization)
+        foreign = find_foreign(self._tensors)
+        if foreign is not None:
+            raise self._cannot_read(foreign, "belongs to a format other than FP8 and MXFP4")
+        self.weights: dict[str, StoredWeight] = find_weights(self._tensors)
+        self.files = {name: self._tensors[weight.values] for name, weight in self.weights.items()}
 
     def _find_tensors(self) -> dict[str, str]:
         index = self.directory / _INDEX_NAME
@@ -104,38 +130,136 @@ class Checkpoint:
             ) from error
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, from the headers alone."""
-        shapes = {}
-        for name in sorted(set(self.files.values())):
+    def _stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type (safetensors' word for it) and shape of every tensor, from the headers alone."""
+        stored = {}
+        for name in sorted(set(self._tensors.values())):
             with self._open(name) as file:
-                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
-        return shapes
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    stored[key] = part.get_dtype(), tuple(part.get_shape())
+        return stored
 
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return the named tensors, in the checkpoint's own dtypes.
-
-        The tensors are backed by the mapped file; memory is used while they live.
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight, as the model holds it, from the headers alone.
 
         Raises:
-            ModelError: a tensor is not in the checkpoint.
+            ModelError: a weight is quantized and its scale is missing or of another shape,
+                or it is quantized in a way that cannot be read.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            if name not in self.files:
-                raise ModelError(
-                    f"the checkpoint has no tensor {name!r}",
-                    where=self.directory,
-                    why="the configuration calls for it",
-                    fix="check that config.json belongs to these weights",
-                )
-            by_file.setdefault(self.files[name], []).append(name)
-        tensors = {}
-        for file_name, wanted in by_file.items():
-            with self._open(file_name) as file:
-                tensors.update({name: file.get_tensor(name) for name in wanted})
-        return tensors
+        shapes = {}
+        for name, weight in self.weights.items():
+            self._check(name, weight)
+            shape = self._stored[weight.values][1]
+            shapes[name] = packed_shape(shape) if weight.packed else shape
+        return shapes
+
+    def _check(self, name: str, weight: StoredWeight) -> None:
+        missing = [part for part in weight.parts if part not in self._stored]
+        if missing:
+            raise ModelError(
+                f"the checkpoint has no tensor {missing[0]!r}",
+                where=self.directory / self._tensors[missing[0]],
+                why=f"{_INDEX_NAME} says it is there",
+                fix="download the checkpoint again",
+            )
+        kind, *scale_kinds = (self._stored[part][0] for part in weight.parts)
+        if kind == "F8_E4M3" and weight.scale is None:
+            raise ModelError(
+                f"{name!r} is FP8 and has no scale",
+                where=self.directory / self.files[name],
+                why=f"neither {name}_scale_inv nor {name}_scale is in the checkpoint",
+                fix="get the checkpoint again from its source, or give the unquantized one",
+            )
+        if weight.packed:
+            is_known = (kind, *scale_kinds) == ("U8", "U8")
+        elif weight.scale is not None:
+            is_known = kind == "F8_E4M3" and scale_kinds[0] in _SCALE_TYPES
+        else:
+            is_known = not (kind.startswith("F8") or (kind in ("U8", "I8", "I32") and name.endswith(".weight")))
+        if not is_known:
+            raise self._cannot_read(name, f"is stored as {' with a scale of '.join([kind, *scale_kinds])}")
+        if weight.scale is not None and not weight.packed:
+            self._grid(name)
+
+    def _cannot_read(self, name: str, why: str) -> ModelError:
+        return ModelError(
+            "the checkpoint is quantized in a way that cannot be read",
+            where=self.directory,
+            why=f"{name!r} {why}" + (f" (quant_method {self._method!r})" if self._method else ""),
+            fix="give the unquantized checkpoint of this model, or one in FP8 (E4M3)",
+        )
+
+    def _grid(self, name: str) -> ScaleGrid:
+        shape, scale_shape = (self._stored[part][1] for part in self.weights[name].parts)
+        return plan_grid(shape, scale_shape, self._block, name=name)
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return the named weights: the quantized ones as bf16, others in the checkpoint's own dtypes.
+
+        What is not quantized is backed by the mapped file; memory is used while it lives.
+
+        Raises:
+            ModelError: a weight is not in the checkpoint, or see `shapes`.
+        """
+        open_file = cache(self._open)
+        return {name: self._read(name, None, open_file) for name in names}
+
+    def read_part(self, name: str, index: int | slice) -> torch.Tensor:
+        """Return `read([name])[name][index]`, reading and dequantizing no more than that.
+
+        Args:
+            name: of a weight, such as stacked experts (E, ...).
+            index: on the first axis; a slice is of every element from its start to its stop.
+
+        Raises:
+            ModelError: see `read`.
+            IndexError: there is no such element.
+        """
+        self._find(name)
+        size = self.shapes[name][0]
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(size)
+            return self._read(name, slice(start, max(start, stop)), self._open)
+        if not -size <= index < size:
+            raise IndexError(f"{name} has {size} elements on its first axis, there is no {index}")
+        return self._read(name, slice(index % size, index % size + 1), self._open)[0]
+
+    def _find(self, name: str) -> StoredWeight:
+        if name not in self.weights:
+            raise ModelError(
+                f"the checkpoint has no tensor {name!r}",
+                where=self.directory,
+                why="the configuration calls for it",
+                fix="check that config.json belongs to these weights",
+            )
+        return self.weights[name]
+
+    def _read(self, name: str, rows: slice | None, open_file: Callable[[str], Any]) -> torch.Tensor:
+        """Return a weight, or its `rows` on the first axis."""
+
+        def load(tensor: str, part: slice | None) -> torch.Tensor:
+            file = open_file(self._tensors[tensor])
+            return file.get_tensor(tensor) if part is None else file.get_slice(tensor)[part]
+
+        weight = self._find(name)
+        _ = self.shapes  # checks how every weight is stored
+        values = load(weight.values, rows)
+        if weight.scale is None:
+            return values
+        if weight.packed:
+            return dequantize_packed(values, load(weight.scale, rows))
+        return dequantize(values, load(weight.scale, None), self._grid(name), first=rows.start if rows else 0)
 
     def under(self, prefix: str) -> list[str]:
         """Names of the tensors below the module path `prefix`."""
         return [name for name in self.files if name.startswith(prefix + ".")]
+
+
+def _find_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `quantization_config` of config.json, which multimodal models may keep in `text_config`."""
+    for place in (config, config.get("text_config") or {}):
+        if isinstance(place.get("quantization_config"), dict):
+            return dict(place["quantization_config"])
+    return {}
