@@ -39,7 +39,7 @@ def read_vllm_trees(directories: Sequence[Path]) -> dict[Path, Tree]:
 def _build_trees(directories: Sequence[str]) -> dict[str, Tree]:
     """Build every model in this process; call it in a fresh one."""
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed import destroy_model_parallel, init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
 
@@ -53,7 +53,8 @@ def _build_trees(directories: Sequence[str]) -> dict[str, Tree]:
                 init_distributed_environment(
                     1, 0, f"file://{tempfile.mkdtemp()}/rendezvous", local_rank=0, backend="gloo"
                 )
-                initialize_model_parallel(1)
+            destroy_model_parallel()  # of the model before, which may have had no group of experts
+            initialize_model_parallel(1)
             model = initialize_model(config)
         trees[directory] = [(name, type(module).__name__) for name, module in model.named_modules()]
     return trees
