@@ -1,4 +1,4 @@
-"""Rank files on disk. The only place that knows nested lists and pickled npz.
+"""Rank files on disk. The only way to and from nested lists and pickled npz.
 
 A rank's ranges (or scales) are one value, written twice:
 
@@ -10,30 +10,33 @@ arrays as leaves; it is all that INC reads. Keys that do not apply to ranges are
 absent. In a scale file `Mode` is `Scale`, every node has all three keys, a scale is a
 bare number, and a per-channel weight is {0: per output channel, 1: per input channel}.
 `_mod_list.json` lists the modules INC patched.
+
+Ranks of one world have the same nodes. Their files are then equal but for the numbers:
+the text and the opcodes in between are made once (json_form.py, pickle_form.py), and a
+file that consists of them is read without being parsed.
 """
 
-import io
 import json
-import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import load_pickle, read_json, write_bytes, write_text
+from gaudi_calib.files import read_json, write_bytes, write_text
 from gaudi_calib.layout import RankFile, parse_rank_file
+from gaudi_calib.ranges.decode import RANGES_MODE, SCALES_MODE, decode_table, is_same_table
+from gaudi_calib.ranges.json_form import JsonForm, read_head
 from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
+from gaudi_calib.ranges.npz import load_value, pack_pickle, pack_value, read_pickle
+from gaudi_calib.ranges.pickle_form import Head, PickleForm, can_pickle_flat
+from gaudi_calib.ranges.table import Inventory, RangeTable, ScaleTable, tabulate_ranges, tabulate_scales
 
-N = TypeVar("N", Node, ScaleNode)
-
-_RANGES_MODE, _SCALES_MODE = "DynamicRange", "Scale"
-_FIXES = {
-    _RANGES_MODE: "restore the file or measure again",
-    _SCALES_MODE: "restore the file, or make it again with `gaudi-calib quantize`",
-}
+_json_form = lru_cache(maxsize=4)(JsonForm)
+_pickle_form = lru_cache(maxsize=4)(PickleForm)
 
 
 def write_rank_set(
@@ -53,26 +56,30 @@ def write_rank_set(
     Raises:
         FileError: a file cannot be written.
     """
-    encode: Callable[[Any], dict[str, Any]] = _encode_ranges if method is None else _encode_scales
-    value: dict[str, Any] = {} if rank_set.num_samples is None else {"NumSamples": rank_set.num_samples}
-    value |= {
-        "GlobalRank": None,
-        "LocalRank": rank_set.rank,
-        "Mode": _RANGES_MODE if method is None else _SCALES_MODE,
-        "Nodes": {name: encode(node) for name, node in rank_set.nodes.items()},
-    }
-    file = RankFile(dump=rank_set.dump, method=method, rank=rank_set.rank, world=rank_set.world)
-    json_path = directory / file.name
-    npz_path = json_path.with_suffix(".npz")
-    buffer = io.BytesIO()
-    np.savez(buffer, np.array(value, dtype=object))
-    write_bytes(npz_path, buffer.getvalue())
-    write_text(json_path, json.dumps(_to_lists(value), indent=4))
-    if method is not None:
-        return [json_path, npz_path]
-    mod_list = directory / RankFile(dump=rank_set.dump, rank=rank_set.rank, world=rank_set.world, is_mod_list=True).name
-    write_text(mod_list, json.dumps(list(rank_set.modules), indent=4))
-    return [json_path, npz_path, mod_list]
+    return write_rank_sets(directory, [rank_set], method=method)
+
+
+def write_rank_sets(
+    directory: Path,
+    rank_sets: Sequence[RankSet[Node] | RankSet[ScaleNode]],
+    *,
+    method: str | None = None,
+) -> list[Path]:
+    """Write several ranks like `write_rank_set`; what they have in common is made once."""
+    written = []
+    renderer = _Renderer(SCALES_MODE if method else RANGES_MODE)
+    for rank_set in rank_sets:
+        file = RankFile(dump=rank_set.dump, method=method, rank=rank_set.rank, world=rank_set.world)
+        json_path = directory / file.name
+        text, npz = renderer.render(rank_set)
+        write_bytes(json_path.with_suffix(".npz"), npz)
+        write_text(json_path, text)
+        written += [json_path, json_path.with_suffix(".npz")]
+        if method is None:
+            name = RankFile(dump=rank_set.dump, rank=rank_set.rank, world=rank_set.world, is_mod_list=True).name
+            write_text(directory / name, renderer.render_modules(rank_set.modules))
+            written.append(directory / name)
+    return written
 
 
 def read_ranges(path: Path) -> RankSet[Node]:
@@ -81,15 +88,12 @@ def read_ranges(path: Path) -> RankSet[Node]:
     Raises:
         FileError: a file is malformed, holds scales, or json and npz disagree.
     """
-    file, value, nodes = _read_pair(path, _RANGES_MODE, _decode_ranges)
-    modules, samples = _read_modules(path, file, nodes), value.get("NumSamples")
-    return RankSet(file.rank or 0, file.world or 1, nodes, modules, samples, file.dump)
+    return _read_rank(path, RANGES_MODE)
 
 
 def read_scales(path: Path) -> RankSet[ScaleNode]:
     """Read one rank's scales; see `read_ranges`."""
-    file, _, nodes = _read_pair(path, _SCALES_MODE, _decode_scales)
-    return RankSet(file.rank or 0, file.world or 1, nodes, dump=file.dump)
+    return _read_rank(path, SCALES_MODE)
 
 
 def list_worlds(directory: Path, method: str | None = None) -> dict[int, dict[int, Path]]:
@@ -131,7 +135,136 @@ def read_world_dir(directory: Path, world: int) -> list[RankSet[Node]]:
             why=f"the directory holds ranges of world size {', '.join(map(str, worlds)) or 'none'}",
             fix=f"run `gaudi-calib measure -t {world}`, or name a world size that is there",
         )
-    return [read_ranges(files[rank]) for rank in range(world)]
+    return list(_read_alike([files[rank] for rank in range(world)]))
+
+
+def _read_alike(paths: Sequence[Path]) -> Iterator[RankSet[Node]]:
+    """Read ranks of one world; those with the nodes of the first share its inventory."""
+    first: RankSet[Node] | None = None
+    for path in paths:
+        like = None if first is None else tabulate_ranges(first.nodes).inventory
+        rank_set: RankSet[Node] = _read_rank(path, RANGES_MODE, like)
+        first = first or rank_set
+        yield rank_set
+
+
+def _read_rank(path: Path, mode: str, like: Inventory | None = None) -> RankSet[Any]:
+    """Read a rank's json and npz, and require that they agree.
+
+    Args:
+        like: nodes that the rank probably has.
+    """
+    file = parse_rank_file(path.name)
+    if file is None:
+        raise FileError(
+            "not the name of a rank file", where=path, fix="expected inc_output_hooks_maxabs_<rank>_<world>.json"
+        )
+    found = None if like is None else _match_rank(path, mode, like)
+    table, samples = found or _parse_rank(path, mode)
+    if like is not None and table.inventory.equals(like):
+        table.inventory = like
+    modules = _read_modules(path, file, tuple(table)) if mode == RANGES_MODE else ()
+    return RankSet(file.rank or 0, file.world or 1, table, modules, samples, file.dump)
+
+
+def _match_rank(path: Path, mode: str, like: Inventory) -> tuple[RangeTable, int | None] | None:
+    """Read a rank whose files consist of the fixed parts of `like` and numbers, or return None."""
+    npz = path.with_suffix(".npz")
+    if not (path.is_file() and npz.is_file()):
+        return None
+    text = path.read_bytes().decode(errors="replace")
+    head = read_head(text)
+    if head is None or head.mode != mode or not can_pickle_flat(like, head):
+        return None
+    values = _pickle_form(like, counts_samples=head.num_samples is not None).match(head, read_pickle(npz))
+    if values is None:
+        return None
+    form = _json_form(like)
+    return (RangeTable(like, values), head.num_samples) if form.finish(head, form.fill(values)) == text else None
+
+
+def _parse_rank(path: Path, mode: str) -> tuple[RangeTable | ScaleTable, int | None]:
+    """Read any rank: the json by parsing, the npz by comparing or by the restricted unpickler."""
+    value, npz = read_json(path.with_suffix(".json")), path.with_suffix(".npz")
+    table = decode_table(path, value, mode)
+    if not npz.is_file():
+        return table, value.get("NumSamples")
+    pickled = read_pickle(npz)
+    head = Head(mode, value.get("LocalRank", 0), value.get("NumSamples"))
+    if _is_head(head) and not _others(table) and can_pickle_flat(table.inventory, head):
+        values = _pickle_form(table.inventory, counts_samples=head.num_samples is not None).match(head, pickled)
+        if values is not None and np.array_equal(values, table.numbers, equal_nan=True):
+            return table, head.num_samples
+    loaded = load_value(pickled, npz)
+    stored = decode_table(npz, loaded, mode)
+    if not is_same_table(table, stored):
+        raise FileError(
+            f"{path.stem}.json and .npz hold different values",
+            where=path,
+            why="INC reads only the .npz; somebody edited the .json, or one of them is from another run",
+            fix="restore the pair, or measure again",
+        )
+    return stored, {**value, **loaded}.get("NumSamples")
+
+
+def _is_head(head: Head) -> bool:
+    return type(head.local_rank) is int and type(head.num_samples) in (int, type(None))
+
+
+def _others(table: RangeTable | ScaleTable) -> Mapping[str, ScaleNode]:
+    return table.others if isinstance(table, ScaleTable) else {}
+
+
+def _read_modules(path: Path, file: RankFile, names: tuple[str, ...]) -> tuple[str, ...]:
+    mod_list = path.with_name(RankFile(file.dump, file.observer, None, file.rank, file.world, is_mod_list=True).name)
+    return tuple(read_json(mod_list)) if mod_list.is_file() else names
+
+
+class _Renderer:
+    """Content of rank files; parts that consecutive ranks share are kept."""
+
+    def __init__(self, mode: str):
+        self._mode = mode
+        self._filled: tuple[RangeTable | ScaleTable, str, bytes] | None = None
+        self._modules: tuple[tuple[str, ...], str] | None = None
+
+    def render(self, rank_set: RankSet[Any]) -> tuple[str, bytes]:
+        """Return the json and the npz of one rank."""
+        is_range = self._mode == RANGES_MODE
+        table = tabulate_ranges(rank_set.nodes) if is_range else tabulate_scales(rank_set.nodes)
+        head = Head(self._mode, rank_set.rank, rank_set.num_samples)
+        if _others(table) or not can_pickle_flat(table.inventory, head):
+            return _render_nested(rank_set, self._mode)
+        json_form = _json_form(table.inventory)
+        pickle_form = _pickle_form(table.inventory, counts_samples=head.num_samples is not None)
+        if self._filled is None or not _is_one_table(self._filled[0], table):
+            self._filled = (table, json_form.fill(table.numbers), pickle_form.fill(table.numbers))
+        _, text, stream = self._filled
+        return json_form.finish(head, text), pack_pickle(pickle_form.finish(head, stream))
+
+    def render_modules(self, modules: tuple[str, ...]) -> str:
+        """Return the text of `_mod_list.json`."""
+        if self._modules is None or self._modules[0] is not modules:
+            names = ",\n    ".join(map(encode_basestring_ascii, modules))
+            self._modules = (modules, f"[\n    {names}\n]" if modules else "[]")
+        return self._modules[1]
+
+
+def _is_one_table(left: RangeTable | ScaleTable, right: RangeTable | ScaleTable) -> bool:
+    return left.inventory is right.inventory and left.numbers is right.numbers
+
+
+def _render_nested(rank_set: RankSet[Any], mode: str) -> tuple[str, bytes]:
+    """The plain way, for what has a number per channel."""
+    encode = _encode_ranges if mode == RANGES_MODE else _encode_scales
+    value: dict[str, Any] = {} if rank_set.num_samples is None else {"NumSamples": rank_set.num_samples}
+    value |= {
+        "GlobalRank": None,
+        "LocalRank": rank_set.rank,
+        "Mode": mode,
+        "Nodes": {name: encode(node) for name, node in rank_set.nodes.items()},
+    }
+    return json.dumps(_to_lists(value), indent=4), pack_value(value)
 
 
 def _encode_ranges(node: Node) -> dict[str, Any]:
@@ -166,128 +299,3 @@ def _to_lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _to_lists(one) for key, one in value.items()}
     return [_to_lists(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def _read_pair(path: Path, mode: str, decode: Callable[[Path, str, Any], N]) -> tuple[RankFile, dict, dict[str, N]]:
-    """Read the json and the npz of `path`, require that they agree, and return the npz's content."""
-    file = parse_rank_file(path.name)
-    if file is None:
-        raise FileError(
-            "not the name of a rank file", where=path, fix="expected inc_output_hooks_maxabs_<rank>_<world>.json"
-        )
-    value, npz = read_json(path.with_suffix(".json")), path.with_suffix(".npz")
-    nodes = _decode_nodes(path, value, mode, decode)
-    if not npz.is_file():
-        return file, value, nodes
-    loaded = _read_npz(npz)
-    stored = _decode_nodes(npz, loaded, mode, decode)
-    if list(stored) != list(nodes) or not all(_same(nodes[name], node) for name, node in stored.items()):
-        raise FileError(
-            f"{path.stem}.json and .npz hold different values",
-            where=path,
-            why="INC reads only the .npz; somebody edited the .json, or one of them is from another run",
-            fix="restore the pair, or measure again",
-        )
-    return file, {**value, **loaded}, stored
-
-
-def _decode_nodes(path: Path, value: Any, mode: str, decode: Callable[[Path, str, Any], N]) -> dict[str, N]:
-    if not isinstance(value, dict) or not isinstance(value.get("Nodes"), dict):
-        raise FileError(f"{path.name} has no Nodes", where=path, fix="restore the file or measure again")
-    if value.get("Mode", mode) != mode:
-        raise FileError(f"{path.name} holds {value['Mode']}, expected {mode}", where=path, fix=_FIXES[mode])
-    return {name: decode(path, name, node) for name, node in value["Nodes"].items()}
-
-
-def _same(left: Any, right: Any) -> bool:
-    """Equality of nodes as float32 values, in which NaN equals NaN."""
-    if isinstance(left, (Node, ScaleNode, PerChannelWeight)):
-        return all(_same(getattr(left, field.name), getattr(right, field.name)) for field in fields(left))
-    if isinstance(left, tuple):
-        return len(left) == len(right) and all(map(_same, left, right))
-    if left is None or right is None:
-        return left is right
-    return np.array_equal(np.float32(left), np.float32(right), equal_nan=True)
-
-
-def _read_npz(path: Path) -> Any:
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            version = np.lib.format.read_magic(member)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            _, _, dtype = read_header(member)
-            if dtype != np.dtype(object):
-                why = f"arr_0 has dtype {dtype}"
-                raise FileError(f"{path.name} holds no pickled dict", where=path, why=why, fix="restore the file")
-            loaded = load_pickle(member, find_class=_find_numpy, name=str(path))
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(
-            f"{path.name} is damaged", where=path, why=str(error), fix="restore the file or measure again"
-        ) from error
-    return loaded.item() if isinstance(loaded, np.ndarray) else loaded
-
-
-def _find_numpy(module: str, name: str) -> Any:
-    import _codecs
-
-    from numpy._core import multiarray
-
-    allowed = {
-        ("multiarray", "_reconstruct"): multiarray._reconstruct,
-        ("multiarray", "scalar"): multiarray.scalar,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _codecs.encode,
-    }
-    core = module.removeprefix("numpy.core.").removeprefix("numpy._core.")
-    return allowed[core, name]
-
-
-def _decode_ranges(path: Path, name: str, node: Any) -> Node:
-    try:
-        weight = node.get("params", {}).get("weight")
-        outputs = node.get("outputs")
-        return Node(
-            inputs=tuple(_vector(one) for one in node.get("inputs", ())),
-            outputs=None if outputs is None else tuple(_vector(one) for one in outputs),
-            weight=None if weight is None else _vector(weight),
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        fix = _FIXES[_RANGES_MODE]
-        raise FileError(f"cannot read the ranges of {name}", where=path, why=str(error), fix=fix) from error
-
-
-def _vector(value: Any) -> np.ndarray:
-    return np.asarray(value, dtype=np.float32).reshape(-1)
-
-
-def _decode_scales(path: Path, name: str, node: Any) -> ScaleNode:
-    try:
-        weight = node.get("params", {}).get("weight")
-        decoded: float | np.ndarray | PerChannelWeight | None = None
-        if isinstance(weight, dict):
-            out_channels, in_channels = (weight.get(key, weight.get(str(key))) for key in (0, 1))
-            decoded = PerChannelWeight(_vector(out_channels), _vector(in_channels))
-        elif weight is not None:
-            decoded = _scale(weight)
-        return ScaleNode(
-            tuple(float(one) for one in node.get("inputs", ())),
-            tuple(_scale(one) for one in node.get("outputs", ())),
-            decoded,
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        fix = _FIXES[_SCALES_MODE]
-        raise FileError(f"cannot read the scales of {name}", where=path, why=str(error), fix=fix) from error
-
-
-def _scale(value: Any) -> float | np.ndarray:
-    return float(value) if np.ndim(value) == 0 else _vector(value)
-
-
-def _read_modules(path: Path, file: RankFile, nodes: Mapping[str, Node]) -> tuple[str, ...]:
-    mod_list = path.with_name(RankFile(file.dump, file.observer, None, file.rank, file.world, is_mod_list=True).name)
-    return tuple(read_json(mod_list)) if mod_list.is_file() else tuple(nodes)

@@ -1,0 +1,215 @@
+"""All nodes of a rank as flat arrays: what merging, scaling and writing work on.
+
+A set the size of a 256-expert model has 30,000 nodes per rank, nearly all alike. Their
+names and shapes are one `Inventory`, shared by all ranks that have the same nodes; a
+rank is then one float32 array. `table[name]` still is a `Node` or a `ScaleNode`, made
+when it is asked for.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from gaudi_calib.ranges.node import Node, ScaleNode
+
+
+@dataclass(frozen=True, slots=True)
+class RangeShape:
+    """Channels of each of a node's ranges; None where the node has none.
+
+    >>> RangeShape((1,), (1, 1), 1).size
+    4
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...] | None = None
+    weight: int | None = None
+    size: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", sum(self.inputs) + sum(self.outputs or ()) + (self.weight or 0))
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of every range, in the order of the values: inputs, outputs, weight."""
+        return (*self.inputs, *(self.outputs or ()), *(() if self.weight is None else (self.weight,)))
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleShape:
+    """Number of a node's scales, in the order of the values: inputs, outputs, weight."""
+
+    inputs: int
+    outputs: int
+    weight: bool
+
+    @property
+    def size(self) -> int:
+        return self.inputs + self.outputs + self.weight
+
+
+Shape = RangeShape | ScaleShape
+
+
+class Inventory:
+    """The nodes of a rank without their values.
+
+    Attributes:
+        names: in module order.
+        shapes: one per name; equal shapes are one object.
+        sizes, starts: int64 of shape (nodes,): how many values a node has, and where they start.
+        size: number of all values.
+    """
+
+    def __init__(self, names: Sequence[str], shapes: Sequence[Shape]):
+        self.names = tuple(names)
+        distinct: dict[Shape, Shape] = {}
+        known = {id(shape): shape for shape in shapes}  # few objects: only those are hashed
+        known = {key: distinct.setdefault(shape, shape) for key, shape in known.items()}
+        self.shapes = tuple([known[id(shape)] for shape in shapes])
+        by_id = {key: shape.size for key, shape in known.items()}
+        self.sizes = np.array([by_id[id(shape)] for shape in shapes], dtype=np.int64)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.size = int(self.sizes.sum())
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Position of each name."""
+        return {name: position for position, name in enumerate(self.names)}
+
+    @cached_property
+    def is_per_tensor(self) -> bool:
+        """True where no range has more than one channel."""
+        return all(set(shape.channels) <= {1} for shape in set(self.shapes) if isinstance(shape, RangeShape))
+
+    def equals(self, other: "Inventory") -> bool:
+        """Tell whether `other` has the same nodes in the same order."""
+        return self is other or (self.names == other.names and self.shapes == other.shapes)
+
+    def describe_value(self, position: int) -> tuple[str, str]:
+        """Return the node and the part (`inputs[0]`) that the value at `position` belongs to."""
+        node = int(np.searchsorted(self.starts, position, side="right")) - 1
+        while self.sizes[node] == 0:
+            node -= 1
+        shape, left = self.shapes[node], position - int(self.starts[node])
+        assert isinstance(shape, RangeShape)
+        for part, counts in (("inputs", shape.inputs), ("outputs", shape.outputs or ())):
+            for number, channels in enumerate(counts):
+                if left < channels:
+                    return self.names[node], f"{part}[{number}]"
+                left -= channels
+        return self.names[node], "weight"
+
+
+class RangeTable(Mapping[str, Node]):
+    """Ranges of all nodes of a rank.
+
+    Attributes:
+        inventory: their names and shapes.
+        numbers: float32, shape (inventory.size,).
+    """
+
+    def __init__(self, inventory: Inventory, numbers: np.ndarray):
+        self.inventory, self.numbers = inventory, numbers
+
+    def __getitem__(self, name: str) -> Node:
+        position = self.inventory.index[name]
+        shape, start = self.inventory.shapes[position], int(self.inventory.starts[position])
+        assert isinstance(shape, RangeShape)
+        parts = _split(self.numbers, start, shape.channels)
+        count = len(shape.inputs)
+        weight = None if shape.weight is None else parts.pop()
+        return Node(tuple(parts[:count]), None if shape.outputs is None else tuple(parts[count:]), weight)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inventory.names)
+
+    def __len__(self) -> int:
+        return len(self.inventory.names)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class ScaleTable(Mapping[str, ScaleNode]):
+    """Scales of all nodes of a rank.
+
+    Attributes:
+        inventory: names and shapes of the nodes whose scales are single numbers.
+        numbers: float32, shape (inventory.size,).
+        others: nodes with a scale per channel, and with `OPT` weights; in `inventory` too, with size 0.
+    """
+
+    def __init__(self, inventory: Inventory, numbers: np.ndarray, others: Mapping[str, ScaleNode]):
+        self.inventory, self.numbers, self.others = inventory, numbers, others
+
+    def __getitem__(self, name: str) -> ScaleNode:
+        if name in self.others:
+            return self.others[name]
+        position = self.inventory.index[name]
+        shape, start = self.inventory.shapes[position], int(self.inventory.starts[position])
+        assert isinstance(shape, ScaleShape)
+        scales = self.numbers[start : start + shape.size].tolist()
+        weight = scales.pop() if shape.weight else None
+        return ScaleNode(tuple(scales[: shape.inputs]), tuple(scales[shape.inputs :]), weight)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inventory.names)
+
+    def __len__(self) -> int:
+        return len(self.inventory.names)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def tabulate_ranges(nodes: Mapping[str, Node]) -> RangeTable:
+    """Return `nodes` as a table (itself, where it is one)."""
+    if isinstance(nodes, RangeTable):
+        return nodes
+    shapes: list[RangeShape] = []
+    arrays: list[np.ndarray] = []
+    for node in nodes.values():
+        shapes.append(
+            RangeShape(
+                tuple(map(len, node.inputs)),
+                None if node.outputs is None else tuple(map(len, node.outputs)),
+                None if node.weight is None else len(node.weight),
+            )
+        )
+        arrays += [*node.inputs, *(node.outputs or ()), *(() if node.weight is None else (node.weight,))]
+    return RangeTable(Inventory(tuple(nodes), shapes), join_values(arrays))
+
+
+def tabulate_scales(nodes: Mapping[str, ScaleNode]) -> ScaleTable:
+    """Return `nodes` as a table (itself, where it is one)."""
+    if isinstance(nodes, ScaleTable):
+        return nodes
+    shapes: list[ScaleShape] = []
+    values: list[float] = []
+    others: dict[str, ScaleNode] = {}
+    for name, node in nodes.items():
+        scales = [*node.inputs, *node.outputs, *(() if node.weight is None else (node.weight,))]
+        if all(isinstance(scale, (float, int)) for scale in scales):
+            shapes.append(ScaleShape(len(node.inputs), len(node.outputs), node.weight is not None))
+            values += scales  # type: ignore[arg-type]
+        else:
+            shapes.append(ScaleShape(0, 0, False))
+            others[name] = node
+    return ScaleTable(Inventory(tuple(nodes), shapes), np.array(values, dtype=np.float32), others)
+
+
+def join_values(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """Return all values of `arrays` (any shapes) one after the other, float32, shape (values,)."""
+    flat = [np.ravel(one) for one in arrays]
+    return np.concatenate(flat).astype(np.float32, copy=False) if flat else np.empty(0, dtype=np.float32)
+
+
+def _split(values: np.ndarray, start: int, channels: Sequence[int]) -> list[np.ndarray]:
+    parts = []
+    for count in channels:
+        parts.append(values[start : start + count])
+        start += count
+    return parts
