@@ -30,6 +30,7 @@ COMMANDS = {
     "postprocess": "gaudi_calib.cli.postprocess:postprocess",
     "unify": "gaudi_calib.cli.unify:unify",
     "expand": "gaudi_calib.cli.expand:expand",
+    "merge": "gaudi_calib.cli.merge:merge",
     "quantize": "gaudi_calib.cli.quantize:quantize",
     "config": "gaudi_calib.cli.config:config",
     "detect": "gaudi_calib.cli.detect:detect",
