@@ -263,7 +263,7 @@ MOE_CHECKPOINTS: dict[str, dict[str, object]] = {
 }
 
 # Experts of every layer that the router of a checkpoint never chooses.
-COLD_EXPERTS: dict[str, tuple[int, ...]] = {"deepseek_v3-cold": (5,), "glm4_moe-cold": (0, 3)}
+COLD_EXPERTS: dict[str, tuple[int, ...]] = {"deepseek_v3-cold": (4, 5), "glm4_moe-cold": (0, 3)}
 
 
 def make_tiny_model(
