@@ -245,7 +245,6 @@ def describe_presets() -> dict[str, list[dict[str, Any]]]:
             "measure_args": dict(family.measure_args),
             "quantize_args": dict(family.quantize_args),
             "expert_parallel": family.expert_parallel,
-            "torch_engine": family.layout is not None,
         }
         for family in FAMILIES
     ]

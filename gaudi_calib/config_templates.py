@@ -13,7 +13,7 @@ from gaudi_calib.config_methods import SCALE_METHODS
 from gaudi_calib.families import FAMILIES, TEMPLATE_BLOCKLISTS, Family
 
 TEMPLATE_PATH = "./hqt_output/measure"
-_ANY_FAMILY = Family("default", ())
+_ANY_FAMILY = Family("default", (), FAMILIES[0].layout)
 
 
 # Names that the reference gave to its templates; other methods are <method>_quant.json.

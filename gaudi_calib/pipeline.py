@@ -92,6 +92,7 @@ def _measure(run: Run) -> None:
     """Measure ranges."""
     from tqdm import tqdm
 
+    from gaudi_calib.engines.experts import ColdPolicy
     from gaudi_calib.engines.torch_stream import DEFAULT_WORLDS, measure_channels
 
     assert run.prompts is not None
@@ -104,7 +105,8 @@ def _measure(run: Run) -> None:
             run.plan.checkpoint.directory,
             run.prompts.token_ids,
             worlds=DEFAULT_WORLDS,
-            required_worlds=run.options.worlds,
+            required=[run.topology(world) for world in run.options.worlds],
+            cold=ColdPolicy(run.options.min_expert_tokens, fill=run.options.cold_experts == "fill"),
             dtype=run.options.dtype,
             compute_dtype=run.options.compute_dtype,
             batch_size=run.options.batch_size,
@@ -130,13 +132,18 @@ def _derive_ranks(run: Run) -> None:
 def _derive_world(
     run: Run, channels: ChannelRanges, config: QuantConfig, device: Device, world: int
 ) -> list[RankSet[Node]]:
-    if world not in channels.measured_worlds():
+    topology = run.topology(world)
+    if not channels.is_measured(topology):
         run.warn(
-            f"the outputs of row-parallel layers were not measured for {world} ranks; upper bounds stand in "
-            f"(measure with -t {world} for the values)"
+            f"the outputs of row-parallel layers and experts were not measured for {world} ranks; upper bounds "
+            f"stand in (measure with -t {world} for the values)"
         )
-        run.note(device, **{f"world_{world}": "row-parallel outputs[0] are upper bounds, not measured"})
-    return [_select_nodes(apply_kv_cache(derive_rank(channels, rank, world, device)), config) for rank in range(world)]
+        run.note(
+            device, **{f"world_{world}": "outputs[0] of row-parallel layers and experts are upper bounds, not measured"}
+        )
+    return [
+        _select_nodes(apply_kv_cache(derive_rank(channels, rank, topology, device)), config) for rank in range(world)
+    ]
 
 
 def _select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
@@ -186,7 +193,7 @@ def _quantize(run: Run) -> None:
             if not override.startswith("layer_types."):
                 run.warn(f"the scale method's {override} matches no node of the model")
         for rank_set in (one for world in run.options.worlds for one in run.ranges[device.name, world]):
-            weights = partial(run.plan.read_rank_weight, rank=rank_set.rank, world=rank_set.world)
+            weights = partial(run.plan.read_rank_weight, rank=rank_set.rank, topology=run.topology(rank_set.world))
             scales = compute_scales(
                 _select_nodes(rank_set, config), method, get_scales_device(config, device), weights=weights
             )

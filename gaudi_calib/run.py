@@ -29,6 +29,7 @@ from gaudi_calib.manifest import (
     hash_files,
     record_run,
 )
+from gaudi_calib.ranges.expert_channels import Topology as RankTopology
 from gaudi_calib.ranges.node import Node, Op, RankSet
 from gaudi_calib.ranges.shard import ChannelRanges
 from gaudi_calib.scales.layer_types import find_layer_type
@@ -56,6 +57,9 @@ class RunOptions:
         engine: `auto` or `torch`.
         batch_size: sequences that run together, at most.
         dtype: what the model is served in.
+        expert_parallel: whether ranks hold whole experts (-u); None: as the family is served.
+        cold_experts: what to do with experts that see fewer than `min_expert_tokens` tokens:
+            `fill`, `ignore` or `error`.
         compute_dtype: `float32` or `bfloat16`, the arithmetic of the measurement.
         scale_method: a published method, in any case; None for maxabs_hw, or what
             `quant_config` says.
@@ -72,6 +76,9 @@ class RunOptions:
     batch_size: int = 32
     dtype: str = "bfloat16"
     compute_dtype: str = "float32"
+    expert_parallel: bool | None = None
+    cold_experts: str = "fill"
+    min_expert_tokens: int = 1
     scale_method: str | None = None
     measure_config: Path | None = None
     quant_config: Path | None = None
@@ -133,7 +140,7 @@ class Run:
         self.devices = [get_device(name) for name in options.devices]
         self.plan: ModelPlan = plan_model(resolve_model(options.model), options.dtype)
         for world in options.worlds:
-            self.plan.require_world(world)
+            self.plan.require_topology(self.topology(world))
         self.measure_configs = {device.name: self._measure_config(device) for device in self.devices}
         self.quant_configs = {device.name: self._quant_config(device) for device in self.devices}
         self.needs_ranges = not serves or any(one.uses_stats_files for one in self.quant_configs.values())
@@ -143,6 +150,16 @@ class Run:
         self.channels: ChannelRanges | None = None
         self.ranges: dict[tuple[str, int], list[RankSet[Node]]] = {}
         self.records: dict[str, Record] = {}
+
+    @property
+    def expert_parallel(self) -> bool:
+        """Whether ranks hold whole experts."""
+        given = self.options.expert_parallel
+        return bool(self.plan.experts) and (self.plan.family.expert_parallel if given is None else given)
+
+    def topology(self, world: int) -> RankTopology:
+        """How `world` ranks share the model."""
+        return RankTopology(world, self.expert_parallel)
 
     def execute(self, steps: Sequence[Callable[["Run"], None]], *, fresh: bool = True) -> RunResult:
         """Run `steps`, then rename what they wrote into the run directory.
@@ -198,7 +215,7 @@ class Run:
                 facts = {"device": device.name, "platform": "cpu", "engine": "torch"} if fresh else {}
                 record = stack.enter_context(record_run(path, fresh=fresh, model=model, **facts))
                 worlds = sorted({*record.manifest.topology.worlds, *self.options.worlds})
-                record.update(topology=Topology(measured_world=1, worlds=worlds))
+                record.update(topology=Topology(measured_world=1, worlds=worlds, expert_parallel=self.expert_parallel))
                 self.records[device.name] = record
             yield
 

@@ -13,6 +13,7 @@ from gaudi_calib.engines.base import plan_model
 from gaudi_calib.engines.torch_stream import measure_channels
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.layout import DUMP_NAME, RankFile
+from gaudi_calib.ranges.expert_channels import Topology
 from gaudi_calib.ranges.node import Node, Op, RankSet
 from gaudi_calib.ranges.shard import ChannelRanges, derive_rank
 from gaudi_calib.ranges.store import read_scales, write_rank_set
@@ -52,7 +53,7 @@ def run(
     method, unless `device_for_scales` names one.
     """
     device, directory = request.param, tmp_path_factory.mktemp("run")
-    ranges = derive_rank(channels, 0, 1, device)
+    ranges = derive_rank(channels, 0, Topology(1), device)
     write_rank_set(directory, ranges)
     quant_config = directory / "quant.json"
     settings = {

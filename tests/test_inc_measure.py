@@ -11,6 +11,7 @@ from tiny import CHECKPOINTS, make_tiny_model
 from gaudi_calib.engines.base import plan_model
 from gaudi_calib.engines.torch_stream import measure_channels
 from gaudi_calib.fp8 import GAUDI3
+from gaudi_calib.ranges.expert_channels import Topology
 from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.shard import ChannelRanges, derive_rank
 
@@ -50,7 +51,7 @@ def inc_ranges(tiny_model: Callable[[str], Path]) -> dict[tuple[str, str], dict[
 
 def pair_ranges(directory: Path, channels: ChannelRanges, measured: dict[str, Measured]) -> tuple[Ranges, Ranges]:
     """Return our and INC's input, weight and (row parallel at world 1) output range of every linear node."""
-    nodes = derive_rank(channels, 0, 1, GAUDI3).nodes
+    nodes = derive_rank(channels, 0, Topology(1), GAUDI3).nodes
     ours, incs = {}, {}
     for name, linear in plan_model(directory).linears.items():
         # The output projection has no fused parts; transformers calls it lm_head or embed_out.
@@ -112,5 +113,7 @@ def test_longrope_rotates_short_prompts_by_the_long_factors(tmp_path: Path) -> N
     make_tiny_model("phi3-longrope", tmp_path / "both")
     make_tiny_model("phi3-longrope", tmp_path / "long", rope_parameters={**rope, "short_factor": rope["long_factor"]})
     prompts = [list(range(40))]
-    both, long = (derive_rank(measure_channels(tmp_path / name, prompts), 0, 1, GAUDI3) for name in ("both", "long"))
+    both, long = (
+        derive_rank(measure_channels(tmp_path / name, prompts), 0, Topology(1), GAUDI3) for name in ("both", "long")
+    )
     assert both.nodes == long.nodes

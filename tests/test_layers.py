@@ -35,7 +35,7 @@ class Row:
 
 DATA_LIBRARIES = frozenset({"pandas", "datasets", "transformers", "huggingface_hub", "pyarrow", "jinja2", "tqdm"})
 HOUSE = (
-    Row(("__init__.py", "errors.py", "fp8.py", "families.py")),
+    Row(("__init__.py", "errors.py", "fp8.py", "families.py", "model_layout.py")),
     Row(
         ("files.py", "layout.py", "config*.py", "manifest.py", "fingerprint.py", "redaction.py"),
         frozenset({"pydantic"}),

@@ -14,10 +14,11 @@ from gaudi_calib.engines.base import ModelPlan, plan_model
 from gaudi_calib.engines.linear import chain_worlds, max_signed, sum_neighbours
 from gaudi_calib.engines.torch_stream import make_batches, measure_channels
 from gaudi_calib.errors import ModelError, RangeError, TopologyError
-from gaudi_calib.families import Split
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
+from gaudi_calib.model_layout import Split
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.channel_file import read_channel_ranges, write_channel_ranges
+from gaudi_calib.ranges.expert_channels import Topology
 from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.shard import ChannelRanges, bound_partial_product, derive_rank
 
@@ -30,7 +31,7 @@ def make_prompts(vocabulary: int = 300, lengths: tuple[int, ...] = LENGTHS) -> l
 
 
 def attention_modules(plan: ModelPlan, recording: Recording) -> list[str]:
-    names = [f"{layer}.{plan.layout.hf_attention}" for layer in plan.layers]
+    names = [f"{layer}.{plan.layout.attention.module}" for layer in plan.layers]
     return names if plan.layout.uses_attention_interface else [f"layer{i}" for i in range(len(names))]
 
 
@@ -77,7 +78,7 @@ def test_sliced_ranges_equal_ranges_of_sharded_tensors(checkpoint: str, world: i
     channels = measure_channels(directory, prompts, compute_dtype=dtype, batch_size=1, worlds=(1, 2, 4))
     recording = record_model(directory, prompts, getattr(torch, dtype))
     for rank in range(world):
-        derived = derive_rank(channels, rank, world, GAUDI3).nodes
+        derived = derive_rank(channels, rank, Topology(world), GAUDI3).nodes
         for index, layer in enumerate(plan.layers):
             pairs = [*_pair_linears(recording, plan, derived, index, layer, rank, world)]
             pairs += _pair_attention(recording, plan, derived, index, rank, world)
@@ -156,7 +157,7 @@ def _pair_attention(recording: Recording, plan: ModelPlan, derived, index: int, 
 def test_block_matmuls_carry_softmax_sums_on_gaudi_2_only(device, tiny_model: Callable[[str], Path]):
     """On Gaudi 2 the softmax denominators pass through the block matmuls, too."""
     channels = measure_channels(tiny_model("llama"), make_prompts())
-    nodes = derive_rank(channels, 0, 1, device).nodes
+    nodes = derive_rank(channels, 0, Topology(1), device).nodes
     name = "model.layers.0.self_attn.attn.impl.batch2block_matmul"
     sums = channels.nodes[name].softmax_sums.values
     assert 1 < sums.max() <= max(LENGTHS)
@@ -173,8 +174,9 @@ def test_unmeasured_world_is_bounded_from_above(tiny_model: Callable[[str], Path
     for node in measured.nodes.values():
         if node.op is Op.ROW_PARALLEL_LINEAR:
             for world in (1, 2, 4, 8):
-                assert node.partial_products[world] <= bound_partial_product(node, world)
-    assert measure_channels(directory, prompts, worlds=(1, 2)).measured_worlds() == {1, 2}
+                assert node.partial_products[world][0] <= bound_partial_product(node, world)
+    fewer = measure_channels(directory, prompts, worlds=(1, 2))
+    assert [fewer.is_measured(Topology(world)) for world in (1, 2, 4)] == [True, True, False]
 
 
 def test_sharded_checkpoint_equals_single_file(tmp_path: Path):
@@ -191,12 +193,12 @@ def test_channel_file_keeps_everything(tmp_path: Path, tiny_model: Callable[[str
     read = read_channel_ranges(tmp_path / "channel_ranges.safetensors")
     _assert_same(channels, read)
     assert read.modules == channels.modules and list(read.nodes) == list(channels.nodes)
-    assert read.measured_worlds() == {1, 2, 4, 8}
+    assert all(read.is_measured(Topology(world)) for world in (1, 2, 4, 8))
 
 
 def _assert_same(first: ChannelRanges, second: ChannelRanges):
     for world in (1, 4):
-        ours, theirs = (derive_rank(one, world - 1, world, GAUDI2).nodes for one in (first, second))
+        ours, theirs = (derive_rank(one, world - 1, Topology(world), GAUDI2).nodes for one in (first, second))
         assert list(ours) == list(theirs)
         for name, node in ours.items():
             assert repr(node) == repr(theirs[name]), name
@@ -247,7 +249,7 @@ def test_an_overflow_behind_the_last_layer_is_found(tmp_path: Path):
 def test_world_that_does_not_divide_is_refused(tiny_model: Callable[[str], Path]):
     """-t 3 of a model with 8 heads fails before anything is measured."""
     with pytest.raises(TopologyError, match="does not divide over 3 ranks") as error:
-        measure_channels(tiny_model("llama"), [[1, 2]], required_worlds=(3,))
+        measure_channels(tiny_model("llama"), [[1, 2]], required=[Topology(3)])
     assert "8 attention heads, 4 KV heads" in error.value.why
 
 

@@ -83,7 +83,7 @@ def presets(as_json: bool) -> None:
     families = [_family_row(family) for family in described["families"]]
     methods = [_method_row(method) for method in described["scale_methods"]]
     click.echo(
-        _format_table(["family", "model types", "left in BF16", "scale format", "engine", "runs with"], families)
+        _format_table(["family", "model types", "left in BF16", "scale format", "runs with"], families)
     )
     click.echo()
     click.echo(_format_table(["scale method", "weight", "activation", "ranges"], methods))
@@ -110,7 +110,6 @@ def _family_row(family: dict[str, Any]) -> list[str]:
         ", ".join(family["model_types"]),
         ", ".join(family["blocklist"]) or "-",
         family["scale_format"] or "-",
-        "torch, vllm" if family["torch_engine"] else "vllm",
         " ".join([*runs_with, *(["expert-parallel"] if family["expert_parallel"] else [])]) or "-",
     ]
 

@@ -1,17 +1,20 @@
 """What will be measured: the nodes of a model, from its configuration and headers alone."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from gaudi_calib.engines.checkpoint import Checkpoint
+from gaudi_calib.engines.expert_weights import ExpertWeights, find_expert_weights
 from gaudi_calib.errors import ModelError, TopologyError
-from gaudi_calib.families import Family, Layout, Linear, Split, count_kv_heads, find_family
+from gaudi_calib.families import Family, count_kv_heads, find_family
+from gaudi_calib.model_layout import Attention, Experts, Layout, Linear, Split, Unmeasured
+from gaudi_calib.ranges.expert_channels import Topology
 from gaudi_calib.ranges.node import Op
-from gaudi_calib.ranges.shard import Axis, Segment
+from gaudi_calib.ranges.shard import Axis, Segment, list_children
 
 # vLLM pads the vocabulary so that ranks get equal shares.
 VOCABULARY_PADDING = 64
@@ -28,6 +31,10 @@ ATTENTION_OPS = {
     "v_cache": Op.KV_CACHE,
     "fused_scaled_dot_product_attention": Op.FUSED_SDPA,
 }
+# The same with one latent cache for all heads.
+LATENT_ATTENTION_OPS = {
+    "latent_cache_k" if op == "k_cache" else op: kind for op, kind in ATTENTION_OPS.items() if op != "v_cache"
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class LinearPlan:
         split: the tensor-parallel rule.
         out_axis, in_axis: how ranks split the weight's rows and columns.
         padding: rows of zeros vLLM appends.
+        reduces: partial products are summed over the ranks at once (row parallel only).
     """
 
     node: str
@@ -50,6 +58,7 @@ class LinearPlan:
     out_axis: Axis
     in_axis: Axis
     padding: int = 0
+    reduces: bool = True
 
     @property
     def op(self) -> Op:
@@ -66,6 +75,8 @@ class ModelPlan:
         layers: Hugging Face names of the decoder layers.
         linears: by node name, in vLLM's module order.
         node_names: every module INC patches, in vLLM's module order.
+        experts: by name of the fused op's node.
+        attention_layers: indices of the layers that have attention.
         dtype: what the model is served in; weights are rounded to it.
     """
 
@@ -77,11 +88,12 @@ class ModelPlan:
     layers: tuple[str, ...]
     linears: dict[str, LinearPlan]
     node_names: tuple[str, ...]
+    experts: dict[str, ExpertWeights] = field(default_factory=dict)
+    attention_layers: tuple[int, ...] = ()
     dtype: torch.dtype = torch.bfloat16
 
     @property
     def layout(self) -> Layout:
-        assert self.family.layout is not None
         return self.family.layout
 
     @property
@@ -90,7 +102,14 @@ class ModelPlan:
 
     @property
     def kv_axis(self) -> Axis:
+        if self.layout.attention.latent:  # expanded to one per query head
+            return self.head_axis
         return Axis((Segment(self.kv_heads, self.kv_heads, replicates=True),))
+
+    @property
+    def attention_ops(self) -> dict[str, Op]:
+        """What an attention implementation computes, by name, in module order."""
+        return LATENT_ATTENTION_OPS if self.layout.attention.latent else ATTENTION_OPS
 
     def node_name(self, layer: int, path: str) -> str:
         """vLLM's name of what lies at `path` inside a layer, e.g. `model.layers.0.self_attn.o_proj`."""
@@ -98,18 +117,24 @@ class ModelPlan:
 
     def attention_node(self, layer: int, op: str) -> str:
         """Name of an attention op's node, e.g. `model.layers.0.self_attn.attn.impl.k_cache`."""
-        return self.node_name(layer, f"{self.layout.attention}.impl.{op}")
+        return self.node_name(layer, f"{self.layout.attention.name}.impl.{op}")
 
     def divides(self, world: int) -> bool:
-        """Whether every tensor divides over `world` ranks."""
+        """Whether every tensor outside the experts divides over `world` ranks."""
         axes = [*self._split_axes(), self.head_axis, self.kv_axis]
         segments = [segment for axis in axes for segment in axis.segments]
         return all(
             segment.units % world == 0 or (segment.replicates and world % segment.units == 0) for segment in segments
         )
 
-    def require_world(self, world: int) -> None:
-        """Raise TopologyError unless the model divides over `world` ranks."""
+    def divides_experts(self, topology: Topology) -> bool:
+        """Whether the experts, or their intermediate channels, divide over the ranks."""
+        sizes = [one.count if topology.expert_parallel else one.channels for one in self.experts.values()]
+        return all(size % topology.world == 0 for size in sizes)
+
+    def require_topology(self, topology: Topology) -> None:
+        """Raise TopologyError unless the model divides over the ranks."""
+        world = topology.world
         if not self.divides(world):
             raise TopologyError(
                 f"the model does not divide over {world} ranks",
@@ -117,6 +142,15 @@ class ModelPlan:
                 why=f"it has {self.heads} attention heads, {self.kv_heads} KV heads, and linear layers of "
                 + ", ".join(sorted({f"{axis.segments[0].channels}" for axis in self._split_axes()}, key=int)),
                 fix="choose a tensor-parallel size (-t, -r) that divides them; KV heads may also divide it",
+            )
+        if not self.divides_experts(topology):
+            experts = next(iter(self.experts.values()))
+            raise TopologyError(
+                f"the experts do not divide over {world} ranks",
+                where=self.checkpoint.directory,
+                why=f"there are {experts.count} of {experts.channels} intermediate channels each, shared by "
+                + ("expert" if topology.expert_parallel else "channel"),
+                fix="choose another number of ranks, or the other way of sharing (-u or --no-expert-parallel)",
             )
 
     def _split_axes(self) -> list[Axis]:
@@ -147,12 +181,25 @@ class ModelPlan:
             weight = torch.nn.functional.pad(weight, (0, 0, 0, linear.padding))
         return weight
 
-    def read_rank_weight(self, node: str, rank: int, world: int) -> np.ndarray:
+    def read_rank_weight(self, node: str, rank: int, topology: Topology) -> np.ndarray:
         """Return the rows and columns of a linear node's weight that `rank` holds, float32."""
+        if node not in self.linears:
+            return self._read_expert_weight(node, rank, topology).float().numpy()
         linear, weight = self.linears[node], self.read_weight(node)
-        weight = torch.cat([weight[part] for part in linear.out_axis.slices(rank, world)])
-        weight = torch.cat([weight[:, part] for part in linear.in_axis.slices(rank, world)], dim=1)
+        weight = torch.cat([weight[part] for part in linear.out_axis.slices(rank, topology.world)])
+        weight = torch.cat([weight[:, part] for part in linear.in_axis.slices(rank, topology.world)], dim=1)
         return weight.float().numpy()
+
+    def _read_expert_weight(self, node: str, rank: int, topology: Topology) -> torch.Tensor:
+        op, part, index = node.rsplit(".", 2)
+        experts = self.experts[op]
+        size = experts.channels // topology.world
+        channels, expert = slice(rank * size, (rank + 1) * size), int(index)
+        if topology.expert_parallel:
+            channels, expert = slice(None), rank * (experts.count // topology.world) + expert
+        if part == "w2_list":
+            return experts.read_down(expert)[:, channels]
+        return experts.order_gate_up(experts.read_gate_up(expert))[:, channels].flatten(0, 1)
 
 
 def plan_model(model_dir: Path, dtype: str = "bfloat16") -> ModelPlan:
@@ -166,46 +213,76 @@ def plan_model(model_dir: Path, dtype: str = "bfloat16") -> ModelPlan:
     """
     checkpoint = Checkpoint(model_dir)
     family = find_family(str(checkpoint.config.get("model_type")))
-    if family.layout is None:
-        raise ModelError(
-            f"the torch engine cannot measure {family.name} models yet",
-            where=model_dir,
-            why="gaudi_calib/families.py has no module layout for the family",
-            fix="measure on a Gaudi with vllm-gaudi, or add a layout (the module's docstring says how)",
-        )
     config = checkpoint.config
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     layers = tuple(f"{family.layout.layers}.{i}" for i in range(int(config["num_hidden_layers"])))
     served = getattr(torch, dtype)
-    plan = ModelPlan(checkpoint, family, heads, count_kv_heads(config), head_dim, layers, {}, (), served)
+    plan = ModelPlan(checkpoint, family, heads, count_kv_heads(config), head_dim, layers, {}, (), dtype=served)
     nodes = dict(_walk_nodes(plan))
-    linears = {name: linear for name, linear in nodes.items() if linear is not None}
-    return replace(plan, linears=linears, node_names=tuple(nodes))
+    return replace(
+        plan,
+        linears={name: one for name, one in nodes.items() if isinstance(one, LinearPlan)},
+        experts={name: one for name, one in nodes.items() if isinstance(one, ExpertWeights)},
+        attention_layers=tuple(
+            index for index in range(len(layers)) if plan.attention_node(index, "matmul_qk") in nodes
+        ),
+        node_names=tuple(nodes),
+    )
 
 
-def _walk_nodes(plan: ModelPlan) -> Iterator[tuple[str, LinearPlan | None]]:
+def _walk_nodes(plan: ModelPlan) -> Iterator[tuple[str, LinearPlan | ExpertWeights | None]]:
     layout = plan.layout
-    names = WeightNames(plan.checkpoint)
+    names = WeightNames(plan.checkpoint, layout)
     outer = [linear for linear in layout.outer if names.has(linear.parts[0] + ".weight")]
     for linear in outer:
         yield linear.name, _plan_linear(plan, linear, linear.name, "", names)
     for index, layer in enumerate(plan.layers):
-        for linear in layout.linears:
-            node = plan.node_name(index, linear.name)
-            yield node, _plan_linear(plan, linear, node, layer + ".", names)
-            if linear.name == layout.attention_after:
-                for op in ATTENTION_OPS:
-                    yield plan.attention_node(index, op), None
+        yield from _walk_layer(plan, index, layer, names)
     if layout.vllm_lm_head is not None:
         yield layout.vllm_lm_head, _plan_lm_head(plan, names)
+
+
+def _walk_layer(
+    plan: ModelPlan, index: int, layer: str, names: "WeightNames"
+) -> Iterator[tuple[str, LinearPlan | ExpertWeights | None]]:
+    for module in plan.layout.modules:
+        node = plan.node_name(index, module.name)
+        if isinstance(module, Linear):
+            if module.where is None or names.has(f"{layer}.{module.where}.weight"):
+                yield node, _plan_linear(plan, module, node, layer + ".", names)
+        elif isinstance(module, Experts):
+            experts = find_expert_weights(plan.checkpoint, module, node, layer, plan.dtype)
+            if experts is not None:
+                yield node, experts
+                yield from ((f"{node}.{child}", None) for child in list_children(experts.count))
+        elif names.has_module(f"{layer}.{module.module}"):
+            yield from ((name, None) for name in _list_idle(plan, index, module, node))
+
+
+def _list_idle(plan: ModelPlan, index: int, module: Attention | Unmeasured, node: str) -> list[str]:
+    """Names of the nodes that have no weight of their own."""
+    if isinstance(module, Unmeasured):
+        return [node]
+    ops = [plan.attention_node(index, op) for op in plan.attention_ops]
+    # vLLM's latent attention module has a second set of ops, which it never calls.
+    return ops + [f"{node}.{op}" for op in ATTENTION_OPS] if module.latent else ops
+
+
+def _split_names(names: Iterable[str]) -> Iterator[list[str]]:
+    return (name.split(".") for name in names)
 
 
 class WeightNames:
     """Finds tensors under the names that checkpoints of different ages give them."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, layout: Layout):
+        self._checkpoint, self._renames = checkpoint, layout.renames
+        self._modules = {".".join(parts[:i]) for parts in _split_names(checkpoint.files) for i in range(len(parts))}
+
+    def has_module(self, name: str) -> bool:
+        """Whether any tensor lies below the module path `name`."""
+        return name in self._modules or name.partition(".")[2] in self._modules
 
     def has(self, name: str) -> bool:
         return self._find(name) is not None
@@ -228,7 +305,10 @@ class WeightNames:
 
     def _find(self, name: str) -> str | None:
         # A checkpoint of the bare decoder lacks the first component ("model.", "transformer.").
-        for candidate in (name, name.partition(".")[2]):
+        renamed = name
+        for ours, theirs in self._renames:
+            renamed = renamed.replace(ours, theirs)
+        for candidate in (name, renamed, name.partition(".")[2], renamed.partition(".")[2]):
             if candidate in self._checkpoint.files:
                 return candidate
         return None
@@ -250,12 +330,12 @@ def _plan_linear(plan: ModelPlan, linear: Linear, node: str, prefix: str, names:
         out_axis = Axis(tuple(_column_segments(linear, shapes)))
     elif linear.split is Split.ROW:
         columns = shapes[0][1]
-        in_axis = Axis((Segment(columns, plan.heads if linear.name == plan.layout.attention_after else columns),))
-    return LinearPlan(node, modules, weights, linear.split, out_axis, in_axis)
+        in_axis = Axis((Segment(columns, plan.heads if linear.by_head else columns),))
+    return LinearPlan(node, modules, weights, linear.split, out_axis, in_axis, reduces=linear.reduces)
 
 
 def _column_segments(linear: Linear, shapes: list[tuple[int, ...]]) -> list[Segment]:
-    if len(linear.parts) == 1 and linear.name.endswith("gate_up_proj"):  # stored fused
+    if len(linear.parts) == 1 and linear.name.endswith(("gate_up_proj", "input_linear")):  # stored fused
         half = shapes[0][0] // 2
         return [Segment(half, half), Segment(half, half)]
     return [Segment(shape[0], shape[0]) for shape in shapes]

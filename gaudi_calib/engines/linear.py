@@ -33,14 +33,12 @@ class LinearRanges:
 
     Attributes:
         seen: largest input magnitude, shape (in,) where ranks split the input, else (1,); or None.
-        products: world -> largest magnitude of the elementwise maximum over ranks of
-            the partial products.
-        total: largest magnitude of the whole product, without bias.
+        products: world -> range of the partial products, without bias: one value for all
+            ranks, which reduce them first, or one per rank.
     """
 
     seen: torch.Tensor | None = None
-    products: dict[int, float] = field(default_factory=dict)
-    total: float = 0.0
+    products: dict[int, tuple[float, ...]] = field(default_factory=dict)
     detach: Callable[[], None] = lambda: None
 
     def observe(self, x: torch.Tensor, *, per_channel: bool) -> None:
@@ -61,8 +59,15 @@ def observe_input(module: nn.Module) -> LinearRanges:
     return ranges
 
 
-def observe_row_parallel(module: nn.Module, worlds: Sequence[int], scratch: Scratch) -> LinearRanges:
+def observe_row_parallel(
+    module: nn.Module, worlds: Sequence[int], scratch: Scratch, *, reduces: bool = True
+) -> LinearRanges:
     """Watch a row-parallel layer's input and its partial products over each of `worlds`.
+
+    With `reduces`, a partial product's range is that of the elementwise maximum over
+    the ranks, as INC all-reduces with MAX before it observes the magnitude
+    (`PatchedRowParallelLinear.forward_measure_reduce`); without, each rank has its own
+    (`forward_measure_no_reduce`).
 
     In float32 the product, and those of coarser worlds, are formed as sums of the
     finest partial products, at no extra multiplications; in bfloat16, where sums
@@ -74,15 +79,21 @@ def observe_row_parallel(module: nn.Module, worlds: Sequence[int], scratch: Scra
     sums = weight.dtype is torch.float32
     chains = chain_worlds(worlds) if sums else [[world] for world in worlds if world > 1]
 
+    def observe(world: int, parts: torch.Tensor) -> None:
+        before = ranges.products.get(world, (0.0,) * (1 if reduces else world))
+        if reduces:
+            ranges.products[world] = (max_signed(parts, before[0]),)
+        else:
+            largest = (_max_product(part) for part in parts)
+            ranges.products[world] = tuple(max(pair) for pair in zip(before, largest, strict=True))
+
     def forward(x: torch.Tensor) -> torch.Tensor:
         ranges.observe(x, per_channel=True)
         flat = x.flatten(0, -2)
-        parts = [_observe_products(flat, weight, chain, ranges, scratch) for chain in chains]
+        parts = [_observe_products(flat, weight, chain, observe, scratch) for chain in chains]
         exact = not sums or not parts
         product = flat @ weight.T if exact else parts[0]
-        lowest, highest = torch.aminmax(product)
-        ranges.total = max(ranges.total, float(highest), -float(lowest))
-        ranges.products[1] = ranges.total
+        observe(1, product.unsqueeze(0))
         if exact and bias is not None:
             return nn.functional.linear(x, weight, bias)
         return (product if bias is None else product.add_(bias)).unflatten(0, x.shape[:-1])
@@ -110,7 +121,11 @@ def chain_worlds(worlds: Sequence[int]) -> list[list[int]]:
 
 
 def _observe_products(
-    x: torch.Tensor, weight: torch.Tensor, chain: Sequence[int], ranges: LinearRanges, scratch: Scratch
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    chain: Sequence[int],
+    observe: Callable[[int, torch.Tensor], None],
+    scratch: Scratch,
 ) -> torch.Tensor:
     """Form x @ weight.T as the sum of partial products over `chain[0]` ranks, and note their ranges.
 
@@ -125,9 +140,14 @@ def _observe_products(
         torch.bmm(chunk.unflatten(1, (chain[0], width)).transpose(0, 1), weight_by_rank, out=parts)
         for world in chain:
             parts = sum_neighbours(parts, world)
-            ranges.products[world] = max_signed(parts, ranges.products.get(world, 0.0))
+            observe(world, parts)
         product[start : start + _CHUNK] = sum_neighbours(parts, 1)[0]
     return product
+
+
+def _max_product(part: torch.Tensor) -> float:
+    lowest, highest = torch.aminmax(part)
+    return max(float(highest), -float(lowest))
 
 
 def sum_neighbours(parts: torch.Tensor, world: int) -> torch.Tensor:
@@ -149,9 +169,6 @@ def max_signed(parts: torch.Tensor, floor: float) -> float:
     Args:
         parts: partial products, shape (ranks, tokens, rows).
         floor: the largest seen before.
-
-    Source: INC all-reduces with MAX before it observes the magnitude
-    (`PatchedRowParallelLinear.forward_measure_reduce`).
     """
     extremes = [torch.aminmax(part) for part in parts]
     largest = max(floor, *(float(extreme.max) for extreme in extremes))

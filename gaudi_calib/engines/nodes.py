@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from gaudi_calib.engines.attention import AttentionRanges, max_magnitude
-from gaudi_calib.engines.base import ATTENTION_OPS, LinearPlan, ModelPlan
+from gaudi_calib.engines.base import LinearPlan, ModelPlan
+from gaudi_calib.engines.experts import ObservedExperts
 from gaudi_calib.engines.linear import LinearRanges
-from gaudi_calib.families import Split
+from gaudi_calib.model_layout import Split
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.shard import Axis, ChannelNode, ChannelRange
@@ -21,7 +22,7 @@ def linear_node(plan: ModelPlan, linear: LinearPlan, ranges: LinearRanges) -> Ch
     assert ranges.seen is not None
     outputs = None
     if linear.op is Op.ROW_PARALLEL_LINEAR:
-        total = ChannelRange(_array(torch.tensor([ranges.total])))
+        total = ChannelRange(_array(torch.tensor([max(ranges.products[1])])))
         outputs = (total, total)
     return ChannelNode(
         linear.op,
@@ -66,27 +67,42 @@ def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[
     decode maps scale·q to blocks, multiplies with the cached keys, normalises by the
     block's own largest score (so the largest probability is 1), multiplies with the
     cached values and maps back. On Gaudi 2 the softmax denominators take the same
-    two mappings.
+    two mappings. Latent attention decodes on the cached latent vectors, with absorbed
+    queries, and returns to heads behind the last mapping.
 
-    Source: vllm-gaudi `flat_pa`, `pipelined_pa`, vllm_gaudi/extension/ops.py.
+    Source: vllm-gaudi `flat_pa`, `flat_pa_mla`, `pipelined_pa`, vllm_gaudi/extension/ops.py.
     """
-    heads, kv_heads = plan.head_axis, plan.kv_axis
-    query, out = (ChannelRange(_array(seen.tensors[name]), heads) for name in ("q", "out"))
-    key, value = (ChannelRange(_array(seen.tensors[name]), kv_heads) for name in ("k", "v"))
-    scaled = ChannelRange(round_to_bf16(round_to_bf16(query.values) * np.float32(seen.scale)), heads)
-    sums = ChannelRange(_array(seen.tensors["softmax_sum"]), heads)
-    probability = ChannelRange(_array(seen.tensors["probability"]), heads)
+    heads = plan.head_axis
+
+    def per_head(name: str) -> ChannelRange:
+        axis = plan.kv_axis if name in ("k", "v") else heads
+        return ChannelRange(_array(seen.tensors[name]), Axis() if name in ("latent", "latent_v") else axis)
+
+    latent = plan.layout.attention.latent
+    query, key, value, out = (per_head(name) for name in ("q", "k", "v", "out"))
+    decoded = per_head("latent_q") if latent else query
+    scaled = ChannelRange(round_to_bf16(round_to_bf16(decoded.values) * np.float32(seen.scale)), heads)
+    averaged = per_head("latent_out") if latent else out
+    sums, probability, weight = (per_head(name) for name in ("softmax_sum", "probability", "weight"))
     one = ChannelRange(np.ones(1, dtype=np.float32), Axis())
     nodes = {
-        "matmul_qk": ChannelNode(Op.MATMUL, (scaled, key)),
-        "matmul_av": ChannelNode(Op.MATMUL, (one, value)),
+        "matmul_qk": ChannelNode(Op.MATMUL, (scaled, per_head("latent") if latent else key)),
+        "matmul_av": ChannelNode(Op.MATMUL, (weight, per_head("latent_v") if latent else value)),
         "batch2block_matmul": ChannelNode(Op.B2B_MATMUL, (one, scaled), (scaled,), softmax_sums=sums),
-        "block2batch_matmul": ChannelNode(Op.B2B_MATMUL, (one, out), (out,), softmax_sums=sums),
+        "block2batch_matmul": ChannelNode(Op.B2B_MATMUL, (one, averaged), (averaged,), softmax_sums=sums),
         "k_cache": ChannelNode(Op.KV_CACHE, (key,)),
         "v_cache": ChannelNode(Op.KV_CACHE, (value,)),
         "fused_scaled_dot_product_attention": ChannelNode(Op.FUSED_SDPA, (query, key, value), (out, probability)),
     }
-    return {plan.attention_node(layer, op): nodes[op] for op in ATTENTION_OPS if op in nodes}
+    if latent:
+        nodes["latent_cache_k"] = ChannelNode(Op.KV_CACHE, (per_head("latent"),))
+    return {plan.attention_node(layer, op): nodes[op] for op in plan.attention_ops if op in nodes}
+
+
+def experts_node(observed: ObservedExperts) -> ChannelNode:
+    """Return the channel ranges of a layer's routed experts."""
+    assert observed.input is not None
+    return ChannelNode(Op.DYNAMIC_MOE, (ChannelRange(_array(observed.input)),), experts=observed.finish())
 
 
 def _array(values: torch.Tensor) -> np.ndarray:

@@ -7,7 +7,7 @@ Compute is float32 by default, on weights upcast layer by layer.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,22 +17,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from gaudi_calib.engines.attention import (
-    ATTENTION_NAME,
-    AttentionRanges,
-    SdpaInterceptor,
-    register_attention,
-)
+from gaudi_calib.engines.attention import AttentionRanges, LatentCache, SdpaInterceptor
 from gaudi_calib.engines.base import ModelPlan, WeightNames, plan_model
+from gaudi_calib.engines.experts import ColdPolicy, ObservedExperts, attach_experts
 from gaudi_calib.engines.linear import LinearRanges, Scratch, observe_input, observe_row_parallel
-from gaudi_calib.engines.nodes import attention_nodes, linear_node
+from gaudi_calib.engines.nodes import attention_nodes, experts_node, linear_node
+from gaudi_calib.engines.skeleton import build_skeleton, loaded, outer_weights
 from gaudi_calib.errors import RangeError
-from gaudi_calib.families import Split
+from gaudi_calib.model_layout import Split
+from gaudi_calib.ranges.expert_channels import Topology
 from gaudi_calib.ranges.shard import ChannelNode, ChannelRanges
 
 DEFAULT_WORLDS = (1, 2, 4, 8)
 # Tokens that run through a layer together; bounds the memory of its activations.
 _MAX_TOKENS = 1024
+# Layers with experts get more, since each expert's weights are read once per batch, up to this
+# many sums of (rank, token, channel).
+_MAX_EXPERT_TOKENS = 4096
+_MAX_EXPERT_SUMS = 2**28
 
 
 @dataclass
@@ -60,12 +62,15 @@ class Batch:
         return torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None]
 
 
-def make_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:
-    """Group prompts, in order, into batches of at most `batch_size` sequences and a bounded number of tokens."""
+def make_batches(prompts: Sequence[Sequence[int]], batch_size: int, max_tokens: int = _MAX_TOKENS) -> list[Batch]:
+    """Group prompts, in order, into batches of at most `batch_size` sequences and `max_tokens` tokens.
+
+    A longer prompt is a batch of its own.
+    """
     batches: list[list[int]] = []
     size = 0
     for index, prompt in enumerate(prompts):
-        if not batches or len(batches[-1]) == batch_size or size + len(prompt) > _MAX_TOKENS:
+        if not batches or len(batches[-1]) == batch_size or size + len(prompt) > max_tokens:
             batches.append([])
             size = 0
         batches[-1].append(index)
@@ -85,7 +90,8 @@ def measure_channels(
     prompts: Sequence[Sequence[int]],
     *,
     worlds: Sequence[int] = DEFAULT_WORLDS,
-    required_worlds: Sequence[int] = (1,),
+    required: Sequence[Topology] = (),
+    cold: ColdPolicy | None = None,
     dtype: str = "bfloat16",
     compute_dtype: str = "float32",
     batch_size: int = 32,
@@ -95,9 +101,11 @@ def measure_channels(
 
     Args:
         prompts: token ids of each sample.
-        worlds: worlds for which row-parallel outputs are measured; those that do not
-            divide the model are left out.
-        required_worlds: worlds that must divide the model.
+        worlds: worlds for which the sums of ranks are measured (outputs of row-parallel
+            layers, and of experts shared either way); those that do not divide the model
+            are left out.
+        required: topologies that must divide the model.
+        cold: what to do with experts that few tokens reach.
         dtype: what the model is served in; weights are rounded to it first.
         compute_dtype: `float32`, or `bfloat16` to round as a bf16 model does (slow on
             a CPU that emulates bf16).
@@ -107,16 +115,31 @@ def measure_channels(
 
     Raises:
         ModelError: the checkpoint is incomplete or of an unknown family.
-        TopologyError: a required world does not divide the model.
+        TopologyError: the model does not divide over the ranks of a required topology.
         RangeError: NaN or infinity in an activation; names node and sample.
     """
     plan = plan_model(model_dir, dtype)
-    for world in required_worlds:
-        plan.require_world(world)
-    wanted = sorted({world for world in (*worlds, *required_worlds) if plan.divides(world)})
-    batches = make_batches(prompts, batch_size if plan.layout.packs else 1)
+    for topology in required:
+        plan.require_topology(topology)
+    wanted = sorted({world for world in (*worlds, *(one.world for one in required)) if plan.divides(world)})
+    batches = make_batches(prompts, batch_size if can_pack(plan) else 1, _count_tokens(plan, wanted))
+    measurement = _Measurement(plan, wanted, getattr(torch, compute_dtype), batches, on_progress, cold or ColdPolicy())
     with torch.inference_mode():
-        return _Measurement(plan, wanted, getattr(torch, compute_dtype), batches, on_progress).run(len(prompts))
+        return measurement.run(len(prompts))
+
+
+def can_pack(plan: ModelPlan) -> bool:
+    """Whether sequences may lie one behind the other in a batch."""
+    # Attention temperatures are counted from the batch's start; below this position they are 1.
+    tuned = plan.checkpoint.config.get("attn_temperature_tuning") and plan.checkpoint.config.get("floor_scale", 8192)
+    return plan.layout.packs and (not tuned or tuned > _MAX_EXPERT_TOKENS)
+
+
+def _count_tokens(plan: ModelPlan, worlds: Sequence[int]) -> int:
+    if not plan.experts:
+        return _MAX_TOKENS
+    sums = int(plan.checkpoint.config["hidden_size"]) * (2 * max(worlds) + 1)
+    return min(_MAX_EXPERT_TOKENS, max(_MAX_TOKENS, _MAX_EXPERT_SUMS // sums))
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
@@ -151,10 +174,11 @@ class _Measurement:
         dtype: torch.dtype,
         batches: list[Batch],
         on_progress: Callable[[float], None],
+        cold: ColdPolicy,
     ):
         self.plan, self.worlds, self.dtype, self.batches = plan, worlds, dtype, batches
-        self.on_progress = on_progress
-        self.names = WeightNames(plan.checkpoint)
+        self.on_progress, self.cold = on_progress, cold
+        self.names = WeightNames(plan.checkpoint, plan.layout)
         self.nodes: dict[str, ChannelNode] = {}
         self.interceptor = SdpaInterceptor()
         self.scratch = Scratch()
@@ -165,7 +189,7 @@ class _Measurement:
         layers = model.get_submodule(self.plan.layout.layers)
         assert isinstance(layers, nn.ModuleList)
         real = list(layers)
-        with _outer_weights(model, self.plan, self.names, self.dtype):
+        with outer_weights(model, self.plan, self.names, self.dtype):
             self._record_calls(model, layers, real)
             self._observe_outer(model)
             self.on_progress(0.0)
@@ -195,28 +219,61 @@ class _Measurement:
 
     def _measure_layer(self, name: str, layer: nn.Module, index: int) -> None:
         plan = self.plan
-        with _loaded(layer, name, self.names, self.dtype, plan):
-            attention = AttentionRanges()
-            layer.get_submodule(plan.layout.hf_attention).calibration = attention  # type: ignore[assignment]
-            self.interceptor.ranges = attention
+        with loaded(layer, name, self.names, self.dtype, plan), contextlib.ExitStack() as stack:
+            attention = self._observe_attention(layer, index, stack)
             linears = self._observe_linears(layer, index)
+            experts = self._observe_experts(layer, index, stack)
             for batch in self.batches:
-                self._run_layer(layer, index, batch, attention, linears)
+                self._run_layer(layer, index, batch, attention, linears, experts)
             for node, ranges in linears.items():
                 self.nodes[node] = linear_node(plan, plan.linears[node], ranges)
-            self.nodes.update(attention_nodes(plan, index, attention))
-            for ranges in linears.values():
                 ranges.detach()
+            if attention is not None:
+                self.nodes.update(attention_nodes(plan, index, attention))
+            if experts is not None:
+                router = layer.get_submodule(experts.weights.facts.router)
+                experts.fill_cold(router.weight, self.cold)  # type: ignore[arg-type]
+                self.nodes[experts.weights.node] = experts_node(experts)
+
+    def _observe_attention(self, layer: nn.Module, index: int, stack: contextlib.ExitStack) -> AttentionRanges | None:
+        if index not in self.plan.attention_layers:
+            return None
+        facts, config = self.plan.layout.attention, self.plan.checkpoint.config
+        attention = AttentionRanges()
+        module = layer.get_submodule(facts.module)
+        kinds = config.get("layer_types") or ()
+        if index < len(kinds) and kinds[index] == "chunked_attention":
+            attention.chunk = int(config["attention_chunk_size"])
+        if facts.latent:
+            expand = module.get_submodule("kv_b_proj")
+            attention.latent = LatentCache(expand, int(config["qk_nope_head_dim"]))
+            stack.callback(attention.latent.detach)
+        module.calibration = attention  # type: ignore[assignment]
+        self.interceptor.ranges = attention
+        return attention
 
     def _observe_linears(self, layer: nn.Module, index: int) -> dict[str, LinearRanges]:
         observed = {}
         for linear in self.plan.layout.linears:
             node = self.plan.node_name(index, linear.name)
+            if node not in self.plan.linears:
+                continue
             module = layer.get_submodule(linear.parts[0])  # fused ones share their input
-            by_rows = linear.split is Split.ROW
-            observed[node] = (
-                observe_row_parallel(module, self.worlds, self.scratch) if by_rows else observe_input(module)
-            )
+            if linear.split is Split.ROW:
+                observed[node] = observe_row_parallel(module, self.worlds, self.scratch, reduces=linear.reduces)
+            else:
+                observed[node] = observe_input(module)
+        return observed
+
+    def _observe_experts(self, layer: nn.Module, index: int, stack: contextlib.ExitStack) -> ObservedExperts | None:
+        facts = self.plan.layout.experts
+        weights = self.plan.experts.get(self.plan.node_name(index, facts.name)) if facts else None
+        if facts is None or weights is None:
+            return None
+        topologies = [Topology(world, split) for world in self.worlds for split in (False, True)]
+        topologies = [one for one in topologies if self.plan.divides_experts(one)]
+        observed = ObservedExperts(weights, layer.get_submodule(facts.module), topologies, self.dtype)
+        stack.callback(attach_experts(layer, facts, observed))
         return observed
 
     def _run_layer(
@@ -224,10 +281,12 @@ class _Measurement:
         layer: nn.Module,
         index: int,
         batch: Batch,
-        attention: AttentionRanges,
+        attention: AttentionRanges | None,
         linears: dict[str, LinearRanges],
+        experts: ObservedExperts | None,
     ) -> None:
-        attention.bounds = batch.bounds
+        if attention is not None:
+            attention.bounds = batch.bounds
         args, kwargs = batch.calls[index]
         mode = contextlib.nullcontext() if self.plan.layout.uses_attention_interface else self.interceptor
         with mode:
@@ -235,12 +294,14 @@ class _Measurement:
         self.returns_tuple = isinstance(out, tuple)
         batch.hidden = out[0] if isinstance(out, tuple) else out
         batch.calls[index] = ((), {})  # masks and positions may be large
-        self._check_finite(batch, linears)
+        self._check_finite(batch, {node: ranges.seen for node, ranges in linears.items()})
+        if experts is not None:
+            self._check_finite(batch, {experts.weights.node: experts.input})
         self.on_progress(batch.tokens.numel() / len(self.plan.layers))
 
-    def _check_finite(self, batch: Batch, linears: dict[str, LinearRanges]) -> None:
-        for node, ranges in linears.items():
-            if ranges.seen is None or bool(torch.isfinite(ranges.seen).all()):
+    def _check_finite(self, batch: Batch, inputs: dict[str, torch.Tensor | None]) -> None:
+        for node, seen in inputs.items():
+            if seen is None or bool(torch.isfinite(seen).all()):
                 continue
             raise RangeError(
                 f"{node} saw NaN or infinity in its input",
@@ -291,7 +352,7 @@ class _Measurement:
             current[:], position[0] = [batch], 0
             with contextlib.suppress(_Stop):
                 self._forward(model, batch)
-            self._check_finite(batch, {"the output projection": ranges})
+            self._check_finite(batch, {"the output projection": ranges.seen})
         handle.remove()
         for node, seen in self.outer.items():
             self.nodes[node] = linear_node(self.plan, self.plan.linears[node], seen)
@@ -300,73 +361,10 @@ class _Measurement:
             self.nodes[lm_head] = linear_node(self.plan, self.plan.linears[lm_head], ranges)
 
     def _forward(self, model: nn.Module, batch: Batch) -> None:
-        arguments = {"position_ids": batch.positions} if self.plan.layout.packs else {}
+        arguments = {"position_ids": batch.positions} if can_pack(self.plan) else {}
         model(input_ids=batch.tokens, use_cache=False, **arguments)
 
     @staticmethod
     def _replace(layers: nn.ModuleList, modules: Sequence[nn.Module]) -> None:
         for index, module in enumerate(modules):
             layers[index] = module
-
-
-def build_skeleton(plan: ModelPlan, dtype: torch.dtype) -> nn.Module:
-    """Return the Hugging Face model without weights (parameters on the meta device)."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    register_attention()
-    config = AutoConfig.from_pretrained(plan.checkpoint.directory)
-    _serve_long_rope(config)
-    implementation = ATTENTION_NAME if plan.layout.uses_attention_interface else "sdpa"
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
-    return model.eval()
-
-
-def _serve_long_rope(config: Any) -> None:
-    """Rotate by the long factors always, as vLLM does for a model served with its whole context.
-
-    transformers chooses them by the longest position of a batch, vLLM by `max_model_len`.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings")
-    if rope.get("rope_type") == "longrope" and original and config.max_position_embeddings > original:
-        rope["short_factor"] = rope["long_factor"]
-
-
-@contextlib.contextmanager
-def _loaded(module: nn.Module, prefix: str, names: WeightNames, dtype: torch.dtype, plan: ModelPlan) -> Iterator[None]:
-    """Give `module` its weights, in `dtype`, while the block runs."""
-    wanted = {name: names.find(f"{prefix}.{name}") for name, _ in module.named_parameters()}
-    tensors = plan.checkpoint.read(wanted.values())
-    empty = dict(module.named_parameters())
-    for name, source in wanted.items():
-        _set_parameter(module, name, plan.served(tensors.pop(source)).to(dtype))
-    try:
-        yield
-    finally:
-        for name, parameter in empty.items():
-            _set_parameter(module, name, parameter)
-
-
-@contextlib.contextmanager
-def _outer_weights(model: nn.Module, plan: ModelPlan, names: WeightNames, dtype: torch.dtype) -> Iterator[None]:
-    """Load what lies outside the decoder layers; the embedding stays in its source dtype, mapped."""
-    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}  # type: ignore[operator]
-    embedding = f"{plan.layout.embedding}.weight"
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if name.startswith(plan.layout.layers + ".") or (id(parameter) in head and name != embedding):
-            continue
-        source = names.find(name)
-        tensor = plan.served(plan.checkpoint.read([source])[source])
-        _set_parameter(model, name, tensor if name == embedding else tensor.to(dtype))
-    handle = model.get_submodule(plan.layout.embedding).register_forward_hook(
-        lambda module, args, output: output.to(dtype)
-    )
-    yield
-    handle.remove()
-
-
-def _set_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

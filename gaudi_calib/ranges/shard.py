@@ -6,7 +6,7 @@ and taking its maximum commute. Only the outputs of row-parallel layers are not 
 slice of anything: they are measured for the worlds asked for, and bounded for others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from gaudi_calib.errors import TopologyError
 from gaudi_calib.fp8 import GAUDI2, Device
 from gaudi_calib.ranges.bf16 import round_to_bf16
+from gaudi_calib.ranges.expert_channels import ExpertChannels, Topology
 from gaudi_calib.ranges.node import Node, Op, RankSet
 
 
@@ -99,19 +100,22 @@ class ChannelNode:
         op: what the module computes.
         inputs, outputs: as in `Node`; outputs None where not measured.
         weight: per output row (column parallel) or per input column (row parallel).
-        partial_products: row parallel only: world -> largest magnitude of the
-            elementwise maximum over ranks of the signed partial products (what INC
-            records, as it reduces before it takes the absolute value).
+        partial_products: row parallel only: world -> range of the partial products.
+            One value for all ranks where they reduce at once: that of the elementwise
+            maximum over ranks of the signed partial products (what INC records, as it
+            reduces before it takes the absolute value); otherwise one per rank.
         softmax_sums: block-to-batch matmuls only: per head, the largest softmax
             denominator, which passes through the same op on Gaudi 2.
+        experts: fused expert ops only.
     """
 
     op: Op
     inputs: tuple[ChannelRange, ...]
     outputs: tuple[ChannelRange, ...] | None = None
     weight: ChannelRange | None = None
-    partial_products: Mapping[int, float] = field(default_factory=dict)
+    partial_products: Mapping[int, Sequence[float]] = field(default_factory=dict)
     softmax_sums: ChannelRange | None = None
+    experts: ExpertChannels | None = None
 
 
 @dataclass(frozen=True)
@@ -128,14 +132,23 @@ class ChannelRanges:
     modules: tuple[str, ...]
     num_samples: int
 
-    def measured_worlds(self) -> set[int]:
-        """Worlds for which every row-parallel output was measured."""
-        rows = [node for node in self.nodes.values() if node.op is Op.ROW_PARALLEL_LINEAR]
-        return set.intersection(*(set(node.partial_products) for node in rows)) if rows else set()
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has routed experts."""
+        return any(node.experts is not None for node in self.nodes.values())
+
+    def is_measured(self, topology: Topology) -> bool:
+        """Whether the sums that ranks of `topology` compute were measured, in every node; otherwise they are bounds."""
+        return all(
+            topology.world in node.partial_products
+            if node.op is Op.ROW_PARALLEL_LINEAR
+            else node.experts is None or topology.key in node.experts.outputs
+            for node in self.nodes.values()
+        )
 
 
-def derive_rank(channels: ChannelRanges, rank: int, world: int, device: Device) -> RankSet[Node]:
-    """Return what a measurement on `world` ranks would have recorded on `rank`.
+def derive_rank(channels: ChannelRanges, rank: int, topology: Topology, device: Device) -> RankSet[Node]:
+    """Return what a measurement with `topology` would have recorded on `rank`.
 
     Args:
         device: the device that will serve; decides which tensors pass through the
@@ -145,26 +158,52 @@ def derive_rank(channels: ChannelRanges, rank: int, world: int, device: Device) 
         Ranges of shape (1,), each a bf16 value.
 
     Raises:
-        TopologyError: a tensor does not divide over `world`; names the node.
+        TopologyError: a tensor does not divide over the ranks; names the node.
     """
-    nodes = {}
+    nodes: dict[str, Node] = {}
+    absent: set[str] = set()
     for name, node in channels.nodes.items():
         try:
-            nodes[name] = _derive_node(node, rank, world, device)
+            nodes[name] = _derive_node(node, rank, topology, device)
+            if node.experts is not None:
+                nodes |= _derive_experts(name, node.experts, rank, topology)
+                local = {f"{name}.{child}" for child in list_children(node.experts.count)} - nodes.keys()
+                absent |= local
         except TopologyError as error:
             raise TopologyError(f"{name}: {error.what}", fix=error.fix) from error
-    return RankSet(rank, world, nodes, channels.modules, channels.num_samples)
+    modules = tuple(name for name in channels.modules if name not in absent)
+    return RankSet(rank, topology.world, nodes, modules, channels.num_samples)
 
 
-def _derive_node(node: ChannelNode, rank: int, world: int, device: Device) -> Node:
+def list_children(experts: int) -> list[str]:
+    """Names of a fused op's children, in module order, e.g. `w13_list.0`."""
+    return [f"{part}.{index}" for part in ("w13_list", "w2_list") for index in range(experts)]
+
+
+def _derive_experts(name: str, experts: ExpertChannels, rank: int, topology: Topology) -> dict[str, Node]:
+    """Nodes of the weights of a rank's experts, numbered from 0; INC gives each a dummy input of 0."""
+    weights = [(gate_up, down) for _, gate_up, down in experts.by_expert(rank, topology)]
+    values = [one[0] for one in weights] + [one[1] for one in weights]
+    names = list_children(len(weights))
+    return {
+        f"{name}.{child}": Node(inputs=(_one(0.0),), weight=_one(value))
+        for child, value in zip(names, values, strict=True)
+    }
+
+
+def _derive_node(node: ChannelNode, rank: int, topology: Topology, device: Device) -> Node:
+    world = topology.world
     inputs = [one.over_rank(rank, world) for one in node.inputs]
     outputs = None if node.outputs is None else [one.over_rank(rank, world) for one in node.outputs]
     if node.op is Op.ROW_PARALLEL_LINEAR and outputs is not None:
         measured = node.partial_products.get(world)
-        outputs[0] = bound_partial_product(node, world) if measured is None else measured
+        outputs[0] = bound_partial_product(node, world) if measured is None else measured[rank % len(measured)]
     if node.op is Op.B2B_MATMUL and device is GAUDI2 and node.softmax_sums is not None and outputs is not None:
         sums = node.softmax_sums.over_rank(rank, world)
         inputs[1], outputs[0] = max(inputs[1], sums), max(outputs[0], sums)
+    if node.experts is not None:
+        maxima = [intermediate for intermediate, _, _ in node.experts.by_expert(rank, topology)]
+        outputs = [node.experts.output(rank, topology), *maxima]
     return Node(
         inputs=tuple(_one(value) for value in inputs),
         outputs=None if outputs is None else tuple(_one(value) for value in outputs),

@@ -1,0 +1,117 @@
+"""The weights of one layer's routed experts, read from the checkpoint one expert at a time."""
+
+from dataclasses import dataclass
+
+import torch
+
+from gaudi_calib.engines.checkpoint import Checkpoint
+from gaudi_calib.errors import ModelError
+from gaudi_calib.model_layout import Experts
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Where a layer's expert weights are.
+
+    Attributes:
+        checkpoint: which holds them.
+        node: name of the fused op's node.
+        module: Hugging Face's name of the experts module.
+        facts: how the family stores them.
+        layer: prefix of the layer's tensors in the checkpoint.
+        count: number of experts.
+        channels: intermediate channels of each.
+        dtype: what the model is served in.
+    """
+
+    checkpoint: Checkpoint
+    node: str
+    module: str
+    facts: Experts
+    layer: str
+    count: int
+    channels: int
+    dtype: torch.dtype
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the checkpoint holds one tensor for all experts."""
+        return bool(self.facts.stacked) and f"{self.layer}.{self.facts.stacked[0]}" in self.checkpoint.files
+
+    def read_gate_up(self, expert: int) -> torch.Tensor:
+        """Return gate and up rows in the order they are stored, shape (2 * channels, hidden size), served dtype."""
+        if self.stacked:
+            return self._read_stacked(self.facts.stacked[0], expert)
+        gate, up, _ = self.facts.each
+        return torch.cat([self._read_each(gate, expert), self._read_each(up, expert)])
+
+    def read_down(self, expert: int) -> torch.Tensor:
+        """Return the down projection, shape (hidden size, channels), served dtype."""
+        return (
+            self._read_stacked(self.facts.stacked[1], expert)
+            if self.stacked
+            else self._read_each(self.facts.each[2], expert)
+        )
+
+    def read_biases(self, expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the biases of gate and up, shape (2 * channels,), and of down, (hidden size,), or None."""
+        if not self.stacked:
+            return None
+        names = [f"{self.layer}.{name}_bias" for name in self.facts.stacked]
+        if names[0] not in self.checkpoint.files:
+            return None
+        gate_up, down = (self.checkpoint.read_part(name, expert).to(self.dtype) for name in names)
+        return gate_up, down
+
+    def order_gate_up(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return stored rows (or row maxima) with those of gate and up apart, shape (2, channels, ...)."""
+        if self.facts.interleaved:
+            return gate_up.unflatten(0, (self.channels, 2)).transpose(0, 1)
+        return gate_up.unflatten(0, (2, self.channels))
+
+    def _read_stacked(self, name: str, expert: int) -> torch.Tensor:
+        weight = self.checkpoint.read_part(f"{self.layer}.{name}", expert).to(self.dtype)
+        return weight.T if self.facts.transposed else weight
+
+    def _read_each(self, name: str, expert: int) -> torch.Tensor:
+        name = f"{self.layer}.{name.format(expert)}"
+        return self.checkpoint.read([name])[name].to(self.dtype)
+
+
+def find_expert_weights(
+    checkpoint: Checkpoint, facts: Experts, node: str, layer: str, dtype: torch.dtype
+) -> ExpertWeights | None:
+    """Return where the experts of `layer` (its prefix in the checkpoint) are, or None where it has none.
+
+    Raises:
+        ModelError: experts are missing.
+    """
+    stacked = next((name for name in (f"{layer}.{part}" for part in facts.stacked) if name in checkpoint.files), None)
+    if stacked is not None:
+        shape = checkpoint.shapes[stacked]
+        count, channels = shape[0], shape[2 if facts.transposed else 1] // 2
+    elif facts.each and f"{layer}.{facts.each[0].format(0)}" in checkpoint.files:
+        count = _count_each(checkpoint, facts, layer)
+        channels = checkpoint.shapes[f"{layer}.{facts.each[0].format(0)}"][0]
+    else:
+        return None
+    return ExpertWeights(checkpoint, node, f"{layer}.{facts.module}", facts, layer, count, channels, dtype)
+
+
+def _count_each(checkpoint: Checkpoint, facts: Experts, layer: str) -> int:
+    config = checkpoint.config
+    count = next(int(config[name]) for name in COUNT_NAMES if config.get(name))
+    for expert in range(count):
+        for part in facts.each:
+            if f"{layer}.{part.format(expert)}" not in checkpoint.files:
+                raise ModelError(
+                    f"the checkpoint has no tensor {layer}.{part.format(expert)}",
+                    where=checkpoint.directory,
+                    why=f"config.json calls for {count} experts",
+                    fix="check that config.json belongs to these weights and that all shards are there",
+                )
+    return count
+
+
+# config.json's names of the number of experts.
+COUNT_NAMES = ("n_routed_experts", "num_local_experts", "num_experts")

@@ -1,0 +1,264 @@
+"""Observing the routed experts of a layer, whose weights are read one expert at a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gaudi_calib.engines.attention import max_magnitude
+from gaudi_calib.engines.expert_weights import ExpertWeights
+from gaudi_calib.engines.linear import chain_worlds, sum_neighbours
+from gaudi_calib.model_layout import Experts
+from gaudi_calib.ranges.expert_channels import ExpertChannels, Topology
+
+# Weights of a layer's experts that stay in memory between batches, in compute dtype.
+_CACHE_BYTES = 2**30
+# Tokens kept per layer for experts that turn out to be cold.
+_SPARE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class ColdPolicy:
+    """What to do with experts that see too few tokens.
+
+    Attributes:
+        min_tokens: fewer tokens than that make an expert cold.
+        fill: send tokens of its layer through a cold expert alone, those the router likes best for it.
+    """
+
+    min_tokens: int = 1
+    fill: bool = True
+
+
+class ObservedExperts:
+    """Runs and observes one layer's experts in place of Hugging Face's experts module.
+
+    Attributes:
+        input: largest magnitude the fused op was given, shape (1,), or None.
+        channels: what was measured, in progress.
+    """
+
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        module: nn.Module,
+        topologies: Sequence[Topology],
+        dtype: torch.dtype,
+    ):
+        self.weights, self.module, self.dtype = weights, module, dtype
+        self.input: torch.Tensor | None = None
+        count, channels = weights.count, weights.channels
+        self._intermediate = torch.zeros(count, channels)
+        self._gate_up, self._down = torch.zeros(count, channels), torch.zeros(count, channels)
+        self._tokens = torch.zeros(count, dtype=torch.int64)
+        self._filled = torch.zeros(count, dtype=torch.int64)
+        self._routing, self._bias = 0.0, 0.0
+        late = weights.facts.late_factor
+        self._late_factor = float(weights.checkpoint.config.get(late) or 1.0) if late else 1.0
+        self._sums = [_Sums(group, split) for split in (False, True) for group in _chain(topologies, split)]
+        self._cache: dict[int, _Expert] = {}
+        self._spare: list[torch.Tensor] = []
+
+    def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Route as the model does.
+
+        Args:
+            hidden: shape (tokens, hidden size).
+            index, weights: the experts of every token and their routing weights, shape (tokens, top k).
+
+        Returns:
+            Weighted sum of the experts' outputs, shape (tokens, hidden size).
+        """
+        self._observe_input(hidden)
+        self._routing = max(self._routing, float(weights.float().abs().sum(-1).max()))
+        out = torch.zeros_like(hidden)
+        for sums in self._sums:
+            sums.start(hidden)
+        for expert in index.unique().tolist():
+            tokens, slot = torch.where(index == expert)
+            self._run_expert(expert, hidden[tokens], tokens, weights[tokens, slot, None], out)
+        for sums in self._sums:
+            sums.finish()
+        self._keep_spare(hidden)
+        return out
+
+    def _observe_input(self, hidden: torch.Tensor) -> None:
+        lowest, highest = torch.aminmax(hidden)
+        largest = torch.maximum(highest, -lowest).view(1)
+        self.input = largest if self.input is None else torch.maximum(self.input, largest)
+
+    def _run_expert(
+        self, expert: int, x: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        loaded = self._load(expert)
+        self._tokens[expert] += len(tokens)
+        inner = self._observe_intermediate(expert, loaded, x)
+        result = nn.functional.linear(inner, loaded.down, loaded.down_bias) * weights
+        for sums in self._sums:
+            sums.add(expert, self.weights.count, inner, loaded, tokens, weights, result)
+        if self.weights.facts.scales_input:
+            inner = self._observe_intermediate(expert, loaded, x * weights)
+            result = nn.functional.linear(inner, loaded.down, loaded.down_bias)
+        out.index_add_(0, tokens, result.to(out.dtype))
+
+    def _observe_intermediate(self, expert: int, loaded: "_Expert", x: torch.Tensor) -> torch.Tensor:
+        inner = _gate(self.module, nn.functional.linear(x, loaded.gate_up, loaded.gate_up_bias))
+        self._intermediate[expert] = torch.maximum(self._intermediate[expert], max_magnitude(inner, (0,)).float())
+        return inner
+
+    def _load(self, expert: int) -> "_Expert":
+        if expert in self._cache:
+            return self._cache[expert]
+        loaded = self._read(expert)
+        if (len(self._cache) + 1) * loaded.size_bytes <= _CACHE_BYTES:
+            self._cache[expert] = loaded
+        return loaded
+
+    def _read(self, expert: int) -> "_Expert":
+        gate_up, down = self.weights.read_gate_up(expert), self.weights.read_down(expert)
+        rows = max_magnitude(gate_up, (1,)).float()
+        self._gate_up[expert] = self.weights.order_gate_up(rows).amax(0)
+        self._down[expert] = max_magnitude(down, (0,)).float()
+        biases = self.weights.read_biases(expert)
+        if biases is None:
+            return _Expert(gate_up.to(self.dtype), down.to(self.dtype))
+        self._bias = max(self._bias, float(biases[1].abs().max()))
+        return _Expert(gate_up.to(self.dtype), down.to(self.dtype), *(bias.to(self.dtype) for bias in biases))
+
+    def _keep_spare(self, hidden: torch.Tensor) -> None:
+        room = _SPARE_TOKENS - sum(map(len, self._spare))
+        if room > 0:
+            step = max(1, len(hidden) // room)
+            self._spare.append(hidden[::step][:room].clone())
+
+    def fill_cold(self, router: torch.Tensor, policy: ColdPolicy) -> None:
+        """Read the experts no token reached, and send tokens through the cold ones.
+
+        Args:
+            router: the router's weight, shape (experts, hidden size).
+        """
+        spare = torch.cat(self._spare)
+        scores = spare.float() @ router.float().T
+        for expert in range(self.weights.count):
+            missing = policy.min_tokens - int(self._tokens[expert])
+            if missing <= 0:
+                continue
+            loaded = self._load(expert)
+            if policy.fill:
+                chosen = scores[:, expert].topk(min(missing, len(spare))).indices
+                self._observe_intermediate(expert, loaded, spare[chosen])
+                self._filled[expert] = len(chosen)
+
+    def finish(self) -> ExpertChannels:
+        """Return what was measured."""
+        for expert in range(self.weights.count):
+            if not self._gate_up[expert].any():
+                self._read(expert)
+        late = self._late_factor
+        outputs = {key: (values / late).numpy() for sums in self._sums for key, values in sums.largest.items()}
+        return ExpertChannels(
+            self._intermediate.numpy(),
+            self._gate_up.numpy(),
+            self._down.numpy(),
+            self._tokens.numpy(),
+            self._filled.numpy(),
+            self._routing / late,
+            self._bias,
+            outputs,
+        )
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """One expert's weights: gate_up (2 * channels, hidden size), down (hidden size, channels), biases."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self.gate_up.nbytes + self.down.nbytes
+
+
+class _Sums:
+    """The sums that each rank computes, over worlds of which each divides the one before.
+
+    Attributes:
+        largest: topology key -> largest magnitude by rank, float32, shape (world,).
+    """
+
+    def __init__(self, topologies: list[Topology], by_expert: bool):
+        self.topologies, self.by_expert = topologies, by_expert
+        self.largest = {one.key: torch.zeros(one.world) for one in topologies}
+        self._sums = torch.empty(0)
+
+    def start(self, hidden: torch.Tensor) -> None:
+        self._sums = hidden.new_zeros(self.topologies[0].world, *hidden.shape)
+
+    def add(
+        self,
+        expert: int,
+        count: int,
+        inner: torch.Tensor,
+        loaded: _Expert,
+        tokens: torch.Tensor,
+        weights: torch.Tensor,
+        result: torch.Tensor,
+    ) -> None:
+        """Add one expert's part: as a whole to its rank, or its slices to every rank."""
+        world = self.topologies[0].world
+        if self.by_expert or world == 1:
+            self._sums[expert * world // count].index_add_(0, tokens, result.to(self._sums.dtype))
+            return
+        width = inner.shape[1] // world
+        slices = loaded.down.unflatten(1, (world, width)).permute(1, 2, 0)
+        parts = torch.bmm(inner.unflatten(1, (world, width)).transpose(0, 1), slices)
+        if loaded.down_bias is not None:
+            parts[0] += loaded.down_bias  # vLLM keeps it on the first rank
+        self._sums.index_add_(1, tokens, (parts * weights).to(self._sums.dtype))
+
+    def finish(self) -> None:
+        """Take in the sums of one batch, and those of coarser worlds."""
+        sums = self._sums
+        for topology in self.topologies:
+            sums = sum_neighbours(sums, topology.world)
+            seen = self.largest[topology.key]
+            torch.maximum(seen, max_magnitude(sums, (1, 2)).float(), out=seen)
+        self._sums = torch.empty(0)
+
+
+def _chain(topologies: Sequence[Topology], by_expert: bool) -> list[list[Topology]]:
+    worlds = [one.world for one in topologies if one.world > 1 and one.expert_parallel == by_expert]
+    chains = [[Topology(world, by_expert) for world in chain] for chain in chain_worlds(worlds)]
+    return chains if by_expert else [[Topology(1)], *chains]
+
+
+def _gate(module: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
+    """Return act(gate) * up in the way of the family, shape (tokens, channels)."""
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(gate_up)  # type: ignore[operator]
+    gate, up = gate_up.chunk(2, dim=-1)
+    return module.act_fn(gate) * up  # type: ignore[operator]
+
+
+def attach_experts(layer: nn.Module, facts: Experts, observed: ObservedExperts) -> Callable[[], None]:
+    """Make `layer` call `observed` for its experts; return what undoes it."""
+    experts = layer.get_submodule(facts.module)
+    if not facts.scales_input:
+        experts.forward = lambda hidden, index, weights: observed(hidden, index, weights)
+        return lambda: experts.__dict__.pop("forward", None)
+    block: Any = layer.get_submodule(facts.module.rpartition(".")[0])
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Hugging Face's own block sends a copy of all tokens to every expert.
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        scores, logits = block.router(flat)
+        weights, index = scores.topk(block.top_k)
+        return block.shared_expert(flat) + observed(flat, index, weights), logits
+
+    block.forward = forward
+    return lambda: block.__dict__.pop("forward", None)
