@@ -44,6 +44,7 @@ class ExpertsRecord:
         activate: gate and up of some tokens to what the down projection gets.
         scales_input: the router's weight multiplies the input (of the expert), not the output.
         output_scale: part of `weights` that vLLM applies only behind the fused op.
+        renormalizes: vllm-gaudi makes each token's weights sum to 1, whatever the model says.
         hidden: (tokens, hidden), the block's input.
         indices, weights: (tokens, top k), the router's choice and weights as in transformers.
         output: (tokens, hidden), what transformers' experts gave, all experts together.
@@ -56,6 +57,7 @@ class ExpertsRecord:
     activate: Callable[[Tensor, Tensor], Tensor]
     scales_input: bool
     output_scale: float
+    renormalizes: bool
     hidden: Tensor
     indices: Tensor
     weights: Tensor
@@ -73,6 +75,12 @@ class ExpertsRecord:
     def count_tokens(self, expert: int) -> int:
         """Return how many tokens the router sent to an expert."""
         return int((self.indices == expert).sum())
+
+    def serve_weights(self) -> Tensor:
+        """Return the router's weights as vllm-gaudi hands them to the fused op, (tokens, top k)."""
+        if self.renormalizes:
+            return self.weights / self.weights.sum(-1, keepdim=True)
+        return self.weights / self.output_scale
 
     def compute_intermediate(self, expert: int, columns: slice = slice(None), *, scaled: bool) -> Tensor:
         """Return activated gate times up of an expert's tokens, (its tokens, columns).
@@ -240,6 +248,7 @@ def _describe_experts(
         activate,
         scales_input=config.model_type == "llama4_text",
         output_scale=getattr(config, "routed_scaling_factor", 1.0),
+        renormalizes=config.model_type in ("qwen2_moe", "qwen3_moe"),
         **dict(zip(("hidden", "indices", "weights", "output"), map(torch.cat, zip(*rows, strict=True)), strict=True)),
     )
 

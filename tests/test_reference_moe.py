@@ -63,6 +63,16 @@ def test_only_cold_experts_get_no_tokens(checkpoint: str, recorded: Callable[[st
             assert (record.count_tokens(expert) == 0) == (expert in cold), (name, expert)
 
 
+@pytest.mark.parametrize("checkpoint", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_served_weights_are_those_of_the_fused_op(checkpoint: str, recorded: Callable[[str], MoeRecording]):
+    """Without the factor that follows the op (DeepSeek), and normalised where transformers' are not (Qwen)."""
+    for record in recorded(checkpoint).experts.values():
+        sums = record.serve_weights().sum(-1)
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+        raw = record.weights.sum(-1)
+        assert torch.allclose(raw, sums) == (checkpoint == "mixtral")
+
+
 @pytest.mark.parametrize("checkpoint", LATENT)
 def test_absorbed_queries_and_latents_give_the_same_attention(checkpoint: str, recorded: Callable[[str], MoeRecording]):
     """Scores, probabilities and outputs in latent space are those of the expanded keys and values."""
@@ -114,7 +124,7 @@ _LATENT_INPUTS = {
 
 def _list_fused_ranges(experts: ExpertsRecord) -> list[float]:
     """Input and output of the fused op on one rank."""
-    output = experts.compute_output(experts.tensor_share(0, 1)) / experts.output_scale
+    output = experts.compute_output(experts.tensor_share(0, 1), experts.serve_weights(), scaled=False)
     return [_largest([experts.hidden]), _largest([output])]
 
 
