@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Step 6: ranges of one rank to every rank of a larger world.
 
-The same as `gaudi-calib expand`. Scales are computed afterwards, by step 4.
+The same as `gaudi-calib expand`. Scales, where there are any, are computed anew. How experts
+are split follows from the manifest; without one they are dealt out, as the reference always
+does, unless --tensor-parallel is given.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from gaudi_calib.cli.main import main as run_command
+from gaudi_calib.layout import MANIFEST_NAME
 
 
 def main() -> int:
@@ -16,8 +20,15 @@ def main() -> int:
     parser.add_argument("-m", "--measurements", required=True, help="directory of the unified measurements")
     parser.add_argument("-o", "--out", default=".", help="directory of the results (default: the current one)")
     parser.add_argument("-w", "--target_world_size", type=int, required=True, help="ranks to expand to")
+    parser.add_argument("--tensor-parallel", action="store_true", help="each rank gets a slice of every expert")
+    parser.add_argument("--device", choices=["g2", "g3"], help="device of the scales (default: found out)")
     options = parser.parse_args()
     words = ["expand", "-m", options.measurements, "-w", str(options.target_world_size), "-o", options.out]
+    if options.tensor_parallel:
+        words.append("--no-expert-parallel")
+    elif not (Path(options.measurements) / MANIFEST_NAME).is_file():
+        words.append("--expert-parallel")
+    words += ["--device", options.device] if options.device else []
     return run_command(words)
 
 

@@ -1,22 +1,35 @@
 """`gaudi-calib expand`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from gaudi_calib.cli.directory_options import directory_options
+from gaudi_calib.cli.directory_options import conversion_options, directory_options, make_conversion
 
 
 @click.command(epilog="Example: gaudi-calib expand -m out/llama/g3 -w 4")
 @directory_options
 @click.option("-w", "--world-size", "world", required=True, type=click.IntRange(min=1), help="Ranks to expand to.")
-def expand(measurements: Path, world: int, out: Path | None) -> None:
+@click.option(
+    "--from-world",
+    "source_world",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="World size to expand.",
+)
+@conversion_options
+def expand(measurements: Path, world: int, out: Path | None, source_world: int, **conversion: Any) -> None:
     """Give the ranges of one rank to every rank of a larger world.
 
     For ranges that were measured on a Gaudi. They are upper bounds for each rank; where
-    `measure` left channel_ranges.safetensors, `quantize -t` gives each rank its own.
+    `measure` left channel_ranges.safetensors, `quantize -t` gives each rank its own. Scales,
+    where there are any, are computed anew.
     """
     from gaudi_calib.ranges.merge import expand_dir
 
-    for path in expand_dir(measurements, world, out or measurements):
+    target = out or measurements
+    written = expand_dir(measurements, world, target, source_world=source_world, conversion=make_conversion(conversion))
+    for path in written:
         click.echo(path)

@@ -1,10 +1,11 @@
 """`gaudi-calib unify`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from gaudi_calib.cli.directory_options import directory_options
+from gaudi_calib.cli.directory_options import conversion_options, directory_options, make_conversion
 
 
 @click.command(epilog="Example: gaudi-calib unify -m out/llama/g3 -r 1")
@@ -13,12 +14,15 @@ from gaudi_calib.cli.directory_options import directory_options
 @click.option(
     "--from-world", "source_world", type=click.IntRange(min=2), help="World size to unify, if several are there."
 )
-def unify(measurements: Path, world: int, out: Path | None, source_world: int | None) -> None:
-    """Merge the ranges of tensor-parallel ranks into fewer ranks.
+@conversion_options
+def unify(measurements: Path, world: int, out: Path | None, source_world: int | None, **conversion: Any) -> None:
+    """Merge the ranges of many ranks into fewer ranks.
 
-    Ranges are merged; scales are not, `quantize` computes them anew.
+    Ranges are merged; scales, where there are any, are computed anew from the merged ranges.
     """
     from gaudi_calib.ranges.merge import unify_dir
 
-    for path in unify_dir(measurements, world, out or measurements, source_world=source_world):
+    target = out or measurements
+    written = unify_dir(measurements, world, target, source_world=source_world, conversion=make_conversion(conversion))
+    for path in written:
         click.echo(path)

@@ -1,199 +1,233 @@
-"""Ranks into fewer ranks, or into more. Ranges are merged, scales never: they are computed anew."""
+"""Directories of ranks into fewer ranks, or into more. Ranges are merged, scales never: they are computed anew."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from gaudi_calib.errors import FileError, RangeError, TopologyError
+from gaudi_calib.errors import FileError
 from gaudi_calib.files import stage_files
-from gaudi_calib.ranges.node import Node, RankSet
-from gaudi_calib.ranges.store import list_worlds, read_world_dir, write_rank_set
+from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
+from gaudi_calib.ranges.evidence import find_evidence, settle_expert_parallel
+from gaudi_calib.ranges.experts import Choose, choose_joined, choose_part, regroup_names
+from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
+from gaudi_calib.ranges.provenance import note_scales, record_conversion
+from gaudi_calib.ranges.ranks import expand_ranks, gather_world, unify_ranks
+from gaudi_calib.ranges.store import list_worlds, read_world_dir, write_rank_sets
+from gaudi_calib.ranges.table import tabulate_ranges
+from gaudi_calib.scales.recompute import Recipe, find_methods, find_recipe, read_scaled_names, recompute_scales
 
-_EXPERT_LISTS = (".w13_list.", ".w2_list.")
+_log = logging.getLogger(__name__)
+
+# Where scale files go that do not fit the ranges now in place.
+_REPLACED = "replaced"
 
 
-def unify_ranks(ranks: Sequence[RankSet[Node]], world: int) -> list[RankSet[Node]]:
-    """Merge tensor-parallel ranks into `world` of them: consecutive groups, elementwise maximum.
+@dataclass(frozen=True)
+class Conversion:
+    """How a directory is turned into another world.
 
-    Args:
-        ranks: all ranks of one world, in rank order.
-        world: how many ranks remain; divides their number.
-
-    Raises:
-        TopologyError: `world` does not divide the number of ranks; the ranks of a
-            group have different nodes, or the model has experts.
-        RangeError: NaN or infinity; names node and rank.
+    Attributes:
+        expert_parallel: as the user says, None to find out.
+        model: checkpoint whose config.json tells the number of experts, or None.
+        device: the device that will serve, where neither manifest nor directory tells.
+        skips_scales: leave out the scales.
     """
-    if world < 1 or len(ranks) % world:
-        raise TopologyError(
-            f"cannot unify {len(ranks)} ranks into {world}",
-            why=f"{world} does not divide {len(ranks)}",
-            fix="choose one of " + ", ".join(str(one) for one in range(1, len(ranks) + 1) if len(ranks) % one == 0),
+
+    expert_parallel: bool | None = None
+    model: Path | None = None
+    device: str | None = None
+    skips_scales: bool = False
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Ranks of the new world.
+
+    Attributes:
+        source: the world they come from.
+        ranks: in rank order.
+        choose: which experts a rank has of those of its source rank, None where all are the same.
+        expert_parallel: how experts are split, None without experts.
+    """
+
+    source: int
+    ranks: list[RankSet[Node]]
+    choose: Choose | None
+    expert_parallel: bool | None
+
+    def equals(self, other: "_Result") -> bool:
+        tables = [[tabulate_ranges(rank.nodes) for rank in one.ranks] for one in (self, other)]
+        return all(
+            left.inventory.equals(right.inventory) and (left.numbers == right.numbers).all()
+            for left, right in zip(*tables, strict=True)
         )
-    _refuse_experts(ranks)
-    size = len(ranks) // world
-    return [_merge_group(ranks[index * size : (index + 1) * size], index, world) for index in range(world)]
 
 
-def unify_dir(directory: Path, world: int, out: Path, *, source_world: int | None = None) -> list[Path]:
-    """Unify the ranges in `directory` and write the merged ranks to `out`.
+def unify_dir(
+    directory: Path, world: int, out: Path, *, source_world: int | None = None, conversion: Conversion | None = None
+) -> list[Path]:
+    """Unify the ranks in `directory`, and write them and their scales to `out`.
 
     Args:
         world: ranks that remain.
         out: where the results go; may be `directory` itself.
         source_world: the world to merge; None takes the only one larger than
-            `world` that `world` divides.
+            `world` that `world` divides, else the measured one, else any where all give the same.
 
     Returns:
         The files written.
 
     Raises:
         FileError: a rank is missing or malformed, or several worlds could be meant; nothing is written.
-        TopologyError, RangeError: see `unify_ranks`.
+        TopologyError, RangeError: see `gather_world`, `settle_expert_parallel`, `unify_ranks`.
     """
-    source_world = source_world or _find_source(directory, world)
-    merged = unify_ranks(read_world_dir(directory, source_world), world)
-    with stage_files(out) as staging:
-        written = [path for one in merged for path in write_rank_set(staging, one)]
-    return [out / path.name for path in written]
-
-
-def expand_rank(rank_set: RankSet[Node], world: int) -> list[RankSet[Node]]:
-    """Give each of `world` tensor-parallel ranks the ranges of the one rank that was measured.
-
-    A rank's part of a tensor never exceeds the whole, so every range is an upper bound,
-    except the partial products of row-parallel layers (`outputs[0]`), which may cancel
-    in the whole. Ranges of the parts themselves need `channel_ranges.safetensors`.
-
-    Raises:
-        TopologyError: `rank_set` is not the only rank, or the model has experts.
-    """
-    if rank_set.world != 1 or world < 1:
-        raise TopologyError(
-            f"cannot expand world size {rank_set.world} to {world}",
-            why="only a single rank's ranges are those of the whole model",
-            fix="unify to one rank first: `gaudi-calib unify -r 1`",
+    conversion = conversion or Conversion()
+    sources = [source_world] if source_world else _find_sources(directory, world)
+    result, *others = [_unify_world(directory, source, world, conversion) for source in sources]
+    if not all(other.equals(result) for other in others):
+        raise FileError(
+            f"several measurements could be unified into {world}: world sizes {', '.join(map(str, sources))}",
+            where=directory,
+            why="they give different ranges",
+            fix="say which with --from-world N",
         )
-    _refuse_experts([rank_set])
-    return [replace(rank_set, rank=rank, world=world) for rank in range(world)]
+    return _write_result(directory, out, result, conversion)
 
 
-def expand_dir(directory: Path, world: int, out: Path) -> list[Path]:
-    """Expand the ranges of world size 1 in `directory` to `world` ranks, and write those to `out`.
+def expand_dir(
+    directory: Path, world: int, out: Path, *, source_world: int = 1, conversion: Conversion | None = None
+) -> list[Path]:
+    """Expand the ranks of `source_world` in `directory` to `world` ranks; write those and their scales to `out`.
 
     Returns:
         The files written.
 
     Raises:
-        FileError: there are no ranges of world size 1, or they are malformed; nothing is written.
-        TopologyError: see `expand_rank`.
+        FileError: a rank of `source_world` is missing or malformed; nothing is written.
+        TopologyError, RangeError: see `gather_world`, `settle_expert_parallel`, `expand_ranks`.
     """
-    (rank_set,) = read_world_dir(directory, 1)
-    ranks = expand_rank(rank_set, world)
-    with stage_files(out) as staging:
-        written = [path for one in ranks for path in write_rank_set(staging, one)]
+    conversion = conversion or Conversion()
+    ranks = gather_world(_read_ranks(directory, source_world))
+    evidence = find_evidence(directory, ranks, conversion.model)
+    if source_world == 1 and conversion.expert_parallel is not None:
+        evidence = []  # one rank has all experts; how they are dealt out is free to choose
+    split = settle_expert_parallel(ranks, conversion.expert_parallel, evidence)
+    expanded = expand_ranks(ranks, world, expert_parallel=split)
+    choose = choose_part(world // source_world, 0) if split else None
+    result = _Result(source_world, expanded, choose, split if ranks.layers else None)
+    return _write_result(directory, out, result, conversion)
+
+
+def _unify_world(directory: Path, source: int, world: int, conversion: Conversion) -> _Result:
+    ranks = gather_world(_read_ranks(directory, source))
+    split = source > 1 and settle_expert_parallel(
+        ranks, conversion.expert_parallel, find_evidence(directory, ranks, conversion.model)
+    )
+    merged = unify_ranks(ranks, world, expert_parallel=split)
+    return _Result(source, merged, choose_joined(source // world) if split else None, split if ranks.layers else None)
+
+
+def _read_ranks(directory: Path, world: int) -> list[RankSet[Node]]:
+    """Read a world, unless two sets of files could be it."""
+    names = [(path.name, parse_rank_file(path.name)) for path in sorted(directory.iterdir())]
+    firsts = [
+        name
+        for name, file in names
+        if file and (file.method, file.is_mod_list, file.extension) == (None, False, "json")
+        if file.observer == "maxabs" and (file.rank or 0, file.world or 1) == (0, world)
+    ]
+    if len(firsts) > 1:
+        raise FileError(
+            f"several files are rank 0 of {world}: {', '.join(firsts)}",
+            where=directory,
+            why="they are of different measurements",
+            fix="move one of the measurements to a directory of its own",
+        )
+    return read_world_dir(directory, world)
+
+
+def _find_sources(directory: Path, world: int) -> list[int]:
+    """Return the worlds that may be meant: one, or several that have to give the same."""
+    worlds = list(list_worlds(directory))
+    candidates = [one for one in worlds if one > world and one % world == 0]
+    if not candidates:
+        raise FileError(
+            f"nothing to unify into {world}: the directory holds world sizes {', '.join(map(str, worlds)) or 'none'}",
+            where=directory,
+            fix="measure with a larger -t that the target divides, or check the directory",
+        )
+    if len(candidates) > 1 and (directory / MANIFEST_NAME).is_file():
+        from gaudi_calib.manifest import read_manifest
+
+        manifest = read_manifest(directory / MANIFEST_NAME).good
+        if manifest is not None and manifest.topology.measured_world in candidates:
+            return [manifest.topology.measured_world]
+    return candidates[::-1]
+
+
+def _write_result(directory: Path, out: Path, result: _Result, conversion: Conversion) -> list[Path]:
+    """Write ranges, scales and manifest; everything that can fail for its content has been computed before."""
+    scales = [] if conversion.skips_scales else _recompute(directory, result, conversion.device)
+    world = len(result.ranks)
+    with ExitStack() as stack:
+        record = stack.enter_context(record_conversion(directory, out, world, expert_parallel=result.expert_parallel))
+        with stage_files(out) as staging:
+            written = write_rank_sets(staging, result.ranks)
+            for recipe, rank_sets in scales:
+                written += write_rank_sets(staging, rank_sets, method=recipe.tag)
+            _set_aside_scales(out, staging, world, {path.name for path in written})
+        if record is not None:
+            for recipe, rank_sets in scales:
+                note_scales(record, out, _name_origins(rank_sets, recipe.tag), recipe.settings)
     return [out / path.name for path in written]
 
 
-def _find_source(directory: Path, world: int) -> int:
-    worlds = list(list_worlds(directory))
-    candidates = [one for one in worlds if one > world and one % world == 0]
-    if len(candidates) == 1:
-        return candidates[0]
-    found = ", ".join(map(str, candidates or worlds)) or "none"
-    if candidates:
-        raise FileError(
-            f"several measurements could be unified into {world}: world sizes {found}",
-            where=directory,
-            fix="say which with --from-world N",
-        )
-    raise FileError(
-        f"nothing to unify into {world}: the directory holds world sizes {found}",
-        where=directory,
-        fix="measure with a larger -t that the target divides, or check the directory",
+def _recompute(directory: Path, result: _Result, device: str | None) -> list[tuple[Recipe, list[RankSet[ScaleNode]]]]:
+    """Compute scales of the new ranks for every method the old ones have."""
+    computed = []
+    for tag in find_methods(directory, result.source):
+        recipe = find_recipe(directory, tag, device)
+        if recipe is None:
+            continue
+        named = read_scaled_names(directory, result.source, tag)
+        if result.choose is not None:
+            renamed = {names: regroup_names(names, result.choose) for names in set(named)}
+            named = [renamed[names] for names in named]
+        count = len(result.ranks)
+        names = [named[rank * result.source // count] for rank in range(count)]
+        computed.append((recipe, recompute_scales(result.ranks, recipe, names)))
+    return computed
+
+
+def _name_origins(rank_sets: Sequence[RankSet[ScaleNode]], tag: str) -> dict[str, str]:
+    """Return the range file by scale file."""
+    origins = {}
+    for one in rank_sets:
+        ranges = RankFile(dump=one.dump, rank=one.rank, world=one.world, extension="npz").name
+        for extension in ("json", "npz"):
+            scale = RankFile(dump=one.dump, method=tag, rank=one.rank, world=one.world, extension=extension)
+            origins[scale.name] = ranges
+    return origins
+
+
+def _set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -> None:
+    """Move scale files of ranges that are about to change out of INC's sight: it would go on using them."""
+    changed = any(
+        not (out / name).is_file() or (out / name).read_bytes() != (staging / name).read_bytes()
+        for name in written
+        if (file := parse_rank_file(name)) and file.method is None and name.endswith(".npz")
     )
-
-
-def _merge_group(group: Sequence[RankSet[Node]], index: int, world: int) -> RankSet[Node]:
-    first = group[0]
-    for other in group[1:]:
-        _check_same_nodes(first, other)
-    nodes = {name: _merge_nodes(name, group) for name in first.nodes}
-    return replace(first, rank=index, world=world, nodes=nodes)
-
-
-def _check_same_nodes(first: RankSet[Node], other: RankSet[Node]) -> None:
-    only = next((name for name in first.nodes if name not in other.nodes), None)
-    lacking, having = other, first
-    if only is None:
-        only = next((name for name in other.nodes if name not in first.nodes), None)
-        lacking, having = first, other
-    if only is not None:
-        raise TopologyError(
-            f"rank {lacking.rank} of {lacking.world} has no node {only!r}",
-            why=f"rank {having.rank} measured it; a merge needs the same nodes on every rank",
-            fix=f"measure again with -t {lacking.world}, with data that reaches every module on every rank",
-        )
-
-
-def _merge_nodes(name: str, group: Sequence[RankSet[Node]]) -> Node:
-    nodes = [rank.nodes[name] for rank in group]
-    first = nodes[0]
-    if any(_shape(node) != _shape(first) for node in nodes):
-        raise TopologyError(
-            f"{name} has a different number of inputs, outputs or channels on different ranks",
-            why="the files come from different runs or models",
-            fix="measure all ranks in one run",
-        )
-    outputs = None
-    if first.outputs is not None:
-        outputs = tuple(
-            _maximum(name, f"output {i}", group, [node.outputs[i] for node in nodes if node.outputs is not None])
-            for i in range(len(first.outputs))
-            if not _is_garbage(first, i, group)
-        )
-        if len(outputs) < len(first.outputs):
-            outputs = (*outputs, outputs[0])
-    weights = [node.weight for node in nodes if node.weight is not None]
-    return Node(
-        inputs=tuple(
-            _maximum(name, f"input {i}", group, [node.inputs[i] for node in nodes]) for i in range(len(first.inputs))
-        ),
-        outputs=outputs,
-        weight=_maximum(name, "weight", group, weights) if weights else None,
-    )
-
-
-def _is_garbage(node: Node, index: int, group: Sequence[RankSet[Node]]) -> bool:
-    """A row-parallel layer's second output at world 1 is uninitialised memory."""
-    return group[0].world == 1 and index == 1 and node.weight is not None
-
-
-def _shape(node: Node) -> tuple:
-    outputs = None if node.outputs is None else [one.shape for one in node.outputs]
-    weight = None if node.weight is None else node.weight.shape
-    return [one.shape for one in node.inputs], outputs, weight
-
-
-def _maximum(name: str, what: str, group: Sequence[RankSet[Node]], values: Sequence[np.ndarray]) -> np.ndarray:
-    for rank, value in zip(group, values, strict=True):
-        if not np.isfinite(value).all():
-            raise RangeError(
-                f"{what} of {name} is not finite on rank {rank.rank} of {rank.world}",
-                why=f"the range is {value[~np.isfinite(value)][0]}",
-                fix="find the sample that overflows (measure with -b 1) and measure again",
-            )
-    return np.maximum.reduce(values)
-
-
-def _refuse_experts(ranks: Sequence[RankSet[Node]]) -> None:
-    expert = next((name for name in ranks[0].nodes if any(part in name for part in _EXPERT_LISTS)), None)
-    if expert is not None:
-        raise TopologyError(
-            "cannot unify the ranks of a mixture of experts yet",
-            where=expert,
-            why="under expert parallelism rank r's expert 0 is not rank 0's; a maximum would mix experts",
-            fix="serve with the tensor-parallel size that was measured",
-        )
+    old = [
+        path
+        for path in sorted(out.iterdir())
+        if (file := parse_rank_file(path.name)) and file.method and (file.world or 1) == world
+        if path.name not in written
+    ]
+    if not changed or not old:
+        return
+    (out / _REPLACED).mkdir(exist_ok=True)
+    for path in old:
+        path.replace(out / _REPLACED / path.name)
+    _log.warning("%d scale files of earlier ranges were moved to %s", len(old), out / _REPLACED)

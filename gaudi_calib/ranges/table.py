@@ -88,8 +88,8 @@ class Inventory:
         """Tell whether `other` has the same nodes in the same order."""
         return self is other or (self.names == other.names and self.shapes == other.shapes)
 
-    def describe_value(self, position: int) -> tuple[str, str]:
-        """Return the node and the part (`inputs[0]`) that the value at `position` belongs to."""
+    def describe_number(self, position: int) -> tuple[str, str]:
+        """Return the node and the part (`inputs[0]`) that the number at `position` belongs to."""
         node = int(np.searchsorted(self.starts, position, side="right")) - 1
         while self.sizes[node] == 0:
             node -= 1
@@ -194,7 +194,7 @@ def tabulate_scales(nodes: Mapping[str, ScaleNode]) -> ScaleTable:
         scales = [*node.inputs, *node.outputs, *(() if node.weight is None else (node.weight,))]
         if all(isinstance(scale, (float, int)) for scale in scales):
             shapes.append(ScaleShape(len(node.inputs), len(node.outputs), node.weight is not None))
-            values += scales  # type: ignore[arg-type]
+            values += scales
         else:
             shapes.append(ScaleShape(0, 0, False))
             others[name] = node

@@ -1,0 +1,254 @@
+"""Experts of a rank: where they are, and which of them another rank gets.
+
+A fused op `P` (a node called `moe_op`) records `outputs` [out, one per local expert:
+max |silu(gate) * up|, 0 where no token came]. Its weights are nodes of their own,
+`P.w13_list.<i>` and `P.w2_list.<i>`. Experts are numbered from 0 on every rank: under
+expert parallelism rank r's expert 0 is expert r * local of the model, under tensor
+parallelism it is a slice of expert 0.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import comb, log
+
+import numpy as np
+
+from gaudi_calib.errors import TopologyError
+from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, Shape
+
+LISTS = ("w13_list", "w2_list")
+_FUSED_OP = "moe_op"
+# Idle experts that agree on all ranks by chance are ruled out below this probability.
+_COINCIDENCE = 1e-9
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """A fused op and its expert nodes.
+
+    Attributes:
+        op: name of the fused op.
+        count: experts on the rank.
+        lists: by `w13_list` and `w2_list`, the position of each expert's node, in expert order.
+    """
+
+    op: str
+    count: int
+    lists: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which experts a rank gets, in its own order.
+
+    Attributes:
+        banks: int64, shape (experts,): the set of numbers each comes from.
+        experts: int64, shape (experts,): its number there.
+    """
+
+    banks: np.ndarray
+    experts: np.ndarray
+
+
+Choose = Callable[[ExpertLayer], Choice]
+
+
+@dataclass(frozen=True)
+class Regrouping:
+    """A rank's numbers as a selection from other ranks'.
+
+    Attributes:
+        inventory: nodes of the new rank.
+        sources: int64, shape (inventory.size,): for each number, its position in the banks of
+            the old ranks laid one after the other.
+    """
+
+    inventory: Inventory
+    sources: np.ndarray
+
+
+def find_expert_layers(inventory: Inventory) -> list[ExpertLayer]:
+    """Return the layers of experts of a rank.
+
+    Raises:
+        TopologyError: experts are not numbered 0, 1, 2, ...; the lists or the fused op have
+            different numbers of experts; the fused op was not measured.
+    """
+    layers = find_named_layers(inventory.names)
+    for name, shape in zip(inventory.names, inventory.shapes, strict=True):
+        if not name.endswith(_FUSED_OP) or name.rpartition(".")[2] != _FUSED_OP:
+            continue
+        assert isinstance(shape, RangeShape)
+        experts = len(shape.outputs or ()) - 1
+        if name not in layers and experts > 0:
+            layers[name] = ExpertLayer(name, experts)
+        if name in layers and (layers[name].count != experts or set(shape.outputs or ()) != {1}):
+            raise _refuse(name, f"it has {max(experts, 0)} maxima of experts and {layers[name].count} experts")
+    for name in layers:
+        if name not in inventory.index:
+            raise _refuse(name, "its experts were measured and it was not: no token reached the layer")
+    return list(layers.values())
+
+
+def find_named_layers(names: Sequence[str]) -> dict[str, ExpertLayer]:
+    """Return the layers of experts that the module names `names` show, by fused op.
+
+    Raises:
+        TopologyError: experts are not numbered 0, 1, 2, ..., or the lists have different lengths.
+    """
+    places: dict[tuple[str, str], dict[int, int]] = {}
+    for position, name in enumerate(names):
+        if "_list." not in name:
+            continue
+        op, _, rest = name.rpartition("_list.")
+        op, _, kind = op.rpartition(".")
+        if f"{kind}_list" in LISTS and rest.isdecimal():
+            places.setdefault((op, f"{kind}_list"), {})[int(rest)] = position
+    layers: dict[str, ExpertLayer] = {}
+    for (op, kind), experts in places.items():
+        count = len(experts)
+        if sorted(experts) != list(range(count)):
+            raise _refuse(op, f"its {kind} has {count} experts that are not numbered 0 to {count - 1}")
+        layer = layers.setdefault(op, ExpertLayer(op, count))
+        if layer.count != count:
+            raise _refuse(op, f"its lists have {layer.count} and {count} experts")
+        layer.lists[kind] = np.array([experts[number] for number in range(count)], dtype=np.int64)
+    for op, layer in layers.items():
+        if len(layer.lists) < len(LISTS):
+            raise _refuse(op, f"of its lists only {', '.join(layer.lists)} is there")
+    return layers
+
+
+def choose_joined(size: int) -> Choose:
+    """Line up the experts of `size` ranks: bank 1 is the first rank, bank 0 what they share."""
+
+    def choose(layer: ExpertLayer) -> Choice:
+        experts = np.arange(layer.count)
+        return Choice(np.repeat(np.arange(1, size + 1), layer.count), np.tile(experts, size))
+
+    return choose
+
+
+def choose_part(parts: int, part: int) -> Choose:
+    """Take the experts of one of `parts` equal parts.
+
+    Raises (when called):
+        TopologyError: the experts do not divide.
+    """
+
+    def choose(layer: ExpertLayer) -> Choice:
+        if layer.count % parts:
+            raise TopologyError(
+                f"{layer.count} experts do not divide over {parts} ranks",
+                where=layer.op,
+                why="expert parallelism gives every rank the same number of experts",
+                fix="choose a number of ranks that divides the experts, or --no-expert-parallel",
+            )
+        local = layer.count // parts
+        return Choice(np.zeros(local, dtype=np.int64), np.arange(part * local, (part + 1) * local))
+
+    return choose
+
+
+def regroup(inventory: Inventory, layers: Sequence[ExpertLayer], choose: Choose) -> Regrouping:
+    """Plan a rank with other experts; everything else comes from bank 0.
+
+    Args:
+        inventory: nodes of each old rank.
+        layers: its layers of experts.
+        choose: which experts the new rank gets in each layer.
+    """
+    names: list[str] = []
+    shapes: list[Shape] = []
+    starts: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
+    for position, layer, kind in _walk(inventory.names, layers):
+        start, shape = int(inventory.starts[position]), inventory.shapes[position]
+        choice = None if layer is None else choose(layer)
+        if layer is None or choice is None:
+            names.append(inventory.names[position])
+            shapes.append(shape)
+            starts.append(inventory.starts[position : position + 1])
+            sizes.append(inventory.sizes[position : position + 1])
+        elif kind is not None:
+            places = layer.lists[kind][choice.experts]
+            names += _number(layer.op, kind, len(choice.experts))
+            shapes += [inventory.shapes[place] for place in places.tolist()]
+            starts.append(choice.banks * inventory.size + inventory.starts[places])
+            sizes.append(inventory.sizes[places])
+        else:
+            assert isinstance(shape, RangeShape)
+            assert shape.outputs is not None
+            names.append(layer.op)
+            shapes.append(RangeShape(shape.inputs, (1,) * (1 + len(choice.experts)), shape.weight))
+            shared, count = sum(shape.inputs) + 1, len(choice.experts)
+            maxima = choice.banks * inventory.size + start + shared + choice.experts
+            starts += (np.array([start]), maxima, np.array([start + shared + layer.count]))
+            sizes += (np.array([shared]), np.ones(count, dtype=np.int64), np.array([shape.weight or 0]))
+    begins, lengths = np.concatenate(starts or [np.empty(0, int)]), np.concatenate(sizes or [np.empty(0, int)])
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return Regrouping(Inventory(names, shapes), np.repeat(begins, lengths) + within)
+
+
+def regroup_names(names: Sequence[str], choose: Choose) -> tuple[str, ...]:
+    """Return the module names of a rank with other experts.
+
+    Raises:
+        TopologyError: see `find_named_layers`.
+    """
+    layers = find_named_layers(names)
+    new: list[str] = []
+    for position, layer, kind in _walk(names, layers.values()):
+        if layer is None or kind is None:
+            new.append(names[position])
+        else:
+            new += _number(layer.op, kind, len(choose(layer).experts))
+    return tuple(new)
+
+
+def detect_expert_parallel(tables: Sequence[RangeTable], layers: Sequence[ExpertLayer]) -> bool | None:
+    """Tell from idle experts whether the ranks held different experts; None where they do not tell.
+
+    Under tensor parallelism all ranks see the same routing: an expert without a token on one
+    rank has none on any. One that is idle here and active there proves expert parallelism. The
+    same idle experts everywhere prove the opposite only where that cannot be a coincidence: k idle
+    of L experts are the same k on N ranks with probability C(L, k) ** -(N - 1).
+
+    Args:
+        tables: all ranks, with the same nodes.
+    """
+    inventory, chance = tables[0].inventory, 0.0
+    for layer in layers:
+        shape = inventory.shapes[inventory.index[layer.op]]
+        assert isinstance(shape, RangeShape)
+        start = int(inventory.starts[inventory.index[layer.op]]) + sum(shape.inputs) + 1
+        idle = np.array([table.numbers[start : start + layer.count] == 0 for table in tables])
+        if (idle != idle[0]).any():
+            return True
+        chance -= (len(tables) - 1) * log(comb(layer.count, int(idle[0].sum())))
+    return False if chance < log(_COINCIDENCE) else None
+
+
+def _walk(names: Sequence[str], layers: Iterable[ExpertLayer]) -> Iterator[tuple[int, ExpertLayer | None, str | None]]:
+    """Yield every node (position, None, None), fused op (position, layer, None) and list, once, at its first node."""
+    ops = {layer.op: layer for layer in layers}
+    lists = {int(places.min()): (layer, kind) for layer in ops.values() for kind, places in layer.lists.items()}
+    members = {place for layer in ops.values() for places in layer.lists.values() for place in places.tolist()}
+    for position, name in enumerate(names):
+        if position in lists:
+            yield position, *lists[position]
+        elif position not in members:
+            yield position, ops.get(name), None
+
+
+def _number(op: str, kind: str, count: int) -> list[str]:
+    return [f"{op}.{kind}.{number}" for number in range(count)]
+
+
+def _refuse(op: str, why: str) -> TopologyError:
+    return TopologyError(
+        "the experts of a layer cannot be told apart",
+        where=op,
+        why=why,
+        fix="measure all ranks again in one run; `gaudi-calib check DIR` lists all gaps",
+    )
