@@ -96,7 +96,7 @@ def test_short_help_flag_is_the_long_one(words: tuple[str, ...], capsys: pytest.
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     """Commands are listed in the order of COMMANDS, each with a line of help."""
     main(["--help"])
-    assert re.findall(r"^  ([a-z]+) +\S", capsys.readouterr().out.partition("Commands:")[2], re.MULTILINE) == [
+    assert re.findall(r"^  ([a-z-]+) +\S", capsys.readouterr().out.partition("Commands:")[2], re.MULTILINE) == [
         *COMMANDS
     ]
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "expand": "gaudi_calib.cli.expand:expand",
     "merge": "gaudi_calib.cli.merge:merge",
     "quantize": "gaudi_calib.cli.quantize:quantize",
+    "convert-weights": "gaudi_calib.cli.convert_weights:convert_weights",
     "config": "gaudi_calib.cli.config:config",
     "detect": "gaudi_calib.cli.detect:detect",
 }

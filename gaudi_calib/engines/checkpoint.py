@@ -28,6 +28,7 @@ from gaudi_calib.files import read_json
 
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
+_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
 _SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 
@@ -49,7 +50,7 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        return Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
     except Exception as error:  # the hub client raises many unrelated types
         raise ModelError(
             f"cannot get model {model!r}",
@@ -66,6 +67,8 @@ class Checkpoint:
         config: config.json as a dict.
         files: file name of every weight, by its logical name; scales are no weights.
         weights: the tensors that hold each of them.
+        tensors: file name of every tensor, scales too.
+        quantization: `quantization_config` of config.json, empty where there is none.
     """
 
     def __init__(self, directory: Path):
@@ -83,15 +86,14 @@ class Checkpoint:
                 fix="give the directory of a Hugging Face checkpoint (config.json beside *.safetensors)",
             )
         self.config: dict[str, Any] = read_json(directory / "config.json")
-        self._tensors = self._find_tensors()
-        quantization = _find_quantization(self.config)
-        self._method = quantization.get("quant_method")
-        self._block = find_block(quantization)
-        foreign = find_foreign(self._tensors)
+        self.tensors = self._find_tensors()
+        self.quantization = _find_quantization(self.config)
+        self._block = find_block(self.quantization)
+        foreign = find_foreign(self.tensors)
         if foreign is not None:
             raise self._cannot_read(foreign, "belongs to a format other than FP8 and MXFP4")
-        self.weights: dict[str, StoredWeight] = find_weights(self._tensors)
-        self.files = {name: self._tensors[weight.values] for name, weight in self.weights.items()}
+        self.weights: dict[str, StoredWeight] = find_weights(self.tensors)
+        self.files = {name: self.tensors[weight.values] for name, weight in self.weights.items()}
 
     def _find_tensors(self) -> dict[str, str]:
         index = self.directory / _INDEX_NAME
@@ -130,10 +132,10 @@ class Checkpoint:
             ) from error
 
     @cached_property
-    def _stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type (safetensors' word for it) and shape of every tensor, from the headers alone."""
         stored = {}
-        for name in sorted(set(self._tensors.values())):
+        for name in sorted(set(self.tensors.values())):
             with self._open(name) as file:
                 for key in file.keys():
                     part = file.get_slice(key)
@@ -151,20 +153,20 @@ class Checkpoint:
         shapes = {}
         for name, weight in self.weights.items():
             self._check(name, weight)
-            shape = self._stored[weight.values][1]
+            shape = self.stored[weight.values][1]
             shapes[name] = packed_shape(shape) if weight.packed else shape
         return shapes
 
     def _check(self, name: str, weight: StoredWeight) -> None:
-        missing = [part for part in weight.parts if part not in self._stored]
+        missing = [part for part in weight.parts if part not in self.stored]
         if missing:
             raise ModelError(
                 f"the checkpoint has no tensor {missing[0]!r}",
-                where=self.directory / self._tensors[missing[0]],
+                where=self.directory / self.tensors[missing[0]],
                 why=f"{_INDEX_NAME} says it is there",
                 fix="download the checkpoint again",
             )
-        kind, *scale_kinds = (self._stored[part][0] for part in weight.parts)
+        kind, *scale_kinds = (self.stored[part][0] for part in weight.parts)
         if kind == "F8_E4M3" and weight.scale is None:
             raise ModelError(
                 f"{name!r} is FP8 and has no scale",
@@ -184,15 +186,16 @@ class Checkpoint:
             self._grid(name)
 
     def _cannot_read(self, name: str, why: str) -> ModelError:
+        method = self.quantization.get("quant_method")
         return ModelError(
             "the checkpoint is quantized in a way that cannot be read",
             where=self.directory,
-            why=f"{name!r} {why}" + (f" (quant_method {self._method!r})" if self._method else ""),
+            why=f"{name!r} {why}" + (f" (quant_method {method!r})" if method else ""),
             fix="give the unquantized checkpoint of this model, or one in FP8 (E4M3)",
         )
 
     def _grid(self, name: str) -> ScaleGrid:
-        shape, scale_shape = (self._stored[part][1] for part in self.weights[name].parts)
+        shape, scale_shape = (self.stored[part][1] for part in self.weights[name].parts)
         return plan_grid(shape, scale_shape, self._block, name=name)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -240,7 +243,7 @@ class Checkpoint:
         """Return a weight, or its `rows` on the first axis."""
 
         def load(tensor: str, part: slice | None) -> torch.Tensor:
-            file = open_file(self._tensors[tensor])
+            file = open_file(self.tensors[tensor])
             return file.get_tensor(tensor) if part is None else file.get_slice(tensor)[part]
 
         weight = self._find(name)

@@ -76,6 +76,18 @@ def find_weights(names: Iterable[str]) -> dict[str, StoredWeight]:
     return weights
 
 
+def find_input(name: str) -> str | None:
+    """Return what a static scale of activations belongs to: the module or stacked weight, "" for a cache, else None.
+
+    >>> find_input("mlp.up_proj.input_scale"), find_input("attn.k_scale"), find_input("mlp.up_proj.weight_scale")
+    ('mlp.up_proj', '', None)
+    """
+    found = _ACTIVATION_SCALE.search(name)
+    if found is None or found[0].endswith(("_ub", "_point")):
+        return None
+    return name[: found.start()] if found[3] else ""
+
+
 def _is_scale(name: str, known: set[str]) -> bool:
     if _SCALE.search(name):
         return _SCALE.sub("", name) in known

@@ -1,0 +1,36 @@
+"""`gaudi-calib convert-weights`."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command(epilog="Example: gaudi-calib convert-weights -m ./model-fp8 -o ./model-fp8-g2")
+@click.option("-m", "--model", required=True, help="Model directory, or Hugging Face name (ORG/NAME).")
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of the converted checkpoint: new, empty, or of a call that was stopped.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the files and their sizes, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def convert_weights(model: str, out: Path, dry_run: bool, as_json: bool) -> None:
+    """Rescale an FP8 checkpoint for Gaudi 2, whose FP8 ends at 240 instead of 448.
+
+    FP8 weights are halved and their scales doubled; every other tensor and file travels
+    as it is. Each file is compared with its source before it is put in place. A second
+    call goes on where a stopped one was.
+    """
+    from gaudi_calib.engines import convert_weights as conversion
+    from gaudi_calib.engines.checkpoint import resolve_model
+    from gaudi_calib.engines.convert_plan import plan_conversion
+
+    plan = plan_conversion(resolve_model(model), out)
+    click.echo(conversion.describe_plan(plan, is_full=dry_run), err=as_json)
+    if dry_run:
+        return
+    tally = conversion.convert_weights(plan, on_file=lambda name: click.echo(f"  done: {name}", err=True))
+    click.echo(conversion.dump_result(plan, tally) if as_json else conversion.describe_result(plan, tally))
