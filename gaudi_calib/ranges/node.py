@@ -120,9 +120,19 @@ def find_op(name: str, node: Node) -> Op:
     >>> find_op("model.layers.0.self_attn.attn.impl.k_cache", Node(inputs=(np.ones(1),)))
     <Op.KV_CACHE: 'kv_cache'>
     """
-    op = _OP_BY_SUFFIX.get(name.rpartition(".")[2])
+    outputs = None if node.outputs is None else len(node.outputs)
+    return classify(name.rpartition(".")[2], outputs, has_weight=node.weight is not None)
+
+
+def classify(suffix: str, outputs: int | None, *, has_weight: bool) -> Op:
+    """Tell what a module computes.
+
+    Args:
+        suffix: last component of its name.
+        outputs: how many of its outputs have ranges, None where they are not measured.
+        has_weight: the range of a weight is there.
+    """
+    op = _OP_BY_SUFFIX.get(suffix)
     if op is not None:
         return op
-    if node.outputs is not None and len(node.outputs) == 2 and node.weight is not None:
-        return Op.ROW_PARALLEL_LINEAR
-    return Op.LINEAR
+    return Op.ROW_PARALLEL_LINEAR if outputs == 2 and has_weight else Op.LINEAR

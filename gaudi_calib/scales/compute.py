@@ -1,7 +1,8 @@
 """Scales from ranges: what INC writes to a scale file, for either device, on any machine.
 
-Per-tensor scales are gathered over all nodes, computed once per distinct rule as one
-array, and put back; only per-channel and `OPT` weights are visited one by one.
+Nodes with the same operation, shape and rules are one *class* (a model has a dozen): its
+ranges are the rows of a matrix, and its scales follow column by column. Only per-channel
+and `OPT` weights are visited one by one.
 
     op                   inputs                          output                 weight
     linear               x                               input * weight         range, or the weight itself
@@ -16,8 +17,8 @@ array, and put back; only per-channel and `OPT` weights are visited one by one.
 Source: INC fp8_quant/_core/scale_methods/ops_quantizer.py.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,13 +26,15 @@ from gaudi_calib.config_methods import MethodTable, ScaleMethod, TensorScaling, 
 from gaudi_calib.errors import ConfigError, RangeError
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges import bf16
-from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, RankSet, ScaleNode, find_op
+from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, RankSet, ScaleNode, classify
+from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, ScaleShape, ScaleTable, tabulate_ranges
 from gaudi_calib.scales.layer_types import find_layer_type, is_expert_matmul
 from gaudi_calib.scales.optimal import choose_tensor_scale
 from gaudi_calib.scales.rounding import round_scales
 from gaudi_calib.scales.tensor import scale_channels, scale_ranges
 
 WeightReader = Callable[[str], "np.ndarray | None"]
+Part = tuple[str, int]  # ("inputs", 0)
 
 
 def compute_scales(
@@ -64,134 +67,81 @@ def compute_scales(
         ConfigError: the table has `layer_types` and a node's class is not known.
     """
     table = MethodTable(get_scale_method(method)) if isinstance(method, str) else method
-    batch = _Batch(device)
-    plans = {name: _plan_node(name, node, table, layer_types or {}, batch) for name, node in ranges.nodes.items()}
-    values = batch.solve()
-    nodes = {name: _fill_plan(name, plan, values, weights, device) for name, plan in plans.items()}
-    return RankSet(ranges.rank, ranges.world, nodes, ranges.modules)
+    measured = tabulate_ranges(ranges.nodes)
+    names, count = measured.inventory.names, len(measured.inventory.names)
+    shapes = np.empty(count, dtype=object)
+    solved = []
+    others: dict[str, ScaleNode] = {}
+    for one in _find_classes(measured.inventory, table, layer_types or {}):
+        scales = _solve_class(one, measured, device)
+        if scales.weight_rule is not None:
+            shapes[one.rows] = ScaleShape(0, 0, False)
+            for row, inputs, output in zip(one.rows.tolist(), scales.inputs, scales.output, strict=True):
+                rule = scales.weight_rule
+                others[names[row]] = _scale_node(names[row], inputs.tolist(), output, rule, weights, device)
+            continue
+        shapes[one.rows] = ScaleShape(scales.inputs.shape[1], 1, scales.weight is not None)
+        columns = [scales.inputs, scales.output[:, None], *([] if scales.weight is None else [scales.weight[:, None]])]
+        solved.append((one.rows, np.concatenate(columns, axis=1)))
+    inventory = Inventory(names, shapes.tolist())
+    numbers = np.empty(inventory.size, dtype=np.float32)
+    for rows, matrix in solved:
+        numbers[inventory.starts[rows][:, None] + np.arange(matrix.shape[1])] = matrix
+    nodes = ScaleTable(inventory, numbers, others)
+    return RankSet(ranges.rank, ranges.world, nodes, ranges.modules, dump=ranges.dump)
 
 
-@dataclass
-class _Plan:
-    """Where a node's scales come from: indices into the batch, or a rule for the weight itself."""
+@dataclass(frozen=True)
+class _Class:
+    """Nodes that are scaled alike.
 
-    inputs: tuple[int, ...]
-    output: int | None = None  # None: the first input's scale times that of the weight
-    weight: int | TensorScaling | None = None
+    Attributes:
+        rows: int64, shape (nodes,): their positions in the inventory.
+        names: all names of the inventory, for errors.
+    """
 
-
-@dataclass
-class _Request:
-    """A per-tensor scale to compute: of a range, or (`factors`) the product of two others."""
-
-    name: str
-    part: str
-    range: float = 0.0
-    factors: tuple[int, int] | None = None
+    op: Op
+    shape: RangeShape
+    rules: ScaleMethod
+    rows: np.ndarray
+    names: Sequence[str]
 
 
-@dataclass
-class _Batch:
-    """Per-tensor scales of all nodes, by rule."""
+@dataclass(frozen=True)
+class _ClassScales:
+    """Scales of a class, float32.
 
-    device: Device
-    requests: list[_Request] = field(default_factory=list)
-    by_method: dict[TensorScaling | None, list[int]] = field(default_factory=dict)
+    Attributes:
+        inputs: shape (nodes, inputs).
+        output: shape (nodes,); NaN where it follows from a weight that is read one by one.
+        weight: shape (nodes,), or None.
+        weight_rule: how to scale the weight itself, or None where its range was enough.
+    """
 
-    def add(self, request: _Request, method: TensorScaling | None) -> int:
-        """Return the index of the scale that will be computed."""
-        self.requests.append(request)
-        self.by_method.setdefault(method, []).append(len(self.requests) - 1)
-        return len(self.requests) - 1
-
-    def solve(self) -> np.ndarray:
-        """Compute all scales, float32, shape (requests,)."""
-        values = np.empty(len(self.requests), dtype=np.float32)
-        for method, indices in self.by_method.items():
-            if method is not None:
-                values[indices] = self._scale(method, indices)
-        products = self.by_method.get(None, [])
-        pairs = np.array([self.requests[index].factors for index in products], dtype=np.int64).reshape(-1, 2)
-        values[products] = bf16.multiply(values[pairs[:, 0]], values[pairs[:, 1]])
-        return values
-
-    def _scale(self, method: TensorScaling, indices: list[int]) -> np.ndarray:
-        requests = [self.requests[index] for index in indices]
-        if method.is_fixed:
-            return scale_ranges(np.zeros(len(requests)), method, self.device)
-        ranges = bf16.round_to_bf16(np.array([request.range for request in requests]))
-        bad = np.flatnonzero(~(np.isfinite(ranges) & (ranges >= 0)))
-        if bad.size:
-            raise _bad_range(requests[bad[0]], bad.size)
-        scales = scale_ranges(ranges, method, self.device)
-        for position in np.flatnonzero((scales == 0) | ~np.isfinite(scales)):
-            request = requests[position]
-            if not (ranges[position] == 0 and is_expert_matmul(request.name) and request.part == "inputs[0]"):
-                raise _bad_scale(request, float(scales[position]), method)
-        return scales
+    inputs: np.ndarray
+    output: np.ndarray
+    weight: np.ndarray | None = None
+    weight_rule: TensorScaling | None = None
 
 
-def _plan_node(name: str, node: Node, table: MethodTable, layer_types: Mapping[str, str], batch: _Batch) -> _Plan:
-    op = find_op(name, node)
-    rules = _find_rules(name, op, table, layer_types)
-
-    def scale(part: str, values: tuple[np.ndarray, ...] | None, index: int) -> int:
-        if rules.activation.is_fixed:
-            return batch.add(_Request(name, part), rules.activation)
-        if values is None or index >= len(values):
-            raise RangeError(
-                f"node {name!r} has no range {part}",
-                where=name,
-                why=f"the scales of a {op.value} need it",
-                fix="measure again; `gaudi-calib check DIR` lists all gaps",
-            )
-        return batch.add(_Request(name, part, float(np.max(values[index]))), rules.activation)
-
-    def of_input(index: int) -> int:
-        return scale(f"inputs[{index}]", node.inputs, index)
-
-    def of_output(index: int) -> int:
-        return scale(f"outputs[{index}]", node.outputs, index)
-
-    def product(inputs: tuple[int, int]) -> int:
-        return batch.add(_Request(name, "outputs[0]", factors=inputs), None)
-
-    if op is Op.MATMUL:
-        pair = (of_input(0), of_input(1))
-        return _Plan(pair, product(pair))
-    if op is Op.B2B_MATMUL:
-        pair = (of_input(0), of_output(0))
-        return _Plan(pair, product(pair))
-    if op is Op.KV_CACHE:
-        cached = of_input(0)
-        return _Plan((cached,), cached)
-    if op is Op.SOFTMAX:
-        return _Plan((), of_output(0))
-    if op is Op.FUSED_SDPA:
-        return _Plan((of_input(0), of_input(1), of_input(2), of_output(1)), of_output(0))
-    if op is Op.DYNAMIC_MOE:
-        inputs = [of_input(index) for index in range(len(node.inputs))]
-        experts = [of_output(index) for index in range(1, len(node.outputs or ()))]
-        return _Plan((*inputs, *experts), of_output(0))
-    return _plan_linear(name, node, op, rules, batch, of_input(0), of_output)
-
-
-def _plan_linear(
-    name: str, node: Node, op: Op, rules: ScaleMethod, batch: _Batch, entry: int, of_output: Callable[[int], int]
-) -> _Plan:
-    rule = rules.weight
-    weight: int | TensorScaling = rule
-    if rule.is_fixed:
-        weight = batch.add(_Request(name, "weight"), rule)
-    elif not rule.is_per_channel and rule.scale_value_type == "MAXABS" and node.weight is not None:
-        weight = batch.add(_Request(name, "weight", float(np.max(node.weight))), rule)
-    if op is Op.ROW_PARALLEL_LINEAR:
-        return _Plan((entry,), of_output(0), weight)
-    if rules.activation.is_fixed:
-        return _Plan((entry,), batch.add(_Request(name, "outputs[0]"), rules.activation), weight)
-    if isinstance(weight, int):
-        return _Plan((entry,), batch.add(_Request(name, "outputs[0]", factors=(weight, entry)), None), weight)
-    return _Plan((entry,), None, weight)
+def _find_classes(inventory: Inventory, table: MethodTable, layer_types: Mapping[str, str]) -> list[_Class]:
+    ops: dict[tuple[str, int], Op] = {}
+    classes: dict[tuple[Op, int, int], list[int]] = {}
+    found: dict[tuple[Op, int, int], tuple[Op, RangeShape, ScaleMethod]] = {}
+    is_uniform = not (table.nodes or table.layers or table.layer_types)
+    for row, (name, shape) in enumerate(zip(inventory.names, inventory.shapes, strict=True)):
+        assert isinstance(shape, RangeShape)
+        suffix = name[name.rfind(".") + 1 :]
+        op = ops.get((suffix, id(shape)))
+        if op is None:
+            outputs = None if shape.outputs is None else len(shape.outputs)
+            op = ops[suffix, id(shape)] = classify(suffix, outputs, has_weight=shape.weight is not None)
+        rules = table.default if is_uniform else _find_rules(name, op, table, layer_types)
+        key = (op, id(shape), id(rules))
+        if key not in classes:
+            classes[key], found[key] = [], (op, shape, rules)
+        classes[key].append(row)
+    return [_Class(*found[key], np.array(rows, dtype=np.int64), inventory.names) for key, rows in classes.items()]
 
 
 def _find_rules(name: str, op: Op, table: MethodTable, layer_types: Mapping[str, str]) -> ScaleMethod:
@@ -205,20 +155,104 @@ def _find_rules(name: str, op: Op, table: MethodTable, layer_types: Mapping[str,
     return table.for_node(name, layer_type)
 
 
-def _fill_plan(name: str, plan: _Plan, values: np.ndarray, weights: WeightReader, device: Device) -> ScaleNode:
-    inputs = tuple(float(values[index]) for index in plan.inputs)
-    weight = plan.weight
-    if weight is None or isinstance(weight, int):
-        scale = None if weight is None else float(values[weight])
-        assert plan.output is not None
-        return ScaleNode(inputs, (float(values[plan.output]),), scale)
-    scales, stored = _scale_weight(name, weight, weights, device)
-    if plan.output is not None:
-        return ScaleNode(inputs, (float(values[plan.output]),), stored)
+def _find_sources(op: Op, shape: RangeShape) -> tuple[list[Part], Part | None]:
+    """Return the ranges that the inputs' scales come from, and that of the output where it has its own."""
+    if op is Op.MATMUL:
+        return [("inputs", 0), ("inputs", 1)], None
+    if op is Op.B2B_MATMUL:
+        return [("inputs", 0), ("outputs", 0)], None
+    if op is Op.SOFTMAX:
+        return [], ("outputs", 0)
+    if op is Op.FUSED_SDPA:
+        return [("inputs", 0), ("inputs", 1), ("inputs", 2), ("outputs", 1)], ("outputs", 0)
+    if op is Op.DYNAMIC_MOE:
+        experts = [("outputs", index) for index in range(1, len(shape.outputs or ()))]
+        return [("inputs", index) for index in range(len(shape.inputs))] + experts, ("outputs", 0)
+    return [("inputs", 0)], ("outputs", 0) if op is Op.ROW_PARALLEL_LINEAR else None
+
+
+def _solve_class(one: _Class, measured: RangeTable, device: Device) -> _ClassScales:
+    activation, (inputs, output) = one.rules.activation, _find_sources(one.op, one.shape)
+    is_linear = one.op in (Op.LINEAR, Op.ROW_PARALLEL_LINEAR)
+    if is_linear and activation.is_fixed:
+        output = ("outputs", 0)
+    parts = inputs if output is None else [*inputs, output]
+    scales = _scale_parts(one, parts, activation, measured, device)
+    entries = scales[:, : len(inputs)]
+    if one.op is Op.KV_CACHE:
+        return _ClassScales(entries, entries[:, 0])
+    if not is_linear:
+        product = bf16.multiply(entries[:, 0], entries[:, 1]) if output is None else scales[:, -1]
+        return _ClassScales(entries, product)
+    rule, own = one.rules.weight, scales[:, -1] if output is not None else None
+    has_range = one.shape.weight is not None and rule.scale_value_type == "MAXABS" and not rule.is_per_channel
+    if not (rule.is_fixed or has_range):
+        return _ClassScales(entries, np.full(len(scales), np.nan) if own is None else own, weight_rule=rule)
+    weight = _scale_parts(one, [("weight", 0)], rule, measured, device)[:, 0]
+    return _ClassScales(entries, bf16.multiply(weight, entries[:, 0]) if own is None else own, weight)
+
+
+def _scale_parts(
+    one: _Class, parts: Sequence[Part], rule: TensorScaling, measured: RangeTable, device: Device
+) -> np.ndarray:
+    """Return the scales of some ranges of a class: float32, shape (nodes, parts)."""
+    if rule.is_fixed:
+        return scale_ranges(np.zeros((len(one.rows), len(parts))), rule, device)
+    measured_ranges = _take_ranges(one, parts, measured)
+    ranges = bf16.round_to_bf16(measured_ranges)
+    bad = ~(np.isfinite(ranges) & (ranges >= 0))
+    if bad.any():
+        node, part = np.argwhere(bad)[0].tolist()
+        found = float(measured_ranges[node, part])
+        raise _bad_range(one.names[one.rows[node]], _label(parts[part]), found, int(bad.sum()))
+    scales = scale_ranges(ranges, rule, device)
+    for node, part in np.argwhere((scales == 0) | ~np.isfinite(scales)).tolist():
+        name, label = one.names[one.rows[node]], _label(parts[part])
+        if not (ranges[node, part] == 0 and is_expert_matmul(name) and label == "inputs[0]"):
+            raise _bad_scale(name, label, float(measured_ranges[node, part]), float(scales[node, part]), rule)
+    return scales
+
+
+def _take_ranges(one: _Class, parts: Sequence[Part], measured: RangeTable) -> np.ndarray:
+    """Return the largest channel of each range: float32, shape (nodes, parts)."""
+    places: dict[Part, tuple[int, int]] = {}
+    offset = 0
+    for kind, counts in (("inputs", one.shape.inputs), ("outputs", one.shape.outputs or ())):
+        for index, channels in enumerate(counts):
+            places[kind, index] = (offset, channels)
+            offset += channels
+    places["weight", 0] = (offset, one.shape.weight or 0)
+    missing = next((part for part in parts if places.get(part, (0, 0))[1] == 0), None)
+    if missing is not None:
+        raise RangeError(
+            f"node {one.names[one.rows[0]]!r} has no range {_label(missing)}",
+            where=one.names[one.rows[0]],
+            why=f"the scales of a {one.op.value} need it",
+            fix="measure again; `gaudi-calib check DIR` lists all gaps",
+        )
+    starts = measured.inventory.starts[one.rows][:, None]
+    chosen = [places[part] for part in parts]
+    if all(channels == 1 for _, channels in chosen):
+        return measured.numbers[starts + np.array([offset for offset, _ in chosen], dtype=np.int64)]
+    columns = [measured.numbers[starts + offset + np.arange(channels)].max(axis=1) for offset, channels in chosen]
+    return np.stack(columns, axis=1)
+
+
+def _label(part: Part) -> str:
+    return "weight" if part[0] == "weight" else f"{part[0]}[{part[1]}]"
+
+
+def _scale_node(
+    name: str, inputs: list[float], output: float, rule: TensorScaling, weights: WeightReader, device: Device
+) -> ScaleNode:
+    """Return the scales of a linear layer whose weight has to be looked at; `output` is NaN where it follows."""
+    scales, stored = _scale_weight(name, rule, weights, device)
+    if not np.isnan(output):
+        return ScaleNode(tuple(inputs), (float(output),), stored)
     product = np.multiply(scales, np.float32(inputs[0]))
-    if weight.scale_value_type != "OPT" or weight.is_per_channel:
+    if rule.scale_value_type != "OPT" or rule.is_per_channel:
         product = bf16.round_to_bf16(product)
-    return ScaleNode(inputs, (float(product) if product.ndim == 0 else product,), stored)
+    return ScaleNode(tuple(inputs), (float(product) if product.ndim == 0 else product,), stored)
 
 
 def _scale_weight(
@@ -240,7 +274,8 @@ def _scale_weight(
         scales = scale_ranges(np.abs(weight).max(initial=0.0), rule, device)
         stored = float(scales)
     if not np.all(np.isfinite(scales) & (scales > 0)):
-        raise _bad_scale(_Request(name, "weight", float(np.abs(weight).max(initial=0.0))), float(np.min(scales)), rule)
+        largest = float(np.abs(weight).max(initial=0.0))
+        raise _bad_scale(name, "weight", largest, float(np.min(scales)), rule)
     return scales, stored
 
 
@@ -264,23 +299,22 @@ def _read_weight(name: str, weights: WeightReader) -> np.ndarray:
     return weight
 
 
-def _bad_range(request: _Request, count: int) -> RangeError:
+def _bad_range(name: str, part: str, value: float, count: int) -> RangeError:
     more = f" (and {count - 1} more)" if count > 1 else ""
     return RangeError(
-        f"range {request.part} of node {request.name!r} is {request.range}{more}",
-        where=request.name,
+        f"range {part} of node {name!r} is {value}{more}",
+        where=name,
         why="a range is a finite maximum of absolute values that bfloat16 can hold",
         fix="find the sample that overflows and measure again",
     )
 
 
-def _bad_scale(request: _Request, scale: float, method: TensorScaling) -> RangeError:
+def _bad_scale(name: str, part: str, value: float, scale: float, method: TensorScaling) -> RangeError:
     exact = method.rounding_method in ("POW2", "IDENTITY")
     return RangeError(
-        f"the scale of {request.part} of node {request.name!r} is {scale:g}",
-        where=request.name,
-        why=f"its range is {request.range:g}"
-        + ("; dividing by the scale would give inf or NaN when serving" if exact else ""),
+        f"the scale of {part} of node {name!r} is {scale:g}",
+        where=name,
+        why=f"its range is {value:g}" + ("; dividing by the scale would give inf or NaN when serving" if exact else ""),
         fix="measure with more samples so that the module sees data, block it, or use a hardware-aligned method, "
         "whose smallest scale is not 0",
     )
