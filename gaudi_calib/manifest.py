@@ -85,7 +85,8 @@ class Topology(_Facts):
     Attributes:
         measured_world: number of ranks of the measurement.
         worlds: worlds whose files were written.
-        expert_parallel: whether experts were split by expert.
+        expert_parallel: whether ranks held whole experts. Worlds that differ are told in the
+            manifest's note of this name (world -> bool).
     """
 
     measured_world: int | None = None
@@ -128,6 +129,7 @@ class Manifest(_Facts):
         timings_s: seconds by step.
         files: hash by name, relative to the manifest's directory.
         scales: origin of every scale file.
+        expert_coverage: tokens per expert, cold and filled ones (`Coverage.to_facts`).
         notes: further facts, such as `bounded_worlds`.
         environment: the variables that steer engines and libraries, secrets redacted.
         history: earlier commands whose results these files build on.
@@ -151,6 +153,7 @@ class Manifest(_Facts):
     timings_s: dict[str, float] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
     scales: dict[str, ScaleOrigin] = Field(default_factory=dict)
+    expert_coverage: dict[str, Any] = Field(default_factory=dict)
     notes: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, str] = Field(default_factory=dict)
     history: list[Step] = Field(default_factory=list)

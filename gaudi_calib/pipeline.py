@@ -1,24 +1,23 @@
 """The steps of a run: prompts, ranges, ranges of every rank, scales."""
 
 import logging
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from gaudi_calib.config import parse_scale_method, to_content, write_quant_config
 from gaudi_calib.config_model import QuantConfig, find_idle_patterns, get_scales_device
 from gaudi_calib.data.prompts import prepare_prompts
-from gaudi_calib.errors import FileError
+from gaudi_calib.errors import FileError, RangeError
 from gaudi_calib.fp8 import Device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, RankFile
 from gaudi_calib.ranges.channel_file import read_channel_ranges, write_channel_ranges
-from gaudi_calib.ranges.kvcache import apply_kv_cache
-from gaudi_calib.ranges.node import Node, RankSet, find_op
-from gaudi_calib.ranges.shard import ChannelRanges, derive_rank
+from gaudi_calib.ranges.coverage import count_coverage
+from gaudi_calib.ranges.node import Node, RankSet
+from gaudi_calib.ranges.reshard import derive_world, select_nodes
+from gaudi_calib.ranges.shard import ChannelRanges
 from gaudi_calib.ranges.store import list_worlds, read_world_dir, write_rank_set
 from gaudi_calib.run import Run, RunOptions, RunResult
 from gaudi_calib.scales.compute import compute_scales
-from gaudi_calib.scales.layer_types import find_layer_type
 
 __all__ = ["RunOptions", "RunResult", "calibrate", "list_files", "measure", "quantize"]
 
@@ -54,7 +53,7 @@ def quantize(options: RunOptions) -> RunResult:
     Raises:
         FileError: no ranges of this world. RangeError: a range gives no usable scale.
     """
-    return Run(options, serves=True).execute([_load_ranges, _quantize], fresh=False)
+    return Run(options, serves=True, fresh=False).execute([_load_ranges, _quantize])
 
 
 def list_files(options: RunOptions) -> list[Path]:
@@ -112,7 +111,34 @@ def _measure(run: Run) -> None:
             batch_size=run.options.batch_size,
             on_progress=show,
         )
+    _cover_experts(run, run.channels, run.prompts.token_count)
     write_channel_ranges(run.staging / CHANNEL_RANGES_NAME, run.channels)
+
+
+def _cover_experts(run: Run, channels: ChannelRanges, tokens: int) -> None:
+    """Say how tokens spread over the experts, and fail or warn where some saw too few."""
+    policy = run.options.cold_experts
+    coverage = count_coverage(channels, run.options.min_expert_tokens, tokens)
+    if coverage is None:
+        return
+    for record in run.records.values():
+        record.update(expert_coverage=coverage.to_facts(policy))
+    _log.info("%s", coverage.describe())
+    if not coverage.cold_count:
+        return
+    what = f"{coverage.cold_count} experts saw fewer than {coverage.min_tokens} tokens"
+    if policy == "error":
+        raise RangeError(
+            what,
+            where=coverage.list_cold(),
+            why="their ranges would not be those of real use",
+            fix=f"{coverage.suggest_data()}; or --cold-experts fill, which sends them tokens of their own layer",
+        )
+    outcome = {
+        "fill": "tokens of their own layer, those the router likes best for them, were sent through them alone",
+        "ignore": "their ranges are as they are, 0 for those that saw none: serving them goes wrong",
+    }[policy]
+    run.warn(f"{what} ({coverage.list_cold()}); {outcome}. {coverage.suggest_data().capitalize()}")
 
 
 def _derive_ranks(run: Run) -> None:
@@ -141,22 +167,7 @@ def _derive_world(
         run.note(
             device, **{f"world_{world}": "outputs[0] of row-parallel layers and experts are upper bounds, not measured"}
         )
-    return [
-        _select_nodes(apply_kv_cache(derive_rank(channels, rank, topology, device)), config) for rank in range(world)
-    ]
-
-
-def _select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
-    """Leave out the nodes that `config` blocks."""
-
-    def blocked(name: str) -> bool:
-        node = rank_set.nodes.get(name)
-        layer_type = None if node is None else find_layer_type(name, find_op(name, node))
-        return config.is_blocked(name, layer_type)
-
-    modules = tuple(name for name in rank_set.modules if not blocked(name))
-    nodes = {name: node for name, node in rank_set.nodes.items() if not blocked(name)}
-    return replace(rank_set, nodes=nodes, modules=modules)
+    return derive_world(channels, topology, device, config)
 
 
 def _load_ranges(run: Run) -> None:
@@ -166,13 +177,15 @@ def _load_ranges(run: Run) -> None:
         directory = run.layout.device_dir(device.name)
         for world in run.options.worlds:
             if directory.is_dir() and world in list_worlds(directory):
-                run.ranges[device.name, world] = read_world_dir(directory, world)
-                continue
+                ranks = read_world_dir(directory, world)
+                if _shares_as_wanted(run, device, ranks):
+                    run.ranges[device.name, world] = ranks
+                    continue
             if not run.layout.channel_ranges.is_file():
                 raise FileError(
                     f"no ranges for {world} ranks on {device.name}",
                     where=directory,
-                    why=f"neither rank files nor {CHANNEL_RANGES_NAME} of an earlier measurement",
+                    why=f"neither rank files (with experts shared as they are to be served) nor {CHANNEL_RANGES_NAME}",
                     fix=f"run `gaudi-calib measure -m MODEL -d DATASET -o OUT -t {world}` first",
                 )
             channels = read_channel_ranges(run.layout.channel_ranges)
@@ -180,6 +193,20 @@ def _load_ranges(run: Run) -> None:
             run.ranges[device.name, world] = _derive_world(run, channels, config, device, world)
             for rank_set in run.ranges[device.name, world]:
                 write_rank_set(run.staging / device.name, rank_set)
+
+
+def _shares_as_wanted(run: Run, device: Device, ranks: list[RankSet[Node]]) -> bool:
+    """Whether the ranks hold as many experts each as they are to hold."""
+    world = len(ranks)
+    if world == 1 or (device.name, world) not in run.reshared:
+        return True
+    local = {name: experts.count // (world if run.expert_parallel else 1) for name, experts in run.plan.experts.items()}
+    return all(
+        len(node.outputs or ()) == local[name] + 1
+        for rank_set in ranks
+        for name, node in rank_set.nodes.items()
+        if name in local
+    )
 
 
 def _quantize(run: Run) -> None:
@@ -195,7 +222,7 @@ def _quantize(run: Run) -> None:
         for rank_set in (one for world in run.options.worlds for one in run.ranges[device.name, world]):
             weights = partial(run.plan.read_rank_weight, rank=rank_set.rank, topology=run.topology(rank_set.world))
             scales = compute_scales(
-                _select_nodes(rank_set, config), method, get_scales_device(config, device), weights=weights
+                select_nodes(rank_set, config), method, get_scales_device(config, device), weights=weights
             )
             written = write_rank_set(run.staging / device.name, scales, method=method.file_tag)
             run.record_scales(device, scales, written)

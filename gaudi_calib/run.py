@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,10 @@ from gaudi_calib.manifest import (
     Topology,
     check_scales_fresh,
     hash_files,
+    read_manifest,
     record_run,
 )
+from gaudi_calib.ranges.evidence import NOTE as SHARING_NOTE
 from gaudi_calib.ranges.expert_channels import Topology as RankTopology
 from gaudi_calib.ranges.node import Node, Op, RankSet
 from gaudi_calib.ranges.shard import ChannelRanges
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from gaudi_calib.engines.base import ModelPlan
 
 _log = logging.getLogger(__name__)
+
+COLD_POLICIES = ("fill", "ignore", "error")
 
 # Where a new measurement moves the rank files of an earlier one.
 REPLACED_NAME = "replaced"
@@ -78,7 +83,7 @@ class RunOptions:
     compute_dtype: str = "float32"
     expert_parallel: bool | None = None
     cold_experts: str = "fill"
-    min_expert_tokens: int = 1
+    min_expert_tokens: int = 16
     scale_method: str | None = None
     measure_config: Path | None = None
     quant_config: Path | None = None
@@ -104,6 +109,7 @@ class RunResult:
         warnings: what the user should know.
         serve_flags: flags of `vllm serve` beside model and world.
         env: environment that serving needs beside QUANT_CONFIG.
+        expert_parallel: whether ranks hold whole experts.
     """
 
     root: Path
@@ -113,10 +119,12 @@ class RunResult:
     warnings: tuple[str, ...] = ()
     serve_flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    expert_parallel: bool = False
 
     def serve_command(self, model: str, world: int) -> list[str]:
         """Return the words of the command that serves `model` on a Gaudi."""
-        return ["vllm", "serve", model, *self.serve_flags, "--tensor-parallel-size", str(world)]
+        experts = ["--enable-expert-parallel"] if self.expert_parallel and world > 1 else []
+        return ["vllm", "serve", model, *self.serve_flags, "--tensor-parallel-size", str(world), *experts]
 
 
 class Run:
@@ -129,48 +137,66 @@ class Run:
         prompts, channels: results of the steps before.
         ranges: per device name and world, all ranks.
         records: the manifest in progress, by device name.
+        reshared: (device name, world) of files in place that are not known to share experts as
+            they are to be shared now.
     """
 
-    def __init__(self, options: RunOptions, *, serves: bool):
+    def __init__(self, options: RunOptions, *, serves: bool, fresh: bool = True):
+        """Validate everything.
+
+        Args:
+            serves: whether scales and QUANTIZE configs are written.
+            fresh: False where the run adds to an earlier one.
+        """
         from gaudi_calib.engines.base import plan_model
         from gaudi_calib.engines.checkpoint import resolve_model
 
         _check_options(options)
-        self.options, self.layout, self.serves = options, options.layout, serves
+        self.warnings: list[str] = []
+        self.options, self.layout, self.serves, self.fresh = options, options.layout, serves, fresh
         self.devices = [get_device(name) for name in options.devices]
         self.plan: ModelPlan = plan_model(resolve_model(options.model), options.dtype)
+        self._refuse_useless_sharing()
         for world in options.worlds:
             self.plan.require_topology(self.topology(world))
         self.measure_configs = {device.name: self._measure_config(device) for device in self.devices}
         self.quant_configs = {device.name: self._quant_config(device) for device in self.devices}
         self.needs_ranges = not serves or any(one.uses_stats_files for one in self.quant_configs.values())
-        self.warnings: list[str] = []
         self.staging = Path()
         self.prompts: Prompts | None = None
         self.channels: ChannelRanges | None = None
         self.ranges: dict[tuple[str, int], list[RankSet[Node]]] = {}
         self.records: dict[str, Record] = {}
+        self.reshared: set[tuple[str, int]] = set()
 
-    @property
+    @cached_property
     def expert_parallel(self) -> bool:
-        """Whether ranks hold whole experts."""
-        given = self.options.expert_parallel
-        return bool(self.plan.experts) and (self.plan.family.expert_parallel if given is None else given)
+        """Whether ranks hold whole experts: as asked for, else as measured, else as the family is served."""
+        if not self.plan.experts:
+            return False
+        if self.options.expert_parallel is not None:
+            return self.options.expert_parallel
+        for device in self.devices if not self.fresh else ():
+            path = self.layout.manifest(device.name)
+            good = read_manifest(path).good if path.is_file() else None
+            if good is not None and good.topology.worlds:
+                return good.topology.expert_parallel
+        return self.plan.family.expert_parallel
+
+    def _refuse_useless_sharing(self) -> None:
+        if self.options.expert_parallel and not self.plan.experts:
+            self.warnings.append("-u/--expert-parallel has no effect: the model has no experts")
 
     def topology(self, world: int) -> RankTopology:
         """How `world` ranks share the model."""
         return RankTopology(world, self.expert_parallel)
 
-    def execute(self, steps: Sequence[Callable[["Run"], None]], *, fresh: bool = True) -> RunResult:
-        """Run `steps`, then rename what they wrote into the run directory.
-
-        Args:
-            fresh: False where the run adds to an earlier one.
-        """
+    def execute(self, steps: Sequence[Callable[["Run"], None]]) -> RunResult:
+        """Run `steps`, then rename what they wrote into the run directory."""
         if not self.needs_ranges:
             self.warn("this scale method needs no measurement: only QUANT_CONFIG is written")
             steps = []
-        with self._recorded(fresh=fresh):
+        with self._recorded():
             with stage_files(self.layout.root) as self.staging:
                 for number, step in enumerate(steps, 1):
                     _log.info("Step %d/%d: %s", number, len(steps), (step.__doc__ or "").strip().rstrip("."))
@@ -186,9 +212,10 @@ class Run:
 
     def _result(self, files: Sequence[Path]) -> RunResult:
         config = next(iter(self.quant_configs.values()))
-        attention = self.plan.attention_node(0, "k_cache")
-        flags: tuple[str, ...] = ("--quantization", "inc")
-        if not config.is_blocked(attention, find_layer_type(attention, Op.KV_CACHE)):
+        # A checkpoint that is quantized keeps its own method; QUANT_CONFIG alone turns INC on.
+        quantized = "quantization_config" in self.plan.checkpoint.config
+        flags: tuple[str, ...] = () if quantized else ("--quantization", "inc")
+        if not self._blocks_caches(config):
             flags += ("--kv-cache-dtype", "fp8_inc")
         return RunResult(
             self.layout.root,
@@ -198,10 +225,24 @@ class Run:
             tuple(self.warnings),
             flags,
             {**self.plan.family.env, **config.required_env},
+            self.expert_parallel,
         )
 
+    def _note_sharing(self, device: Device, record: Record) -> None:
+        noted = record.manifest.notes.get(SHARING_NOTE, {})
+        self.reshared |= {
+            (device.name, world) for world in self.options.worlds if noted.get(str(world)) is not self.expert_parallel
+        }
+        now = {str(world): self.expert_parallel for world in self.options.worlds}
+        record.update(notes={SHARING_NOTE: {**noted, **now}})
+
+    def _blocks_caches(self, config: QuantConfig) -> bool:
+        caches = [name for name, op in self.plan.attention_ops.items() if op is Op.KV_CACHE]
+        names = [self.plan.attention_node(layer, cache) for layer in self.plan.attention_layers for cache in caches]
+        return all(config.is_blocked(name, find_layer_type(name, Op.KV_CACHE)) for name in names)
+
     @contextmanager
-    def _recorded(self, *, fresh: bool) -> Iterator[None]:
+    def _recorded(self) -> Iterator[None]:
         """Keep a manifest for every device while the block runs."""
         model = ModelFacts(
             name=self.options.model,
@@ -212,9 +253,11 @@ class Run:
         with ExitStack() as stack:
             for device in self.devices:
                 path = self.layout.manifest(device.name)
-                facts = {"device": device.name, "platform": "cpu", "engine": "torch"} if fresh else {}
-                record = stack.enter_context(record_run(path, fresh=fresh, model=model, **facts))
+                facts = {"device": device.name, "platform": "cpu", "engine": "torch"} if self.fresh else {}
+                record = stack.enter_context(record_run(path, fresh=self.fresh, model=model, **facts))
                 worlds = sorted({*record.manifest.topology.worlds, *self.options.worlds})
+                if self.plan.experts:
+                    self._note_sharing(device, record)
                 record.update(topology=Topology(measured_world=1, worlds=worlds, expert_parallel=self.expert_parallel))
                 self.records[device.name] = record
             yield
@@ -324,6 +367,10 @@ def _check_options(options: RunOptions) -> None:
             f"cannot unify {options.world} ranks into {options.unified_world}",
             why="-r must divide -t",
             fix="choose a divisor of -t for -r",
+        )
+    if options.cold_experts not in COLD_POLICIES:
+        raise UsageError(
+            f"unknown policy {options.cold_experts!r} for cold experts", fix="choose fill, ignore or error"
         )
     if options.scale_method and options.quant_config:
         raise UsageError("--scale-method and --config-quant both name the scale method", fix="give one of them")

@@ -31,6 +31,7 @@ COMMANDS = {
     "unify": "gaudi_calib.cli.unify:unify",
     "expand": "gaudi_calib.cli.expand:expand",
     "merge": "gaudi_calib.cli.merge:merge",
+    "reshard": "gaudi_calib.cli.reshard:reshard",
     "quantize": "gaudi_calib.cli.quantize:quantize",
     "convert-weights": "gaudi_calib.cli.convert_weights:convert_weights",
     "config": "gaudi_calib.cli.config:config",

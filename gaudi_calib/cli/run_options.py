@@ -42,6 +42,10 @@ _DTYPE = click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
     help="What the model is served in; weights are rounded to it first.",
 )  # fmt: skip
+_EXPERTS = click.option(
+    "-u", "--expert-parallel/--no-expert-parallel", "expert_parallel", default=None,
+    help="Ranks hold whole experts, or a slice of each.  [as measured; as the family is served]",
+)  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _MEASURING = (
     click.option(
@@ -49,7 +53,12 @@ _MEASURING = (
         help="Prompts that run together, at most.",
     ),
     click.option(
-        "-u", "--expert-parallel", is_flag=True, help="Expert parallelism. Without effect on models without experts."
+        "--cold-experts", type=click.Choice(["fill", "ignore", "error"]), default="fill", show_default=True,
+        help="What to do with experts that see too few tokens: send them tokens of their layer, leave them, or fail.",
+    ),
+    click.option(
+        "--min-expert-tokens", type=click.IntRange(min=0), default=16, show_default=True,
+        help="Tokens below which an expert is cold.",
     ),
     click.option("-e", "--enforce-eager", is_flag=True, help="Eager execution. The torch engine always runs eagerly."),
     click.option(
@@ -76,7 +85,7 @@ _QUANTIZING = (
 
 def measuring_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of a command that measures."""
-    return _add(function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, *_MEASURING, _JSON))
+    return _add(function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, _EXPERTS, *_MEASURING, _JSON))
 
 
 def quantizing_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +95,7 @@ def quantizing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say which run is meant, for a command that does not measure."""
-    return _add(function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, _JSON))
+    return _add(function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, _EXPERTS, _JSON))
 
 
 def _add(function: Callable[..., Any], options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
@@ -102,7 +111,7 @@ def make_run_options(arguments: dict[str, Any]) -> "RunOptions":
     given = dict(arguments)
     dataset = {name: given.pop(name) for name in _DATASET_ARGUMENTS if name in given}
     device = given.pop("device")
-    for name in ("as_json", "expert_parallel", "enforce_eager"):
+    for name in ("as_json", "enforce_eager"):
         given.pop(name, None)
     return RunOptions(dataset=dataset, devices=("g2", "g3") if device == "all" else (device,), **given)
 

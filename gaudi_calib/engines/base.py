@@ -192,7 +192,8 @@ class ModelPlan:
 
     def _read_expert_weight(self, node: str, rank: int, topology: Topology) -> torch.Tensor:
         op, part, index = node.rsplit(".", 2)
-        experts = self.experts[op]
+        # Older vLLM has no `routed_experts` in the path.
+        experts = next(one for name, one in self.experts.items() if op in (name, name.replace(".routed_experts", "")))
         size = experts.channels // topology.world
         channels, expert = slice(rank * size, (rank + 1) * size), int(index)
         if topology.expert_parallel:

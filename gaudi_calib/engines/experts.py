@@ -29,7 +29,7 @@ class ColdPolicy:
     """
 
     min_tokens: int = 1
-    fill: bool = True
+    fill: bool = False
 
 
 class ObservedExperts:

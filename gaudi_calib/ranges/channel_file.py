@@ -44,7 +44,8 @@ def write_channel_ranges(path: Path, channels: ChannelRanges) -> None:
             axes[part] = [[segment.channels, segment.units, segment.replicates] for segment in one.axis.segments]
         nodes[name] = {"op": node.op.value, "axes": axes, "partial_products": _to_lists(node.partial_products)}
         if node.experts is not None:
-            nodes[name]["experts"] = {"routing": node.experts.routing, "bias": node.experts.bias}
+            facts = {"count": node.experts.count, "routing": node.experts.routing, "bias": node.experts.bias}
+            nodes[name]["experts"] = facts
             tensors |= {f"{name}|experts.{part}": values for part, values in _expert_tensors(node.experts).items()}
     header = {
         "version": _VERSION,

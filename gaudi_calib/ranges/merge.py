@@ -177,7 +177,7 @@ def _write_result(directory: Path, out: Path, result: _Result, conversion: Conve
             written = write_rank_sets(staging, result.ranks)
             for recipe, rank_sets in scales:
                 written += write_rank_sets(staging, rank_sets, method=recipe.tag)
-            _set_aside_scales(out, staging, world, {path.name for path in written})
+            set_aside_scales(out, staging, world, {path.name for path in written})
         if record is not None:
             for recipe, rank_sets in scales:
                 note_scales(record, out, _name_origins(rank_sets, recipe.tag), recipe.settings)
@@ -212,7 +212,7 @@ def _name_origins(rank_sets: Sequence[RankSet[ScaleNode]], tag: str) -> dict[str
     return origins
 
 
-def _set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -> None:
+def set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -> None:
     """Move scale files of ranges that are about to change out of INC's sight: it would go on using them."""
     changed = any(
         not (out / name).is_file() or (out / name).read_bytes() != (staging / name).read_bytes()

@@ -1,0 +1,139 @@
+"""From the channel ranges of one measurement to the rank files of any topology, exactly and without the model."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gaudi_calib.config import read_quant_config
+from gaudi_calib.config_model import QuantConfig
+from gaudi_calib.errors import FileError, TopologyError
+from gaudi_calib.files import stage_files
+from gaudi_calib.fp8 import DEVICES, Device, get_device
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, RunLayout
+from gaudi_calib.manifest import read_manifest
+from gaudi_calib.ranges.channel_file import read_channel_ranges
+from gaudi_calib.ranges.expert_channels import Topology
+from gaudi_calib.ranges.kvcache import apply_kv_cache
+from gaudi_calib.ranges.merge import set_aside_scales
+from gaudi_calib.ranges.node import Node, RankSet, find_op
+from gaudi_calib.ranges.provenance import record_conversion
+from gaudi_calib.ranges.shard import ChannelRanges, derive_rank
+from gaudi_calib.ranges.store import write_rank_sets
+from gaudi_calib.scales.layer_types import find_layer_type
+
+_log = logging.getLogger(__name__)
+
+
+def derive_world(
+    channels: ChannelRanges, topology: Topology, device: Device, config: QuantConfig
+) -> list[RankSet[Node]]:
+    """Return the ranges of every rank, with the caches' in the attention matmuls and without blocked nodes.
+
+    Raises:
+        TopologyError: a tensor does not divide over the ranks; names the node.
+    """
+    ranks = (derive_rank(channels, rank, topology, device) for rank in range(topology.world))
+    return [select_nodes(apply_kv_cache(rank_set), config) for rank_set in ranks]
+
+
+def select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
+    """Leave out the nodes that `config` blocks."""
+
+    def blocked(name: str) -> bool:
+        node = rank_set.nodes.get(name)
+        layer_type = None if node is None else find_layer_type(name, find_op(name, node))
+        return config.is_blocked(name, layer_type)
+
+    modules = tuple(name for name in rank_set.modules if not blocked(name))
+    nodes = {name: node for name, node in rank_set.nodes.items() if not blocked(name)}
+    return replace(rank_set, nodes=nodes, modules=modules)
+
+
+def reshard_dir(
+    run: Path,
+    world: int,
+    *,
+    expert_parallel: bool | None = None,
+    devices: Sequence[str] | None = None,
+    out: Path | None = None,
+) -> list[Path]:
+    """Write the ranges of every one of `world` ranks, as a measurement with so many would have left them.
+
+    Args:
+        run: the run directory (`OUT/<model>`), or one of its device directories.
+        expert_parallel: whether ranks hold whole experts; None: as the run's manifest says.
+        devices: names of devices; None: those the run has.
+        out: a run directory for the results; None: `run` itself.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileError: no channel ranges, or they are damaged.
+        TopologyError: the model does not divide over the ranks, or it is not known how they share experts.
+    """
+    run, devices = _find_run(run, devices)
+    channels = read_channel_ranges(run / CHANNEL_RANGES_NAME)
+    written: list[Path] = []
+    results = {}
+    for name in devices:
+        topology = Topology(world, _choose_sharing(run, name, channels, world, expert_parallel))
+        config = _read_config(run, name)
+        results[name] = topology, derive_world(channels, topology, get_device(name), config)
+        if not channels.is_measured(topology):
+            _log.warning(
+                "The outputs of row-parallel layers and experts were not measured for %d ranks; "
+                "upper bounds stand in (measure with -t %d for the values)",
+                *(world, world),
+            )
+    for name, (topology, ranks) in results.items():
+        source, target = run / name, (out or run) / name
+        target.mkdir(parents=True, exist_ok=True)
+        split = topology.expert_parallel if channels.has_experts else None
+        with record_conversion(source, target, world, expert_parallel=split), stage_files(target) as staging:
+            names = [path.name for path in write_rank_sets(staging, ranks)]
+            set_aside_scales(target, staging, world, set(names))
+        written += [target / one for one in names]
+    return written
+
+
+def _find_run(run: Path, devices: Sequence[str] | None) -> tuple[Path, Sequence[str]]:
+    if not (run / CHANNEL_RANGES_NAME).is_file() and (run.parent / CHANNEL_RANGES_NAME).is_file():
+        devices, run = devices or [run.name], run.parent
+    if not (run / CHANNEL_RANGES_NAME).is_file():
+        raise FileError(
+            f"no {CHANNEL_RANGES_NAME}",
+            where=run,
+            why="only the torch engine writes it; rank files alone cannot be resharded exactly",
+            fix="give the run directory (OUT/<model>), or use `gaudi-calib expand`, whose ranges are upper bounds",
+        )
+    found = devices or [name for name in DEVICES if RunLayout(run.parent, run.name).measure_config(name).is_file()]
+    return run, found or list(DEVICES)
+
+
+def _read_config(run: Path, device: str) -> QuantConfig:
+    path = run / f"maxabs_measure_{device}.json"
+    if not path.is_file():
+        raise FileError(
+            f"no {path.name}",
+            where=path,
+            why="it says which nodes are blocked",
+            fix=f"copy it beside {CHANNEL_RANGES_NAME}, or measure for {device}",
+        )
+    return read_quant_config(path)
+
+
+def _choose_sharing(run: Path, device: str, channels: ChannelRanges, world: int, given: bool | None) -> bool:
+    if given is not None or world == 1 or not channels.has_experts:
+        return bool(given) and channels.has_experts
+    path = run / device / MANIFEST_NAME
+    manifest = read_manifest(path).good if path.is_file() else None
+    if manifest is None:
+        raise TopologyError(
+            "it is not known how the ranks share the experts",
+            where=run,
+            why=f"there is no {MANIFEST_NAME} that says how the model is served",
+            fix="give --expert-parallel (ranks hold whole experts) or --no-expert-parallel (a slice of each)",
+        )
+    return manifest.topology.expert_parallel
