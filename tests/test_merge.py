@@ -75,6 +75,19 @@ def test_merge_is_commutative_associative_and_idempotent(seed: int, world: int):
     )
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_runs_with_the_same_nodes_are_merged_at_once_to_the_same_result(world: int):
+    """The fast way for runs that reached the same nodes gives what merging node by node gives."""
+    a, b = (make_ranks(seed, world=world, reached=1) for seed in (50, 51))
+    extra = {"extra": Node((np.ones(1, np.float32),))}
+    slow = combine(a, replace(b, nodes={**b.nodes, **extra}))
+    expected = replace(slow, nodes={name: node for name, node in slow.nodes.items() if name != "extra"})
+    assert describe(combine(a, b)) == describe(expected)
+    other = replace(b.nodes[MODULES[0]], weight=WEIGHTS[MODULES[0]] * 2)
+    with pytest.raises(ModelError, match=f"weight of {MODULES[0]} differs"):
+        combine(a, replace(b, nodes={**b.nodes, MODULES[0]: other}))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_every_range_is_the_largest_of_the_runs_that_reached_the_node(seed: int):
     """No run's maximum is lost, and a node that one run reached keeps its ranges and its place."""

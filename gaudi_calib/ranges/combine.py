@@ -21,6 +21,7 @@ from gaudi_calib.errors import ModelError, RangeError, TopologyError
 from gaudi_calib.layout import DUMP_NAME
 from gaudi_calib.ranges.node import Node, Op, RankSet, find_op
 from gaudi_calib.ranges.shard import ChannelRanges
+from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
 
 T = TypeVar("T")
 
@@ -68,13 +69,16 @@ def combine_ranks(runs: Sequence[RankSet[Node]], sources: Sequence[object]) -> R
                 where=source,
                 fix="combine the same rank of each run",
             )
-    nodes = [run.nodes if run.world > 1 else _without_garbage(run.nodes) for run in runs]
+    nodes: list[Mapping[str, Node]] = [run.nodes if run.world > 1 else _without_garbage(run.nodes) for run in runs]
     samples = [run.num_samples for run in runs if run.num_samples is not None]
     modules = join_names([run.modules for run in runs])
+    combined = _combine_alike([tabulate_ranges(one) for one in nodes])
+    if combined is None:
+        combined = _combine_nodes(nodes, modules, sources, f" on rank {first.rank} of {first.world}")
     return RankSet(
         first.rank,
         first.world,
-        _combine_nodes(nodes, modules, sources, f" on rank {first.rank} of {first.world}"),
+        combined,
         modules,
         max(samples, default=None),
         first.dump if {run.dump for run in runs} == {first.dump} else DUMP_NAME,
@@ -142,6 +146,20 @@ def _without_garbage(nodes: Mapping[str, Node]) -> dict[str, Node]:
         if node.outputs is not None and find_op(name, node) is Op.ROW_PARALLEL_LINEAR:
             cleaned[name] = replace(node, outputs=(node.outputs[0], node.outputs[0]))
     return cleaned
+
+
+def _combine_alike(tables: Sequence[RangeTable]) -> Mapping[str, Node] | None:
+    """Combine runs with the same nodes at once; None where they differ, or something is wrong."""
+    inventory = tables[0].inventory
+    if not all(table.inventory.equals(inventory) for table in tables):
+        return None
+    numbers = np.stack([table.numbers for table in tables])
+    weights = np.array([getattr(shape, "weight", None) or 0 for shape in inventory.shapes], dtype=np.int64)
+    ends = inventory.starts + inventory.sizes
+    is_weight = np.arange(inventory.size) >= np.repeat(ends - weights, inventory.sizes)
+    if not np.isfinite(numbers).all() or (numbers != numbers[0])[:, is_weight].any():
+        return None
+    return RangeTable(inventory, np.maximum.reduce(numbers))
 
 
 def _combine_nodes(

@@ -261,7 +261,7 @@ def _gather_facts(
     distinct = {step.model_dump_json(): step for step in steps}
     facts: dict[str, Any] = {
         "history": sorted(distinct.values(), key=lambda step: step.started_at),
-        "notes": {key: note for one in manifests for key, note in one.notes.items()},
+        "notes": _join_notes(manifests),
         "model": next((one.model for one in manifests if one.model), None),
     }
     for name in ("device", "platform", "engine"):
@@ -277,6 +277,13 @@ def _gather_facts(
     data = [*facts["notes"].pop("merged_datasets", []), *data]
     facts["notes"] |= {"merged": [str(path.resolve()) for path in sources], "merged_datasets": data}
     return facts
+
+
+def _join_notes(manifests: Iterable[Manifest]) -> dict[str, Any]:
+    notes: dict[str, Any] = {}
+    for key, note in (item for one in manifests for item in one.notes.items()):
+        notes[key] = {**notes[key], **note} if isinstance(note, dict) and isinstance(notes.get(key), dict) else note
+    return notes
 
 
 def _set_aside(out: Path, written: Iterable[Path], *, is_device_dir: bool) -> None:
