@@ -162,6 +162,19 @@ def test_the_result_stands_for_the_same_weights(tmp_path: Path) -> None:
     assert changed == tally.rounded
 
 
+def test_ranges_of_the_golden_model_survive(tmp_path: Path) -> None:
+    """The largest value of every weight is far above the values that are rounded."""
+    source = Path(__file__).parent / "golden" / "deepseek-v3-fp8-tiny" / "model"
+    _, tally = convert(source, tmp_path / "out")
+    before, after = Checkpoint(source), Checkpoint(tmp_path / "out")
+    ranges = [
+        {name: float(weight.abs().max()) for name, weight in checkpoint.read(checkpoint.files).items()}
+        for checkpoint in (before, after)
+    ]
+    assert ranges[0] == ranges[1]
+    assert (tally.weights, tally.values, tally.rounded) == (72, 2801664, 324)
+
+
 def test_every_other_file_travels(tmp_path: Path) -> None:
     """Tokenizer, template, code, index and subdirectories are byte-identical; a download cache is left behind."""
     source = save_model(tmp_path / "source", make_tensors(), shards=2)

@@ -20,7 +20,7 @@ RECORD_NAME = "gaudi2_conversion.json"
 # Of the downloading tools, not of the model.
 _NOT_OF_THE_MODEL = {".git", ".cache"}
 _FP8 = ("F8_E4M3", "F8_E5M2")
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 # vllm-gaudi reads this key of compressed-tensors configs: values that fit Gaudi 2 are not halved again while loading.
 FLAVOR_KEY, FLAVOR = "fp8_dtype_flavor", "float8_e4m3fnuz"
 _FLAVORED_METHOD = "compressed-tensors"
@@ -228,7 +228,7 @@ def list_spans(path: Path) -> list[Span]:
 
 
 def read_chunks(path: Path, span: Span) -> Iterator[bytearray]:
-    """Yield the bytes of a tensor, a few megabytes at a time."""
+    """Yield the bytes of a tensor, a megabyte at a time."""
     with path.open("rb") as file:
         file.seek(span.start)
         for start in range(span.start, span.stop, CHUNK_BYTES):

@@ -128,7 +128,7 @@ def _convert_shard(plan: ConversionPlan, shard: str) -> Tally:
 
 
 def _write_shard(source: Path, file: IO[bytes], actions: dict[str, Action]) -> Tally:
-    """Write the conversion of the safetensors file `source`, a few megabytes at a time."""
+    """Write the conversion of the safetensors file `source`, a megabyte at a time."""
     spans = list_spans(source)
     with source.open("rb") as original:
         file.write(original.read(spans[0].start if spans else None))
