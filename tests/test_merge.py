@@ -441,3 +441,12 @@ def test_stray_files_are_not_taken_for_ranges(tmp_path: Path):
     (b / "inc_output_hooks_maxabs_0_1.json.bak").write_text("x")
     assert run(a, b, "-o", tmp_path / "out") == 0
     assert list(list_worlds(tmp_path / "out")) == [1]
+
+
+def test_two_measurements_in_one_directory_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Files of another dump name, or without a rank in their name, may be the same rank: which is meant is not clear."""
+    a, b = (write_run(tmp_path / name, seed, {1: (0,)}) for seed, name in enumerate("ab"))
+    shutil.copy(b / "inc_output_hooks_maxabs_0_1.json", b / "inc_output_hooks_maxabs.json")
+    assert run(a, b, "-o", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "two files are ranges of rank 0 of 1" in error and str(b) in error and not (tmp_path / "out").exists()

@@ -149,6 +149,8 @@ def _combine_channel_files(runs: Sequence[_Run]) -> ChannelRanges | None:
 
 def _combine_device(directories: Sequence[Path]) -> list[RankSet[Node]]:
     """Return all ranks of all worlds that every directory has."""
+    for directory in directories:
+        _require_one_measurement(directory)
     found = [list_worlds(directory) for directory in directories]
     combined = []
     for world in sorted({world for worlds in found for world in worlds}):
@@ -156,6 +158,24 @@ def _combine_device(directories: Sequence[Path]) -> list[RankSet[Node]]:
         if _all_have(f"ranges of world size {world}", present):
             combined += _combine_world(world, [worlds[world] for worlds in found], directories)
     return combined
+
+
+def _require_one_measurement(directory: Path) -> None:
+    """Raise FileError where two files are ranges of the same rank: of another dump name, or without a rank's suffix."""
+    seen: dict[tuple[int, int], str] = {}
+    for path in sorted(directory.glob("*.json")):
+        file = parse_rank_file(path.name)
+        if file is None or file.is_mod_list or file.method is not None or file.observer != "maxabs":
+            continue
+        key = (file.rank or 0, file.world or 1)
+        if key in seen:
+            raise FileError(
+                f"two files are ranges of rank {key[0]} of {key[1]}: {seen[key]} and {path.name}",
+                where=directory,
+                why="they are of different measurements",
+                fix="move one of the measurements to a directory of its own, and merge both",
+            )
+        seen[key] = path.name
 
 
 def _combine_world(world: int, files: Sequence[Mapping[int, Path]], directories: Sequence[Path]) -> list[RankSet[Node]]:
