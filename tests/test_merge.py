@@ -444,9 +444,34 @@ def test_stray_files_are_not_taken_for_ranges(tmp_path: Path):
 
 
 def test_two_measurements_in_one_directory_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Files of another dump name, or without a rank in their name, may be the same rank: which is meant is not clear."""
+    """Files of another dump name, or without a rank in their name, may be the same rank: which one is meant?"""
     a, b = (write_run(tmp_path / name, seed, {1: (0,)}) for seed, name in enumerate("ab"))
     shutil.copy(b / "inc_output_hooks_maxabs_0_1.json", b / "inc_output_hooks_maxabs.json")
     assert run(a, b, "-o", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "two files are ranges of rank 0 of 1" in error and str(b) in error and not (tmp_path / "out").exists()
+
+
+def test_merging_measurements_of_shards_equals_measuring_all_of_the_data(tmp_path: Path):
+    """Channel ranges and every rank's ranges of two halves of the prompts give, merged, those of all prompts."""
+    prompts = json.loads((GOLDEN / "tp1" / "tokens.json").read_text())["prompt_token_ids"]
+    for name, part in {"a": prompts[:1], "b": prompts[1:], "all": prompts}.items():
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps({"prompt_token_ids": ids}) + "\n" for ids in part))
+        words = ("-m", GOLDEN / "model", "-d", data, "-o", tmp_path / name, "-t", 2, "-r", 1, "-b", 1)
+        assert main(["measure", *map(str, words)]) == 0
+    assert run(tmp_path / "a" / "model", tmp_path / "b" / "model", "-o", tmp_path / "merged") == 0
+    merged, whole = (
+        read_channel_ranges(one / CHANNEL_RANGES_NAME) for one in (tmp_path / "merged", tmp_path / "all/model")
+    )
+    assert list(merged.nodes) == list(whole.nodes)
+    for name, node in whole.nodes.items():
+        other = merged.nodes[name]
+        assert node.partial_products == other.partial_products
+        for mine, theirs in zip(other.inputs, node.inputs, strict=True):
+            assert (mine.values == theirs.values).all(), name
+    for device, world in (("g2", 1), ("g3", 2)):
+        ranks = zip(
+            *(read_world_dir(one / device, world) for one in (tmp_path / "merged", tmp_path / "all/model")), strict=True
+        )
+        assert all(describe(replace(one, num_samples=0)) == describe(replace(two, num_samples=0)) for one, two in ranks)
