@@ -13,7 +13,7 @@ from gaudi_calib.layout import CHANNEL_RANGES_NAME, RankFile
 from gaudi_calib.ranges.channel_file import read_channel_ranges, write_channel_ranges
 from gaudi_calib.ranges.coverage import count_coverage
 from gaudi_calib.ranges.node import Node, RankSet
-from gaudi_calib.ranges.reshard import derive_world, select_nodes
+from gaudi_calib.ranges.reshard import VLLM_NOTE, derive_world, select_nodes
 from gaudi_calib.ranges.shard import ChannelRanges
 from gaudi_calib.ranges.store import list_worlds, read_world_dir, write_rank_set
 from gaudi_calib.run import Run, RunOptions, RunResult
@@ -167,7 +167,8 @@ def _derive_world(
         run.note(
             device, **{f"world_{world}": "outputs[0] of row-parallel layers and experts are upper bounds, not measured"}
         )
-    return derive_world(channels, topology, device, config)
+    vllm = run.options.vllm or run.records[device.name].manifest.notes.get(VLLM_NOTE)
+    return derive_world(channels, topology, device, config, vllm)
 
 
 def _load_ranges(run: Run) -> None:

@@ -34,6 +34,7 @@ from gaudi_calib.manifest import (
 from gaudi_calib.ranges.evidence import NOTE as SHARING_NOTE
 from gaudi_calib.ranges.expert_channels import Topology as RankTopology
 from gaudi_calib.ranges.node import Node, Op, RankSet
+from gaudi_calib.ranges.reshard import VLLM_NOTE
 from gaudi_calib.ranges.shard import ChannelRanges
 from gaudi_calib.scales.layer_types import find_layer_type
 
@@ -63,6 +64,7 @@ class RunOptions:
         batch_size: sequences that run together, at most.
         dtype: what the model is served in.
         expert_parallel: whether ranks hold whole experts (-u); None: as the family is served.
+        vllm: version of the vLLM that will serve, or None for a current one.
         cold_experts: what to do with experts that see fewer than `min_expert_tokens` tokens:
             `fill`, `ignore` or `error`.
         compute_dtype: `float32` or `bfloat16`, the arithmetic of the measurement.
@@ -82,6 +84,7 @@ class RunOptions:
     dtype: str = "bfloat16"
     compute_dtype: str = "float32"
     expert_parallel: bool | None = None
+    vllm: str | None = None
     cold_experts: str = "fill"
     min_expert_tokens: int = 16
     scale_method: str | None = None
@@ -161,6 +164,8 @@ class Run:
             self.plan.require_topology(self.topology(world))
         self.measure_configs = {device.name: self._measure_config(device) for device in self.devices}
         self.quant_configs = {device.name: self._quant_config(device) for device in self.devices}
+        for config in (*self.measure_configs.values(), *self.quant_configs.values()):
+            self._require_blocked(config)
         self.needs_ranges = not serves or any(one.uses_stats_files for one in self.quant_configs.values())
         self.staging = Path()
         self.prompts: Prompts | None = None
@@ -259,6 +264,8 @@ class Run:
                 if self.plan.experts:
                     self._note_sharing(device, record)
                 record.update(topology=Topology(measured_world=1, worlds=worlds, expert_parallel=self.expert_parallel))
+                if self.options.vllm:
+                    record.update(notes={VLLM_NOTE: self.options.vllm})
                 self.records[device.name] = record
             yield
 
@@ -343,6 +350,16 @@ class Run:
             )
         get_scales_device(config, device)
         return config
+
+    def _require_blocked(self, config: QuantConfig) -> None:
+        free = [name for name in self.plan.unmeasured if not config.is_blocked(name)]
+        if free and config.uses_stats_files:
+            raise ConfigError(
+                f"{free[0]} cannot be measured (nor {len(free) - 1} more)",
+                where="blocklist",
+                why="no engine measures such layers, and serving fails where one that is not blocked has no ranges",
+                fix="add " + ", ".join(repr(name) for name in self.plan.family.blocklist) + " to the blocklist's names",
+            )
 
     def _set_aside(self, written: Sequence[Path]) -> None:
         """Move rank files of an earlier measurement out of the way of the ranges now in place."""

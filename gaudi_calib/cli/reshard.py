@@ -30,9 +30,14 @@ import click
     help="Device that will serve: one, or all the run has.",
 )
 @click.option(
+    "--vllm", metavar="VERSION", help="vLLM that will serve; before 0.24 experts have other names.  [as the run]"
+)
+@click.option(
     "-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Run directory of the results.  [in place]"
 )  # fmt: skip
-def reshard(run: Path, world: int, expert_parallel: bool | None, device: str, out: Path | None) -> None:
+def reshard(
+    run: Path, world: int, expert_parallel: bool | None, device: str, vllm: str | None, out: Path | None
+) -> None:
     """Derive the ranges of every rank of another topology from one measurement, exactly.
 
     Needs neither the model nor the data. `quantize -t` computes the scales.
@@ -40,5 +45,5 @@ def reshard(run: Path, world: int, expert_parallel: bool | None, device: str, ou
     from gaudi_calib.ranges.reshard import reshard_dir
 
     devices = None if device == "all" else [device]
-    for path in reshard_dir(run, world, expert_parallel=expert_parallel, devices=devices, out=out):
+    for path in reshard_dir(run, world, expert_parallel=expert_parallel, devices=devices, out=out, vllm=vllm):
         click.echo(path)

@@ -46,6 +46,9 @@ _EXPERTS = click.option(
     "-u", "--expert-parallel/--no-expert-parallel", "expert_parallel", default=None,
     help="Ranks hold whole experts, or a slice of each.  [as measured; as the family is served]",
 )  # fmt: skip
+_VLLM = click.option(
+    "--vllm", metavar="VERSION", help="vLLM that will serve; before 0.24 experts have other names.  [a current one]"
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _MEASURING = (
     click.option(
@@ -85,7 +88,7 @@ _QUANTIZING = (
 
 def measuring_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of a command that measures."""
-    return _add(function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, _EXPERTS, *_MEASURING, _JSON))
+    return _add(function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, _EXPERTS, _VLLM, *_MEASURING, _JSON))
 
 
 def quantizing_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,7 +98,7 @@ def quantizing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say which run is meant, for a command that does not measure."""
-    return _add(function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, _EXPERTS, _JSON))
+    return _add(function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, _EXPERTS, _VLLM, _JSON))
 
 
 def _add(function: Callable[..., Any], options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:

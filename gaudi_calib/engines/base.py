@@ -119,6 +119,12 @@ class ModelPlan:
         """Name of an attention op's node, e.g. `model.layers.0.self_attn.attn.impl.k_cache`."""
         return self.node_name(layer, f"{self.layout.attention.name}.impl.{op}")
 
+    @property
+    def unmeasured(self) -> list[str]:
+        """Nodes that INC patches and no engine here measures; they must stay blocked."""
+        suffixes = tuple(f".{module.name}" for module in self.layout.modules if isinstance(module, Unmeasured))
+        return [name for name in self.node_names if suffixes and name.endswith(suffixes)]
+
     def divides(self, world: int) -> bool:
         """Whether every tensor outside the experts divides over `world` ranks."""
         axes = [*self._split_axes(), self.head_axis, self.kv_axis]

@@ -12,9 +12,8 @@ it is; these do, the weightiest first:
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gaudi_calib.errors import FileError, TopologyError
 from gaudi_calib.files import read_json
@@ -27,8 +26,7 @@ NOTE = "expert_parallel"
 _COUNT_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """A reason to take ranks as expert-parallel, or not.
 
     Attributes:
@@ -113,8 +111,7 @@ def count_channel_experts(path: Path) -> int | None:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, path.stat().st_size)))
         nodes = json.loads(header["__metadata__"]["channel_ranges"])["nodes"]
-        ops = [facts for name, facts in nodes.items() if name.rpartition(".")[2] == "moe_op"]
-        counts = {sum(part.startswith("outputs.") for part in facts["axes"]) - 1 for facts in ops}
+        counts = {facts["experts"]["count"] for facts in nodes.values() if "experts" in facts}
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path.name} is damaged", where=path, why=str(error), fix="measure again") from error
     return counts.pop() if len(counts) == 1 else None
@@ -152,7 +149,7 @@ def _compare_count(world: World, count: int | None, path: Path) -> Evidence | No
     ranks = len(world.ranks)
     if count is None or ranks == 1:
         return None
-    local = {layer.count for layer in world.layers}
+    local = {layer.size for layer in world.layers}
     if local == {count}:
         return Evidence(False, f"{path.name}: each rank has all {count} experts")
     if {one * ranks for one in local} == {count}:

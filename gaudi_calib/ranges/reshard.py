@@ -7,11 +7,11 @@ from pathlib import Path
 
 from gaudi_calib.config import read_quant_config
 from gaudi_calib.config_model import QuantConfig
-from gaudi_calib.errors import FileError, TopologyError
+from gaudi_calib.errors import FileError, TopologyError, UsageError
 from gaudi_calib.files import stage_files
 from gaudi_calib.fp8 import DEVICES, Device, get_device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, RunLayout
-from gaudi_calib.manifest import read_manifest
+from gaudi_calib.manifest import Manifest, read_manifest
 from gaudi_calib.ranges.channel_file import read_channel_ranges
 from gaudi_calib.ranges.expert_channels import Topology
 from gaudi_calib.ranges.kvcache import apply_kv_cache
@@ -25,16 +25,45 @@ from gaudi_calib.scales.layer_types import find_layer_type
 _log = logging.getLogger(__name__)
 
 
+# First vLLM whose fused expert ops are called `...experts.routed_experts.moe_op`; before, `...experts.moe_op`.
+ROUTED_EXPERTS_SINCE = (0, 24)
+# Key of a manifest's notes: version of the vLLM whose names the files have, where it was chosen.
+VLLM_NOTE = "vllm"
+
+
 def derive_world(
-    channels: ChannelRanges, topology: Topology, device: Device, config: QuantConfig
+    channels: ChannelRanges, topology: Topology, device: Device, config: QuantConfig, vllm: str | None = None
 ) -> list[RankSet[Node]]:
     """Return the ranges of every rank, with the caches' in the attention matmuls and without blocked nodes.
+
+    Args:
+        vllm: version of the vLLM that will serve, which decides what expert ops are called; None: a current one.
 
     Raises:
         TopologyError: a tensor does not divide over the ranks; names the node.
     """
     ranks = (derive_rank(channels, rank, topology, device) for rank in range(topology.world))
-    return [select_nodes(apply_kv_cache(rank_set), config) for rank_set in ranks]
+    derived = [select_nodes(apply_kv_cache(rank_set), config) for rank_set in ranks]
+    return [_rename_experts(one) for one in derived] if _parse_version(vllm) < ROUTED_EXPERTS_SINCE else derived
+
+
+def _parse_version(vllm: str | None) -> tuple[int, ...]:
+    if vllm is None:
+        return ROUTED_EXPERTS_SINCE
+    parts = vllm.split(".")
+    if len(parts) < 2 or not all(part.isdecimal() for part in parts[:2]):
+        raise UsageError(f"{vllm!r} is not a version of vLLM", fix="give it as MAJOR.MINOR, for example 0.23")
+    return tuple(int(part) for part in parts[:2])
+
+
+def _rename_experts(rank_set: RankSet[Node]) -> RankSet[Node]:
+    """Call fused expert ops as older vLLM does."""
+
+    def rename(name: str) -> str:
+        return name.replace(".routed_experts.moe_op", ".moe_op")
+
+    nodes = {rename(name): node for name, node in rank_set.nodes.items()}
+    return replace(rank_set, nodes=nodes, modules=tuple(map(rename, rank_set.modules)))
 
 
 def select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
@@ -57,6 +86,7 @@ def reshard_dir(
     expert_parallel: bool | None = None,
     devices: Sequence[str] | None = None,
     out: Path | None = None,
+    vllm: str | None = None,
 ) -> list[Path]:
     """Write the ranges of every one of `world` ranks, as a measurement with so many would have left them.
 
@@ -65,6 +95,7 @@ def reshard_dir(
         expert_parallel: whether ranks hold whole experts; None: as the run's manifest says.
         devices: names of devices; None: those the run has.
         out: a run directory for the results; None: `run` itself.
+        vllm: as for `derive_world`; None: as the run's manifest says.
 
     Returns:
         The files written.
@@ -78,9 +109,11 @@ def reshard_dir(
     written: list[Path] = []
     results = {}
     for name in devices:
-        topology = Topology(world, _choose_sharing(run, name, channels, world, expert_parallel))
-        config = _read_config(run, name)
-        results[name] = topology, derive_world(channels, topology, get_device(name), config)
+        manifest = _read_manifest(run / name)
+        topology = Topology(world, _choose_sharing(run, manifest, channels, world, expert_parallel))
+        version = vllm or (manifest.notes.get(VLLM_NOTE) if manifest else None)
+        ranks = derive_world(channels, topology, get_device(name), _read_config(run, name), version)
+        results[name] = topology, ranks
         if not channels.is_measured(topology):
             _log.warning(
                 "The outputs of row-parallel layers and experts were not measured for %d ranks; "
@@ -124,11 +157,16 @@ def _read_config(run: Path, device: str) -> QuantConfig:
     return read_quant_config(path)
 
 
-def _choose_sharing(run: Path, device: str, channels: ChannelRanges, world: int, given: bool | None) -> bool:
+def _read_manifest(directory: Path) -> Manifest | None:
+    path = directory / MANIFEST_NAME
+    return read_manifest(path).good if path.is_file() else None
+
+
+def _choose_sharing(
+    run: Path, manifest: Manifest | None, channels: ChannelRanges, world: int, given: bool | None
+) -> bool:
     if given is not None or world == 1 or not channels.has_experts:
         return bool(given) and channels.has_experts
-    path = run / device / MANIFEST_NAME
-    manifest = read_manifest(path).good if path.is_file() else None
     if manifest is None:
         raise TopologyError(
             "it is not known how the ranks share the experts",
