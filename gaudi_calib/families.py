@@ -179,6 +179,14 @@ _LLAMA4 = _llama_like(
         scales_input=True,
     ),
 )
+_VISION = ("vision_model", "multi_modal_projector")
+_LLAMA4_WITH_VISION = replace(
+    _LLAMA4,
+    text_prefix="language_model.",
+    others=_VISION,
+    vllm_layers="language_model.model.layers",
+    vllm_lm_head="language_model.lm_head",
+)
 _GPT_OSS = _llama_like(
     Linear("attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), Split.QKV),
     Linear("attn.o_proj", ("self_attn.o_proj",), Split.ROW, by_head=True),
@@ -189,6 +197,7 @@ _GPT_OSS = _llama_like(
         router="mlp.router",
         each=(),
         stacked=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+        biased=True,
         transposed=True,
         interleaved=True,
     ),
@@ -240,6 +249,7 @@ FAMILIES: tuple[Family, ...] = (
         expert_parallel=True,
     ),
     Family("llama4", ("llama4_text",), _LLAMA4),
+    Family("llama4_vision", ("llama4",), _LLAMA4_WITH_VISION, blocklist=_VISION),
     # INC's fused attention takes neither sinks nor windows: patched, it fails at the first prompt.
     Family("gpt_oss", ("gpt_oss",), _GPT_OSS, blocklist=("fused_scaled_dot_product_attention",)),
     Family("granitemoe", ("granitemoe",), _GRANITE_MOE),

@@ -64,7 +64,8 @@ class Experts:
         each: checkpoint paths of one expert's gate, up and down weights, `{}` its
             number; empty where checkpoints hold stacked tensors only.
         stacked: checkpoint paths of the stacked gate-and-up and down tensors, each
-            (experts, out, in); biases, if any, are called the same with `_bias`.
+            (experts, out, in).
+        biased: experts have biases, stacked, called as their weights with `_bias`.
         transposed: stacked tensors are (experts, in, out).
         interleaved: rows of gate and up alternate; otherwise gate comes first.
         scales_input: the router's weight multiplies an expert's input in Hugging Face; in
@@ -78,6 +79,7 @@ class Experts:
     router: str
     each: tuple[str, ...] = ()
     stacked: tuple[str, ...] = ()
+    biased: bool = False
     transposed: bool = False
     interleaved: bool = False
     scales_input: bool = False
@@ -113,6 +115,9 @@ class Layout:
         outer: linear layers outside the decoder layers (absolute paths), if present.
         uses_attention_interface: False where the attention calls
             `scaled_dot_product_attention` itself.
+        text_prefix: of the language model's tensors in checkpoints of a larger model, whose
+            config.json describes it under `text_config`.
+        others: vLLM's names of the larger model's other parts, which no engine here measures.
         packs: False where positions cannot be given, so that one sequence runs at a time.
     """
 
@@ -125,6 +130,8 @@ class Layout:
     vllm_layers: str | None = None
     outer: tuple[Linear, ...] = ()
     uses_attention_interface: bool = True
+    text_prefix: str = ""
+    others: tuple[str, ...] = ()
     packs: bool = True
 
     @property

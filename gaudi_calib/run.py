@@ -34,7 +34,7 @@ from gaudi_calib.manifest import (
 from gaudi_calib.ranges.evidence import NOTE as SHARING_NOTE
 from gaudi_calib.ranges.expert_channels import Topology as RankTopology
 from gaudi_calib.ranges.node import Node, Op, RankSet
-from gaudi_calib.ranges.reshard import VLLM_NOTE
+from gaudi_calib.ranges.reshard import VLLM_NOTE, parse_vllm_version
 from gaudi_calib.ranges.shard import ChannelRanges
 from gaudi_calib.scales.layer_types import find_layer_type
 
@@ -389,5 +389,6 @@ def _check_options(options: RunOptions) -> None:
         raise UsageError(
             f"unknown policy {options.cold_experts!r} for cold experts", fix="choose fill, ignore or error"
         )
+    parse_vllm_version(options.vllm)
     if options.scale_method and options.quant_config:
         raise UsageError("--scale-method and --config-quant both name the scale method", fix="give one of them")

@@ -123,7 +123,8 @@ class ModelPlan:
     def unmeasured(self) -> list[str]:
         """Nodes that INC patches and no engine here measures; they must stay blocked."""
         suffixes = tuple(f".{module.name}" for module in self.layout.modules if isinstance(module, Unmeasured))
-        return [name for name in self.node_names if suffixes and name.endswith(suffixes)]
+        layers = [name for name in self.node_names if suffixes and name.endswith(suffixes)]
+        return [*self.layout.others, *layers]
 
     def divides(self, world: int) -> bool:
         """Whether every tensor outside the experts divides over `world` ranks."""
@@ -154,8 +155,8 @@ class ModelPlan:
             raise TopologyError(
                 f"the experts do not divide over {world} ranks",
                 where=self.checkpoint.directory,
-                why=f"there are {experts.count} of {experts.channels} intermediate channels each, shared by "
-                + ("expert" if topology.expert_parallel else "channel"),
+                why=f"it has {experts.count} experts of {experts.channels} intermediate channels, and ranks get "
+                + ("whole experts" if topology.expert_parallel else "channels of every expert"),
                 fix="choose another number of ranks, or the other way of sharing (-u or --no-expert-parallel)",
             )
 
@@ -220,6 +221,8 @@ def plan_model(model_dir: Path, dtype: str = "bfloat16") -> ModelPlan:
     """
     checkpoint = Checkpoint(model_dir)
     family = find_family(str(checkpoint.config.get("model_type")))
+    if family.layout.text_prefix:
+        checkpoint.narrow(family.layout.text_prefix)
     config = checkpoint.config
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
@@ -241,6 +244,7 @@ def plan_model(model_dir: Path, dtype: str = "bfloat16") -> ModelPlan:
 def _walk_nodes(plan: ModelPlan) -> Iterator[tuple[str, LinearPlan | ExpertWeights | None]]:
     layout = plan.layout
     names = WeightNames(plan.checkpoint, layout)
+    yield from ((name, None) for name in layout.others)
     outer = [linear for linear in layout.outer if names.has(linear.parts[0] + ".weight")]
     for linear in outer:
         yield linear.name, _plan_linear(plan, linear, linear.name, "", names)
@@ -259,7 +263,9 @@ def _walk_layer(
             if module.where is None or names.has(f"{layer}.{module.where}.weight"):
                 yield node, _plan_linear(plan, module, node, layer + ".", names)
         elif isinstance(module, Experts):
-            experts = find_expert_weights(plan.checkpoint, module, node, layer, plan.dtype)
+            router = f"{layer}.{module.router}.weight"
+            found = names.find(router) if names.has(router) else None
+            experts = find_expert_weights(plan.checkpoint, module, node, layer, found, plan.dtype)
             if experts is not None:
                 yield node, experts
                 yield from ((f"{node}.{child}", None) for child in list_children(experts.count))

@@ -95,6 +95,13 @@ class Checkpoint:
         self.weights: dict[str, StoredWeight] = find_weights(self.tensors)
         self.files = {name: self.tensors[weight.values] for name, weight in self.weights.items()}
 
+    def narrow(self, prefix: str) -> None:
+        """Leave the language model of a larger one: tensors below `prefix`, without it, and `text_config`."""
+        self.weights = {name.removeprefix(prefix): one for name, one in self.weights.items() if name.startswith(prefix)}
+        self.files = {name: self.tensors[weight.values] for name, weight in self.weights.items()}
+        kept = {name: self.config[name] for name in ("model_type", "quantization_config") if name in self.config}
+        self.config = dict(self.config["text_config"]) | kept
+
     def _find_tensors(self) -> dict[str, str]:
         index = self.directory / _INDEX_NAME
         if index.is_file():

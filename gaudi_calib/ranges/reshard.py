@@ -44,10 +44,18 @@ def derive_world(
     """
     ranks = (derive_rank(channels, rank, topology, device) for rank in range(topology.world))
     derived = [select_nodes(apply_kv_cache(rank_set), config) for rank_set in ranks]
-    return [_rename_experts(one) for one in derived] if _parse_version(vllm) < ROUTED_EXPERTS_SINCE else derived
+    return [_rename_experts(one) for one in derived] if parse_vllm_version(vllm) < ROUTED_EXPERTS_SINCE else derived
 
 
-def _parse_version(vllm: str | None) -> tuple[int, ...]:
+def parse_vllm_version(vllm: str | None) -> tuple[int, ...]:
+    """Return (major, minor) of a version of vLLM; of None, that of a current one.
+
+    Raises:
+        UsageError: it is no version.
+
+    >>> parse_vllm_version("0.11.2")
+    (0, 11)
+    """
     if vllm is None:
         return ROUTED_EXPERTS_SINCE
     parts = vllm.split(".")
