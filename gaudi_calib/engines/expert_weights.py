@@ -1,5 +1,6 @@
 """The weights of one layer's routed experts, read from the checkpoint one expert at a time."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +56,9 @@ class ExpertWeights:
 
     def read_biases(self, expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the biases of gate and up, shape (2 * channels,), and of down, (hidden size,), or None."""
-        if not self.stacked:
+        if not self.facts.biased:
             return None
         names = [f"{self.layer}.{name}_bias" for name in self.facts.stacked]
-        if names[0] not in self.checkpoint.files:
-            return None
         gate_up, down = (self.checkpoint.read_part(name, expert).to(self.dtype) for name in names)
         return gate_up, down
 
@@ -79,38 +78,50 @@ class ExpertWeights:
 
 
 def find_expert_weights(
-    checkpoint: Checkpoint, facts: Experts, node: str, layer: str, dtype: torch.dtype
+    checkpoint: Checkpoint, facts: Experts, node: str, layer: str, router: str | None, dtype: torch.dtype
 ) -> ExpertWeights | None:
     """Return where the experts of `layer` (its prefix in the checkpoint) are, or None where it has none.
 
+    Args:
+        router: name of its router's weight; a layer without a router has no experts.
+
     Raises:
-        ModelError: experts are missing.
+        ModelError: experts are missing, or not as many as config.json says.
     """
-    stacked = next((name for name in (f"{layer}.{part}" for part in facts.stacked) if name in checkpoint.files), None)
-    if stacked is not None:
-        shape = checkpoint.shapes[stacked]
-        count, channels = shape[0], shape[2 if facts.transposed else 1] // 2
-    elif facts.each and f"{layer}.{facts.each[0].format(0)}" in checkpoint.files:
-        count = _count_each(checkpoint, facts, layer)
-        channels = checkpoint.shapes[f"{layer}.{facts.each[0].format(0)}"][0]
-    else:
+    if router is None:
         return None
-    return ExpertWeights(checkpoint, node, f"{layer}.{facts.module}", facts, layer, count, channels, dtype)
+    count = next(int(checkpoint.config[name]) for name in COUNT_NAMES if checkpoint.config.get(name))
+    is_stacked = not facts.each or any(f"{layer}.{name}" in checkpoint.files for name in facts.stacked)
+    names = [f"{layer}.{name}" for name in (facts.stacked if is_stacked else _name_each(facts, count))]
+    if facts.biased:
+        names += [f"{name}_bias" for name in names]
+    missing = next((name for name in names if name not in checkpoint.files), None)
+    if missing is not None:
+        raise ModelError(
+            f"the checkpoint has no tensor {missing!r}",
+            where=checkpoint.directory,
+            why=f"config.json calls for {count} experts",
+            fix="check that config.json belongs to these weights and that all shards are there",
+        )
+    shape = checkpoint.shapes[names[0]]
+    _check_count(checkpoint, count, {router: checkpoint.shapes[router]} | ({names[0]: shape} if is_stacked else {}))
+    rows = shape[2 if facts.transposed else 1] // 2 if is_stacked else shape[0]
+    return ExpertWeights(checkpoint, node, f"{layer}.{facts.module}", facts, layer, count, rows, dtype)
 
 
-def _count_each(checkpoint: Checkpoint, facts: Experts, layer: str) -> int:
-    config = checkpoint.config
-    count = next(int(config[name]) for name in COUNT_NAMES if config.get(name))
-    for expert in range(count):
-        for part in facts.each:
-            if f"{layer}.{part.format(expert)}" not in checkpoint.files:
-                raise ModelError(
-                    f"the checkpoint has no tensor {layer}.{part.format(expert)}",
-                    where=checkpoint.directory,
-                    why=f"config.json calls for {count} experts",
-                    fix="check that config.json belongs to these weights and that all shards are there",
-                )
-    return count
+def _name_each(facts: Experts, count: int) -> list[str]:
+    return [part.format(expert) for expert in range(count) for part in facts.each]
+
+
+def _check_count(checkpoint: Checkpoint, count: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if shape[0] != count:
+            raise ModelError(
+                f"{name!r} is of {shape[0]} experts",
+                where=checkpoint.directory,
+                why=f"config.json calls for {count}",
+                fix="check that config.json belongs to these weights",
+            )
 
 
 # config.json's names of the number of experts.

@@ -18,12 +18,17 @@ def build_skeleton(plan: ModelPlan, dtype: torch.dtype) -> nn.Module:
 
     register_attention()
     config = AutoConfig.from_pretrained(plan.checkpoint.directory)
+    if plan.layout.text_prefix:
+        config = config.get_text_config()
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the checkpoint reader dequantizes
     _serve_long_rope(config)
     implementation = ATTENTION_NAME if plan.layout.uses_attention_interface else "sdpa"
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+    for name, buffer in model.named_buffers():  # transformers keeps them so whatever the model's dtype
+        if any(part in name for part in getattr(model, "_keep_in_fp32_modules_strict", None) or ()):
+            buffer.data = buffer.data.float()
     return model.eval()
 
 
@@ -46,10 +51,9 @@ def loaded(module: nn.Module, prefix: str, names: WeightNames, dtype: torch.dtyp
     empty = {name: one for name, one in module.named_parameters() if not name.startswith(skipped)}
     wanted = {name: names.find(f"{prefix}.{name}") for name in empty}
     tensors = plan.checkpoint.read(wanted.values())
-    for name, buffer in module.named_buffers():
-        source = f"{prefix}.{name}"
-        if names.has(source):
-            buffer.copy_(plan.checkpoint.read([names.find(source)])[names.find(source)])
+    for name in module.state_dict().keys() - dict(module.named_parameters()).keys():  # buffers that are stored
+        source = names.find(f"{prefix}.{name}")
+        module.get_buffer(name).copy_(plan.checkpoint.read([source])[source])
     for name, source in wanted.items():
         _set_parameter(module, name, plan.served(tensors.pop(source)).to(dtype))
     try:
