@@ -9,7 +9,7 @@ from torch import nn
 
 from gaudi_calib.engines.attention import max_magnitude
 from gaudi_calib.engines.expert_weights import ExpertWeights
-from gaudi_calib.engines.linear import chain_worlds, sum_neighbours
+from gaudi_calib.engines.linear import chain_worlds, require_finite_weight, sum_neighbours
 from gaudi_calib.model_layout import Experts
 from gaudi_calib.ranges.expert_channels import ExpertChannels, Topology
 
@@ -46,7 +46,9 @@ class ObservedExperts:
         module: nn.Module,
         topologies: Sequence[Topology],
         dtype: torch.dtype,
+        tokens: int,
     ):
+        """Prepare for `tokens` tokens, in batches of any size."""
         self.weights, self.module, self.dtype = weights, module, dtype
         self.input: torch.Tensor | None = None
         count, channels = weights.count, weights.channels
@@ -57,9 +59,10 @@ class ObservedExperts:
         self._routing, self._bias = 0.0, 0.0
         late = weights.facts.late_factor
         self._late_factor = float(weights.checkpoint.config.get(late) or 1.0) if late else 1.0
-        self._sums = [_Sums(group, split) for split in (False, True) for group in _chain(topologies, split)]
+        self._sums = [_Sums(group, split) for split in (False, True) for group in _chain(topologies, split, dtype)]
         self._cache: dict[int, _Expert] = {}
         self._spare: list[torch.Tensor] = []
+        self._step, self._passed = -(-tokens // _SPARE_TOKENS), 0
 
     def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Route as the model does.
@@ -95,18 +98,26 @@ class ObservedExperts:
         loaded = self._load(expert)
         self._tokens[expert] += len(tokens)
         inner = self._observe_intermediate(expert, loaded, x)
-        result = nn.functional.linear(inner, loaded.down, loaded.down_bias) * weights
+        result = nn.functional.linear(inner, loaded.down, loaded.down_bias)
+        served = weights / self._late_factor
         for sums in self._sums:
-            sums.add(expert, self.weights.count, inner, loaded, tokens, weights, result)
+            sums.add(expert, self.weights.count, inner, loaded, tokens, served, result * served)
         if self.weights.facts.scales_input:
             inner = self._observe_intermediate(expert, loaded, x * weights)
             result = nn.functional.linear(inner, loaded.down, loaded.down_bias)
+        else:
+            result = result * weights
         out.index_add_(0, tokens, result.to(out.dtype))
 
     def _observe_intermediate(self, expert: int, loaded: "_Expert", x: torch.Tensor) -> torch.Tensor:
         inner = _gate(self.module, nn.functional.linear(x, loaded.gate_up, loaded.gate_up_bias))
         self._intermediate[expert] = torch.maximum(self._intermediate[expert], max_magnitude(inner, (0,)).float())
         return inner
+
+    def find_damaged(self) -> dict[str, torch.Tensor]:
+        """Return the maxima of experts that are not finite, by the node of the layer they enter."""
+        damaged = (~torch.isfinite(self._intermediate).all(1)).nonzero().flatten().tolist()
+        return {f"{self.weights.node}.w2_list.{expert}": self._intermediate[expert] for expert in damaged}
 
     def _load(self, expert: int) -> "_Expert":
         if expert in self._cache:
@@ -121,6 +132,8 @@ class ObservedExperts:
         rows = max_magnitude(gate_up, (1,)).float()
         self._gate_up[expert] = self.weights.order_gate_up(rows).amax(0)
         self._down[expert] = max_magnitude(down, (0,)).float()
+        for part, ranges in (("w13_list", self._gate_up), ("w2_list", self._down)):
+            require_finite_weight(f"{self.weights.node}.{part}.{expert}", ranges[expert])
         biases = self.weights.read_biases(expert)
         if biases is None:
             return _Expert(gate_up.to(self.dtype), down.to(self.dtype))
@@ -128,10 +141,9 @@ class ObservedExperts:
         return _Expert(gate_up.to(self.dtype), down.to(self.dtype), *(bias.to(self.dtype) for bias in biases))
 
     def _keep_spare(self, hidden: torch.Tensor) -> None:
-        room = _SPARE_TOKENS - sum(map(len, self._spare))
-        if room > 0:
-            step = max(1, len(hidden) // room)
-            self._spare.append(hidden[::step][:room].clone())
+        # Every so many tokens one, wherever batches end.
+        self._spare.append(hidden[-self._passed % self._step :: self._step].clone())
+        self._passed += len(hidden)
 
     def fill_cold(self, router: torch.Tensor, policy: ColdPolicy) -> None:
         """Read the experts no token reached, and send tokens through the cold ones.
@@ -156,15 +168,14 @@ class ObservedExperts:
         for expert in range(self.weights.count):
             if not self._gate_up[expert].any():
                 self._read(expert)
-        late = self._late_factor
-        outputs = {key: (values / late).numpy() for sums in self._sums for key, values in sums.largest.items()}
+        outputs = {key: values.numpy() for sums in self._sums for key, values in sums.largest.items()}
         return ExpertChannels(
             self._intermediate.numpy(),
             self._gate_up.numpy(),
             self._down.numpy(),
             self._tokens.numpy(),
             self._filled.numpy(),
-            self._routing / late,
+            self._routing / self._late_factor,
             self._bias,
             outputs,
         )
@@ -231,9 +242,11 @@ class _Sums:
         self._sums = torch.empty(0)
 
 
-def _chain(topologies: Sequence[Topology], by_expert: bool) -> list[list[Topology]]:
+def _chain(topologies: Sequence[Topology], by_expert: bool, dtype: torch.dtype) -> list[list[Topology]]:
     worlds = [one.world for one in topologies if one.world > 1 and one.expert_parallel == by_expert]
-    chains = [[Topology(world, by_expert) for world in chain] for chain in chain_worlds(worlds)]
+    # Below float32 sums round, so each is formed on its own, as the devices would.
+    groups = chain_worlds(worlds) if dtype is torch.float32 else [[world] for world in worlds]
+    chains = [[Topology(world, by_expert) for world in group] for group in groups]
     return chains if by_expert else [[Topology(1)], *chains]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gaudi_calib.engines.attention import max_magnitude
+from gaudi_calib.errors import RangeError
 
 # Tokens whose partial products are formed together; bounds their memory.
 _CHUNK = 1024
@@ -143,6 +144,16 @@ def _observe_products(
             observe(world, parts)
         product[start : start + _CHUNK] = sum_neighbours(parts, 1)[0]
     return product
+
+
+def require_finite_weight(node: str, ranges: torch.Tensor) -> None:
+    """Raise RangeError where the weight ranges of `node` are not finite."""
+    if not torch.isfinite(ranges).all():
+        raise RangeError(
+            f"{node} has NaN or infinity in its weight",
+            why="the checkpoint is damaged, or was converted wrongly",
+            fix="download or convert the checkpoint again",
+        )
 
 
 def _max_product(part: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 from gaudi_calib.engines.attention import AttentionRanges, max_magnitude
 from gaudi_calib.engines.base import LinearPlan, ModelPlan
 from gaudi_calib.engines.experts import ObservedExperts
-from gaudi_calib.engines.linear import LinearRanges
+from gaudi_calib.engines.linear import LinearRanges, require_finite_weight
 from gaudi_calib.model_layout import Split
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import Op
@@ -20,6 +20,8 @@ _WEIGHT_VALUES = 2**24  # of a weight, looked at at a time
 def linear_node(plan: ModelPlan, linear: LinearPlan, ranges: LinearRanges) -> ChannelNode:
     """Return the channel ranges of one linear layer."""
     assert ranges.seen is not None
+    weight = _weight_range(plan, linear)
+    require_finite_weight(linear.node, torch.from_numpy(weight.values))
     outputs = None
     if linear.op is Op.ROW_PARALLEL_LINEAR:
         total = ChannelRange(_array(torch.tensor([max(ranges.products[1])])))
@@ -28,7 +30,7 @@ def linear_node(plan: ModelPlan, linear: LinearPlan, ranges: LinearRanges) -> Ch
         linear.op,
         inputs=(ChannelRange(_array(ranges.seen), linear.in_axis),),
         outputs=outputs,
-        weight=_weight_range(plan, linear),
+        weight=weight,
         partial_products=dict(ranges.products),
     )
 

@@ -131,7 +131,8 @@ def measure_channels(
 def can_pack(plan: ModelPlan) -> bool:
     """Whether sequences may lie one behind the other in a batch."""
     # Attention temperatures are counted from the batch's start; below this position they are 1.
-    tuned = plan.checkpoint.config.get("attn_temperature_tuning") and plan.checkpoint.config.get("floor_scale", 8192)
+    config = plan.checkpoint.config
+    tuned = config.get("attn_temperature_tuning", True) and config.get("floor_scale")
     return plan.layout.packs and (not tuned or tuned > _MAX_EXPERT_TOKENS)
 
 
@@ -238,17 +239,16 @@ class _Measurement:
     def _observe_attention(self, layer: nn.Module, index: int, stack: contextlib.ExitStack) -> AttentionRanges | None:
         if index not in self.plan.attention_layers:
             return None
-        facts, config = self.plan.layout.attention, self.plan.checkpoint.config
+        facts = self.plan.layout.attention
         attention = AttentionRanges()
-        module = layer.get_submodule(facts.module)
-        kinds = config.get("layer_types") or ()
+        module: Any = layer.get_submodule(facts.module)
+        kinds = getattr(module.config, "layer_types", None) or ()  # config.json may leave them out
         if index < len(kinds) and kinds[index] == "chunked_attention":
-            attention.chunk = int(config["attention_chunk_size"])
+            attention.chunk = int(module.config.attention_chunk_size)
         if facts.latent:
-            expand = module.get_submodule("kv_b_proj")
-            attention.latent = LatentCache(expand, int(config["qk_nope_head_dim"]))
+            attention.latent = LatentCache(module.kv_b_proj, int(module.config.qk_nope_head_dim))
             stack.callback(attention.latent.detach)
-        module.calibration = attention  # type: ignore[assignment]
+        module.calibration = attention
         self.interceptor.ranges = attention
         return attention
 
@@ -272,7 +272,8 @@ class _Measurement:
             return None
         topologies = [Topology(world, split) for world in self.worlds for split in (False, True)]
         topologies = [one for one in topologies if self.plan.divides_experts(one)]
-        observed = ObservedExperts(weights, layer.get_submodule(facts.module), topologies, self.dtype)
+        tokens = sum(batch.tokens.numel() for batch in self.batches)
+        observed = ObservedExperts(weights, layer.get_submodule(facts.module), topologies, self.dtype, tokens)
         stack.callback(attach_experts(layer, facts, observed))
         return observed
 
@@ -296,7 +297,7 @@ class _Measurement:
         batch.calls[index] = ((), {})  # masks and positions may be large
         self._check_finite(batch, {node: ranges.seen for node, ranges in linears.items()})
         if experts is not None:
-            self._check_finite(batch, {experts.weights.node: experts.input})
+            self._check_finite(batch, {experts.weights.node: experts.input, **experts.find_damaged()})
         self.on_progress(batch.tokens.numel() / len(self.plan.layers))
 
     def _check_finite(self, batch: Batch, inputs: dict[str, torch.Tensor | None]) -> None:
