@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gaudi_calib.errors import TopologyError
+from gaudi_calib.ranges.bf16 import round_to_bf16
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,11 @@ class ExpertChannels:
         is at most the sum over channels of intermediate range times weight range.
         """
         share = self.share(rank, topology)
-        products = self.intermediate[share].astype(np.float64) * self.down[share]
-        return float(self.routing * (products.sum(1).max() + self.bias))
+        # As they are stored, so that a bound does not depend on where it is computed.
+        stored = (round_to_bf16(values[share]) for values in (self.intermediate, self.down))
+        products = np.multiply(*stored, dtype=np.float64)
+        rounding = 1 + 2**-7  # may have made both factors smaller
+        return float(self.routing * (products.sum(1).max() * rounding + self.bias))
 
     def by_expert(self, rank: int, topology: Topology) -> Iterator[tuple[float, float, float]]:
         """Yield (intermediate range, gate and up weight range, down weight range) of every expert of `rank`."""
