@@ -1,5 +1,6 @@
 """Options of the commands that turn one directory of ranges into another."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,8 @@ def conversion_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def make_conversion(options: dict[str, Any]) -> "Conversion":
     """Return the options of `conversion_options` as a value."""
+    # NumPy's BLAS is not used, and its waiting threads take a tenth of a short command's time.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from gaudi_calib.ranges.merge import Conversion
 
     return Conversion(**options)

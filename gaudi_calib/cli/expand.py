@@ -27,9 +27,8 @@ def expand(measurements: Path, world: int, out: Path | None, source_world: int, 
     `measure` left channel_ranges.safetensors, `quantize -t` gives each rank its own. Scales,
     where there are any, are computed anew.
     """
+    options = make_conversion(conversion)
     from gaudi_calib.ranges.merge import expand_dir
 
-    target = out or measurements
-    written = expand_dir(measurements, world, target, source_world=source_world, conversion=make_conversion(conversion))
-    for path in written:
+    for path in expand_dir(measurements, world, out or measurements, source_world=source_world, conversion=options):
         click.echo(path)

@@ -8,8 +8,8 @@ parallelism it is a slice of expert 0.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from math import comb, log
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,23 +22,21 @@ _FUSED_OP = "moe_op"
 _COINCIDENCE = 1e-9
 
 
-@dataclass(frozen=True)
-class ExpertLayer:
+class ExpertLayer(NamedTuple):
     """A fused op and its expert nodes.
 
     Attributes:
         op: name of the fused op.
-        count: experts on the rank.
+        size: experts on the rank.
         lists: by `w13_list` and `w2_list`, the position of each expert's node, in expert order.
     """
 
     op: str
-    count: int
-    lists: dict[str, np.ndarray] = field(default_factory=dict)
+    size: int
+    lists: dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """Which experts a rank gets, in its own order.
 
     Attributes:
@@ -53,8 +51,7 @@ class Choice:
 Choose = Callable[[ExpertLayer], Choice]
 
 
-@dataclass(frozen=True)
-class Regrouping:
+class Regrouping(NamedTuple):
     """A rank's numbers as a selection from other ranks'.
 
     Attributes:
@@ -81,9 +78,9 @@ def find_expert_layers(inventory: Inventory) -> list[ExpertLayer]:
         assert isinstance(shape, RangeShape)
         experts = len(shape.outputs or ()) - 1
         if name not in layers and experts > 0:
-            layers[name] = ExpertLayer(name, experts)
-        if name in layers and (layers[name].count != experts or set(shape.outputs or ()) != {1}):
-            raise _refuse(name, f"it has {max(experts, 0)} maxima of experts and {layers[name].count} experts")
+            layers[name] = ExpertLayer(name, experts, {})
+        if name in layers and (layers[name].size != experts or set(shape.outputs or ()) != {1}):
+            raise _refuse(name, f"it has {max(experts, 0)} maxima of experts and {layers[name].size} experts")
     for name in layers:
         if name not in inventory.index:
             raise _refuse(name, "its experts were measured and it was not: no token reached the layer")
@@ -109,9 +106,9 @@ def find_named_layers(names: Sequence[str]) -> dict[str, ExpertLayer]:
         count = len(experts)
         if sorted(experts) != list(range(count)):
             raise _refuse(op, f"its {kind} has {count} experts that are not numbered 0 to {count - 1}")
-        layer = layers.setdefault(op, ExpertLayer(op, count))
-        if layer.count != count:
-            raise _refuse(op, f"its lists have {layer.count} and {count} experts")
+        layer = layers.setdefault(op, ExpertLayer(op, count, {}))
+        if layer.size != count:
+            raise _refuse(op, f"its lists have {layer.size} and {count} experts")
         layer.lists[kind] = np.array([experts[number] for number in range(count)], dtype=np.int64)
     for op, layer in layers.items():
         if len(layer.lists) < len(LISTS):
@@ -123,8 +120,8 @@ def choose_joined(size: int) -> Choose:
     """Line up the experts of `size` ranks: bank 1 is the first rank, bank 0 what they share."""
 
     def choose(layer: ExpertLayer) -> Choice:
-        experts = np.arange(layer.count)
-        return Choice(np.repeat(np.arange(1, size + 1), layer.count), np.tile(experts, size))
+        experts = np.arange(layer.size)
+        return Choice(np.repeat(np.arange(1, size + 1), layer.size), np.tile(experts, size))
 
     return choose
 
@@ -137,14 +134,14 @@ def choose_part(parts: int, part: int) -> Choose:
     """
 
     def choose(layer: ExpertLayer) -> Choice:
-        if layer.count % parts:
+        if layer.size % parts:
             raise TopologyError(
-                f"{layer.count} experts do not divide over {parts} ranks",
+                f"{layer.size} experts do not divide over {parts} ranks",
                 where=layer.op,
                 why="expert parallelism gives every rank the same number of experts",
                 fix="choose a number of ranks that divides the experts, or --no-expert-parallel",
             )
-        local = layer.count // parts
+        local = layer.size // parts
         return Choice(np.zeros(local, dtype=np.int64), np.arange(part * local, (part + 1) * local))
 
     return choose
@@ -183,27 +180,33 @@ def regroup(inventory: Inventory, layers: Sequence[ExpertLayer], choose: Choose)
             shapes.append(RangeShape(shape.inputs, (1,) * (1 + len(choice.experts)), shape.weight))
             shared, count = sum(shape.inputs) + 1, len(choice.experts)
             maxima = choice.banks * inventory.size + start + shared + choice.experts
-            starts += (np.array([start]), maxima, np.array([start + shared + layer.count]))
+            starts += (np.array([start]), maxima, np.array([start + shared + layer.size]))
             sizes += (np.array([shared]), np.ones(count, dtype=np.int64), np.array([shape.weight or 0]))
     begins, lengths = np.concatenate(starts or [np.empty(0, int)]), np.concatenate(sizes or [np.empty(0, int)])
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return Regrouping(Inventory(names, shapes), np.repeat(begins, lengths) + within)
 
 
-def regroup_names(names: Sequence[str], choose: Choose) -> tuple[str, ...]:
-    """Return the module names of a rank with other experts.
+def rename_modules(names: tuple[str, ...], old: Inventory, new: Inventory, choose: Choose) -> tuple[str, ...]:
+    """Return the module names `names` of a rank with other experts.
+
+    Args:
+        names: usually, and then for free, those of `old`.
+        old, new: nodes before and after `choose`.
 
     Raises:
         TopologyError: see `find_named_layers`.
     """
+    if names == old.names:
+        return new.names
     layers = find_named_layers(names)
-    new: list[str] = []
+    renamed: list[str] = []
     for position, layer, kind in _walk(names, layers.values()):
         if layer is None or kind is None:
-            new.append(names[position])
+            renamed.append(names[position])
         else:
-            new += _number(layer.op, kind, len(choose(layer).experts))
-    return tuple(new)
+            renamed += _number(layer.op, kind, len(choose(layer).experts))
+    return tuple(renamed)
 
 
 def detect_expert_parallel(tables: Sequence[RangeTable], layers: Sequence[ExpertLayer]) -> bool | None:
@@ -222,10 +225,10 @@ def detect_expert_parallel(tables: Sequence[RangeTable], layers: Sequence[Expert
         shape = inventory.shapes[inventory.index[layer.op]]
         assert isinstance(shape, RangeShape)
         start = int(inventory.starts[inventory.index[layer.op]]) + sum(shape.inputs) + 1
-        idle = np.array([table.numbers[start : start + layer.count] == 0 for table in tables])
+        idle = np.array([table.numbers[start : start + layer.size] == 0 for table in tables])
         if (idle != idle[0]).any():
             return True
-        chance -= (len(tables) - 1) * log(comb(layer.count, int(idle[0].sum())))
+        chance -= (len(tables) - 1) * log(comb(layer.size, int(idle[0].sum())))
     return False if chance < log(_COINCIDENCE) else None
 
 

@@ -15,7 +15,10 @@ from gaudi_calib.ranges.pickle_form import Head
 from gaudi_calib.ranges.table import Inventory, RangeShape, Shape
 
 _MARK = 0.123456789
-_NODES = '    "Nodes": {'
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+# Text of every bfloat16 seen so far, by its 16 bits.
+_BFLOAT16_TEXTS = np.full(1 << 16, None, dtype=object)
+_NODES = b'    "Nodes": {'
 
 
 class JsonForm:
@@ -39,25 +42,33 @@ class JsonForm:
         self._pieces = [*pieces, text + "}\n}"]
         self._pieces[0] = self._pieces[0].removeprefix(",")
 
-    def fill(self, values: np.ndarray) -> str:
+    def fill(self, values: np.ndarray) -> bytes:
         """Return the text after `"Nodes": {`, the same for all heads."""
+        return "".join(self._join(values)).encode("ascii")
+
+    def write(self, head: Head, values: np.ndarray) -> bytes:
+        """Return the whole text."""
+        return "".join([write_head(head), *self._join(values)]).encode("ascii")
+
+    def _join(self, values: np.ndarray) -> list[str]:
         words: list[str] = [""] * (2 * len(self._pieces) - 1)
         words[::2] = self._pieces
         words[1::2] = _write_numbers(values)
-        return "".join(words)
-
-    def finish(self, head: Head, filled: str) -> str:
-        """Return the whole text."""
-        content: dict[str, Any] = {} if head.num_samples is None else {"NumSamples": head.num_samples}
-        content |= {"GlobalRank": None, "LocalRank": head.local_rank, "Mode": head.mode, "Nodes": {}}
-        return json.dumps(content, indent=4).removesuffix("}\n}") + filled
+        return words
 
 
-def read_head(text: str) -> Head | None:
+def write_head(head: Head) -> str:
+    """Return the text up to the first node."""
+    content: dict[str, Any] = {} if head.num_samples is None else {"NumSamples": head.num_samples}
+    content |= {"GlobalRank": None, "LocalRank": head.local_rank, "Mode": head.mode, "Nodes": {}}
+    return json.dumps(content, indent=4).removesuffix("}\n}")
+
+
+def read_head(text: bytes) -> Head | None:
     """Return the head of a json file, or None where it is not laid out as `JsonForm` does it."""
     start, nodes, _ = text[:1000].partition(_NODES)
     try:
-        content = json.loads(start + nodes + "}}")
+        content = json.loads(start + nodes + b"}}")
         head = Head(content["Mode"], content["LocalRank"], content.get("NumSamples"))
     except (ValueError, KeyError, TypeError):
         return None
@@ -84,6 +95,18 @@ def _cut_node(shape: Shape) -> list[str]:
 
 def _write_numbers(values: np.ndarray) -> list[str]:
     """Return each number as `json.dumps` writes it; few are different, and only those are converted."""
-    distinct, places = np.unique(values.view(np.uint32), return_inverse=True)
-    texts = np.array([json.dumps(value) for value in distinct.view(np.float32).tolist()], dtype=object)
-    return texts[places].tolist() if len(texts) else []
+    bits = values.view(np.uint32)
+    if (bits & 0xFFFF).any():  # no bfloat16
+        distinct, places = np.unique(bits, return_inverse=True)
+        texts = np.array(_write_distinct(distinct), dtype=object)
+        return texts[places].tolist()
+    halves = (bits >> 16).astype(np.uint16)
+    used = np.flatnonzero(np.bincount(halves, minlength=len(_BFLOAT16_TEXTS)))
+    new = used[_BFLOAT16_TEXTS[used] == None]  # noqa: E711 - elementwise
+    _BFLOAT16_TEXTS[new] = _write_distinct(new.astype(np.uint32) << 16)
+    return _BFLOAT16_TEXTS[halves].tolist()
+
+
+def _write_distinct(bits: np.ndarray) -> list[str]:
+    texts = list(map(repr, bits.view(np.float32).tolist()))
+    return [_NOT_FINITE.get(text, text) for text in texts]

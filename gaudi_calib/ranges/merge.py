@@ -1,21 +1,23 @@
 """Directories of ranks into fewer ranks, or into more. Ranges are merged, scales never: they are computed anew."""
 
+import gc
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from gaudi_calib.errors import FileError
 from gaudi_calib.files import stage_files
 from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
+from gaudi_calib.ranges.background import BackgroundWriter
 from gaudi_calib.ranges.evidence import find_evidence, settle_expert_parallel
-from gaudi_calib.ranges.experts import Choose, choose_joined, choose_part, regroup_names
+from gaudi_calib.ranges.experts import Choose, choose_joined, choose_part, rename_modules
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.ranges.provenance import note_scales, record_conversion
 from gaudi_calib.ranges.ranks import expand_ranks, gather_world, unify_ranks
-from gaudi_calib.ranges.store import list_worlds, read_world_dir, write_rank_sets
-from gaudi_calib.ranges.table import tabulate_ranges
+from gaudi_calib.ranges.store import list_worlds, read_world_dir, render_rank_sets
+from gaudi_calib.ranges.table import Inventory, tabulate_ranges
 from gaudi_calib.scales.recompute import Recipe, find_methods, find_recipe, read_scaled_names, recompute_scales
 
 _log = logging.getLogger(__name__)
@@ -24,8 +26,7 @@ _log = logging.getLogger(__name__)
 _REPLACED = "replaced"
 
 
-@dataclass(frozen=True)
-class Conversion:
+class Conversion(NamedTuple):
     """How a directory is turned into another world.
 
     Attributes:
@@ -41,18 +42,19 @@ class Conversion:
     skips_scales: bool = False
 
 
-@dataclass(frozen=True)
-class _Result:
+class _Result(NamedTuple):
     """Ranks of the new world.
 
     Attributes:
         source: the world they come from.
+        inventory: nodes of its ranks.
         ranks: in rank order.
         choose: which experts a rank has of those of its source rank, None where all are the same.
         expert_parallel: how experts are split, None without experts.
     """
 
     source: int
+    inventory: Inventory
     ranks: list[RankSet[Node]]
     choose: Choose | None
     expert_parallel: bool | None
@@ -65,6 +67,19 @@ class _Result:
         )
 
 
+@contextmanager
+def pause_collector() -> Iterator[None]:
+    """Keep Python's cycle collector from walking the many small objects of a rank again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@pause_collector()
 def unify_dir(
     directory: Path, world: int, out: Path, *, source_world: int | None = None, conversion: Conversion | None = None
 ) -> list[Path]:
@@ -96,6 +111,7 @@ def unify_dir(
     return _write_result(directory, out, result, conversion)
 
 
+@pause_collector()
 def expand_dir(
     directory: Path, world: int, out: Path, *, source_world: int = 1, conversion: Conversion | None = None
 ) -> list[Path]:
@@ -116,7 +132,7 @@ def expand_dir(
     split = settle_expert_parallel(ranks, conversion.expert_parallel, evidence)
     expanded = expand_ranks(ranks, world, expert_parallel=split)
     choose = choose_part(world // source_world, 0) if split else None
-    result = _Result(source_world, expanded, choose, split if ranks.layers else None)
+    result = _Result(source_world, ranks.inventory, expanded, choose, split if ranks.layers else None)
     return _write_result(directory, out, result, conversion)
 
 
@@ -126,7 +142,13 @@ def _unify_world(directory: Path, source: int, world: int, conversion: Conversio
         ranks, conversion.expert_parallel, find_evidence(directory, ranks, conversion.model)
     )
     merged = unify_ranks(ranks, world, expert_parallel=split)
-    return _Result(source, merged, choose_joined(source // world) if split else None, split if ranks.layers else None)
+    return _Result(
+        source,
+        ranks.inventory,
+        merged,
+        choose_joined(source // world) if split else None,
+        split if ranks.layers else None,
+    )
 
 
 def _read_ranks(directory: Path, world: int) -> list[RankSet[Node]]:
@@ -174,9 +196,10 @@ def _write_result(directory: Path, out: Path, result: _Result, conversion: Conve
     with ExitStack() as stack:
         record = stack.enter_context(record_conversion(directory, out, world, expert_parallel=result.expert_parallel))
         with stage_files(out) as staging:
-            written = write_rank_sets(staging, result.ranks)
-            for recipe, rank_sets in scales:
-                written += write_rank_sets(staging, rank_sets, method=recipe.tag)
+            with BackgroundWriter() as writer:
+                written = render_rank_sets(staging, result.ranks, writer)
+                for recipe, rank_sets in scales:
+                    written += render_rank_sets(staging, rank_sets, writer, method=recipe.tag)
             set_aside_scales(out, staging, world, {path.name for path in written})
         if record is not None:
             for recipe, rank_sets in scales:
@@ -191,12 +214,16 @@ def _recompute(directory: Path, result: _Result, device: str | None) -> list[tup
         recipe = find_recipe(directory, tag, device)
         if recipe is None:
             continue
-        named = read_scaled_names(directory, result.source, tag)
-        if result.choose is not None:
-            renamed = {names: regroup_names(names, result.choose) for names in set(named)}
-            named = [renamed[names] for names in named]
         count = len(result.ranks)
-        names = [named[rank * result.source // count] for rank in range(count)]
+        sources = [rank * result.source // count for rank in range(count)]
+        named = read_scaled_names(directory, result.source, tag, sorted(set(sources)))
+        names = [named[source] for source in sources]
+        if result.choose is not None:
+            tables = [tabulate_ranges(rank.nodes) for rank in result.ranks]
+            names = [
+                rename_modules(one, result.inventory, table.inventory, result.choose)
+                for one, table in zip(names, tables, strict=True)
+            ]
         computed.append((recipe, recompute_scales(result.ranks, recipe, names)))
     return computed
 

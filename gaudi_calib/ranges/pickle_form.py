@@ -11,7 +11,7 @@ NumPy `ndarray.__reduce__`.
 """
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,8 +36,7 @@ _SHARED = 5  # inputs, outputs, params, weight, float32
 _SHORT = 255  # bytes of a string that a one-byte length can tell
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """What stands before the nodes in a rank file.
 
     Attributes:
@@ -92,8 +91,8 @@ def can_pickle_flat(inventory: Inventory, head: Head) -> bool:
     numbers = (head.local_rank, head.num_samples or 0)
     return (
         inventory.is_per_tensor
+        and inventory.longest_name <= _SHORT
         and all(-(2**31) <= number < 2**31 for number in numbers)
-        and all(len(name) <= _SHORT and name.isascii() for name in inventory.names)
     )
 
 
@@ -117,7 +116,8 @@ class _NodeStream:
         count = len(inventory.names)
         chunks: dict[int, tuple[bytes, np.ndarray]] = {}
         for number, (name, shape) in enumerate(zip(inventory.names, inventory.shapes, strict=True)):
-            label = b"\x8c%c%b\x94" % (len(name), name.encode())
+            text = name.encode("utf-8", "surrogatepass")
+            label = b"\x8c%c%b\x94" % (len(text), text)
             if count > 1 and number % _BATCH == 0:
                 label = (b"u(" if number else b"(") + label
             chunk = chunks.get(id(shape))

@@ -5,7 +5,8 @@ group, or a copy. Experts under expert parallelism: lined up, or dealt out (expe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,14 +17,13 @@ from gaudi_calib.ranges.experts import (
     choose_part,
     find_expert_layers,
     regroup,
-    regroup_names,
+    rename_modules,
 )
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.table import Inventory, RangeTable, tabulate_ranges
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """All ranks of one world, with the same nodes in the same order.
 
     Attributes:
@@ -77,10 +77,12 @@ def unify_ranks(world: World, size: int, *, expert_parallel: bool) -> list[RankS
         banks = np.stack([table.numbers for table in tables[index * group : (index + 1) * group]])
         highest = np.maximum.reduce(banks)
         first = world.ranks[index * group]
-        modules = regroup_names(first.modules, choose_joined(group)) if plan else first.modules
-        numbers = highest if plan is None else np.concatenate([highest, banks.ravel()])[plan.sources]
-        table = RangeTable(world.inventory if plan is None else plan.inventory, numbers)
-        merged.append(replace(first, rank=index, world=size, nodes=table, modules=modules))
+        merged_rank = replace(first, rank=index, world=size, nodes=RangeTable(world.inventory, highest))
+        if plan is not None:
+            numbers = np.concatenate([highest, banks.ravel()])[plan.sources]
+            modules = rename_modules(first.modules, world.inventory, plan.inventory, choose_joined(group))
+            merged_rank = replace(merged_rank, nodes=RangeTable(plan.inventory, numbers), modules=modules)
+        merged.append(merged_rank)
     return merged
 
 
@@ -110,8 +112,10 @@ def expand_ranks(world: World, size: int, *, expert_parallel: bool) -> list[Rank
         source, part = world.ranks[rank // parts], rank % parts
         table, modules = tabulate_ranges(source.nodes), source.modules
         if deals:
-            modules = expanded[0].modules if expanded else regroup_names(modules, choices[0])
-            table = RangeTable(plans[0].inventory, table.numbers[plans[part].sources])
+            inventory = plans[part].inventory
+            inventory = plans[0].inventory if inventory.equals(plans[0].inventory) else inventory
+            modules = rename_modules(modules, world.inventory, inventory, choices[part])
+            table = RangeTable(inventory, table.numbers[plans[part].sources])
         expanded.append(replace(source, rank=rank, world=size, nodes=table, modules=modules))
     return expanded
 
@@ -154,12 +158,11 @@ def _require_same_names(left: RankSet[Node], right: RankSet[Node], first: Invent
 
 
 def _require_same_experts(left: RankSet[Node], right: RankSet[Node], first: Inventory, other: Inventory) -> None:
-    counts = {layer.op: layer.count for layer in find_expert_layers(first)}
+    counts = {layer.op: layer.size for layer in find_expert_layers(first)}
     for layer in find_expert_layers(other):
-        if counts.get(layer.op, layer.count) != layer.count:
+        if counts.get(layer.op, layer.size) != layer.size:
             raise TopologyError(
-                f"rank {right.rank} of {right.world} has {layer.count} experts, "
-                f"rank {left.rank} has {counts[layer.op]}",
+                f"rank {right.rank} of {right.world} has {layer.size} experts, rank {left.rank} has {counts[layer.op]}",
                 where=layer.op,
                 why="ranks of one model have equally many; another layout cannot be put together",
                 fix="measure again with a number of ranks that divides the experts",

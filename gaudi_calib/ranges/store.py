@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import read_json, write_bytes, write_text
+from gaudi_calib.files import read_json
 from gaudi_calib.layout import RankFile, parse_rank_file
+from gaudi_calib.ranges.background import BackgroundWriter
 from gaudi_calib.ranges.decode import RANGES_MODE, SCALES_MODE, decode_table, is_same_table
-from gaudi_calib.ranges.json_form import JsonForm, read_head
+from gaudi_calib.ranges.json_form import JsonForm, read_head, write_head
 from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
 from gaudi_calib.ranges.npz import load_value, pack_pickle, pack_value, read_pickle
 from gaudi_calib.ranges.pickle_form import Head, PickleForm, can_pickle_flat
@@ -60,24 +61,33 @@ def write_rank_set(
 
 
 def write_rank_sets(
+    directory: Path, rank_sets: Sequence[RankSet[Node] | RankSet[ScaleNode]], *, method: str | None = None
+) -> list[Path]:
+    """Write several ranks like `write_rank_set`; what they have in common is made once."""
+    with BackgroundWriter() as writer:
+        return render_rank_sets(directory, rank_sets, writer, method=method)
+
+
+def render_rank_sets(
     directory: Path,
     rank_sets: Sequence[RankSet[Node] | RankSet[ScaleNode]],
+    writer: BackgroundWriter,
     *,
     method: str | None = None,
 ) -> list[Path]:
-    """Write several ranks like `write_rank_set`; what they have in common is made once."""
+    """Hand the files of several ranks to `writer`, and return them."""
     written = []
     renderer = _Renderer(SCALES_MODE if method else RANGES_MODE)
     for rank_set in rank_sets:
         file = RankFile(dump=rank_set.dump, method=method, rank=rank_set.rank, world=rank_set.world)
         json_path = directory / file.name
         text, npz = renderer.render(rank_set)
-        write_bytes(json_path.with_suffix(".npz"), npz)
-        write_text(json_path, text)
+        writer.write(json_path, text)
+        writer.write(json_path.with_suffix(".npz"), npz)
         written += [json_path, json_path.with_suffix(".npz")]
         if method is None:
             name = RankFile(dump=rank_set.dump, rank=rank_set.rank, world=rank_set.world, is_mod_list=True).name
-            write_text(directory / name, renderer.render_modules(rank_set.modules))
+            writer.write(directory / name, renderer.render_modules(rank_set.modules))
             written.append(directory / name)
     return written
 
@@ -172,15 +182,15 @@ def _match_rank(path: Path, mode: str, like: Inventory) -> tuple[RangeTable, int
     npz = path.with_suffix(".npz")
     if not (path.is_file() and npz.is_file()):
         return None
-    text = path.read_bytes().decode(errors="replace")
+    text = path.read_bytes()
     head = read_head(text)
     if head is None or head.mode != mode or not can_pickle_flat(like, head):
         return None
     values = _pickle_form(like, counts_samples=head.num_samples is not None).match(head, read_pickle(npz))
     if values is None:
         return None
-    form = _json_form(like)
-    return (RangeTable(like, values), head.num_samples) if form.finish(head, form.fill(values)) == text else None
+    is_same = _json_form(like).write(head, values) == text
+    return (RangeTable(like, values), head.num_samples) if is_same else None
 
 
 def _parse_rank(path: Path, mode: str) -> tuple[RangeTable | ScaleTable, int | None]:
@@ -225,10 +235,11 @@ class _Renderer:
 
     def __init__(self, mode: str):
         self._mode = mode
-        self._filled: tuple[RangeTable | ScaleTable, str, bytes] | None = None
+        self._last: RangeTable | ScaleTable | None = None
+        self._text, self._stream = b"", b""
         self._modules: tuple[tuple[str, ...], str] | None = None
 
-    def render(self, rank_set: RankSet[Any]) -> tuple[str, bytes]:
+    def render(self, rank_set: RankSet[Any]) -> tuple[bytes, bytes]:
         """Return the json and the npz of one rank."""
         is_range = self._mode == RANGES_MODE
         table = tabulate_ranges(rank_set.nodes) if is_range else tabulate_scales(rank_set.nodes)
@@ -237,10 +248,13 @@ class _Renderer:
             return _render_nested(rank_set, self._mode)
         json_form = _json_form(table.inventory)
         pickle_form = _pickle_form(table.inventory, counts_samples=head.num_samples is not None)
-        if self._filled is None or not _is_one_table(self._filled[0], table):
-            self._filled = (table, json_form.fill(table.numbers), pickle_form.fill(table.numbers))
-        _, text, stream = self._filled
-        return json_form.finish(head, text), pack_pickle(pickle_form.finish(head, stream))
+        if self._last is None or not _is_one_table(self._last, table):
+            self._last, self._text, self._stream = table, b"", pickle_form.fill(table.numbers)
+            text = json_form.write(head, table.numbers)
+        else:
+            self._text = self._text or json_form.fill(table.numbers)
+            text = write_head(head).encode() + self._text
+        return text, pack_pickle(pickle_form.finish(head, self._stream))
 
     def render_modules(self, modules: tuple[str, ...]) -> str:
         """Return the text of `_mod_list.json`."""
@@ -254,7 +268,7 @@ def _is_one_table(left: RangeTable | ScaleTable, right: RangeTable | ScaleTable)
     return left.inventory is right.inventory and left.numbers is right.numbers
 
 
-def _render_nested(rank_set: RankSet[Any], mode: str) -> tuple[str, bytes]:
+def _render_nested(rank_set: RankSet[Any], mode: str) -> tuple[bytes, bytes]:
     """The plain way, for what has a number per channel."""
     encode = _encode_ranges if mode == RANGES_MODE else _encode_scales
     value: dict[str, Any] = {} if rank_set.num_samples is None else {"NumSamples": rank_set.num_samples}
@@ -264,7 +278,7 @@ def _render_nested(rank_set: RankSet[Any], mode: str) -> tuple[str, bytes]:
         "Mode": mode,
         "Nodes": {name: encode(node) for name, node in rank_set.nodes.items()},
     }
-    return json.dumps(_to_lists(value), indent=4), pack_value(value)
+    return json.dumps(_to_lists(value), indent=4).encode(), pack_value(value)
 
 
 def _encode_ranges(node: Node) -> dict[str, Any]:

@@ -7,16 +7,15 @@ when it is asked for.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from gaudi_calib.ranges.node import Node, ScaleNode
 
 
-@dataclass(frozen=True, slots=True)
-class RangeShape:
+class RangeShape(NamedTuple):
     """Channels of each of a node's ranges; None where the node has none.
 
     >>> RangeShape((1,), (1, 1), 1).size
@@ -26,19 +25,18 @@ class RangeShape:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...] | None = None
     weight: int | None = None
-    size: int = field(init=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size", sum(self.inputs) + sum(self.outputs or ()) + (self.weight or 0))
 
     @property
     def channels(self) -> tuple[int, ...]:
         """Channels of every range, in the order of the values: inputs, outputs, weight."""
         return (*self.inputs, *(self.outputs or ()), *(() if self.weight is None else (self.weight,)))
 
+    @property
+    def size(self) -> int:
+        return sum(self.channels)
 
-@dataclass(frozen=True, slots=True)
-class ScaleShape:
+
+class ScaleShape(NamedTuple):
     """Number of a node's scales, in the order of the values: inputs, outputs, weight."""
 
     inputs: int
@@ -59,6 +57,7 @@ class Inventory:
     Attributes:
         names: in module order.
         shapes: one per name; equal shapes are one object.
+        distinct_shapes: each shape once.
         sizes, starts: int64 of shape (nodes,): how many values a node has, and where they start.
         size: number of all values.
     """
@@ -69,6 +68,7 @@ class Inventory:
         known = {id(shape): shape for shape in shapes}  # few objects: only those are hashed
         known = {key: distinct.setdefault(shape, shape) for key, shape in known.items()}
         self.shapes = tuple([known[id(shape)] for shape in shapes])
+        self.distinct_shapes = tuple(distinct)
         by_id = {key: shape.size for key, shape in known.items()}
         self.sizes = np.array([by_id[id(shape)] for shape in shapes], dtype=np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes
@@ -82,7 +82,12 @@ class Inventory:
     @cached_property
     def is_per_tensor(self) -> bool:
         """True where no range has more than one channel."""
-        return all(set(shape.channels) <= {1} for shape in set(self.shapes) if isinstance(shape, RangeShape))
+        return all(set(shape.channels) <= {1} for shape in self.distinct_shapes if isinstance(shape, RangeShape))
+
+    @cached_property
+    def longest_name(self) -> int:
+        """Bytes of the longest name in UTF-8."""
+        return max((len(name.encode("utf-8", "surrogatepass")) for name in self.names), default=0)
 
     def equals(self, other: "Inventory") -> bool:
         """Tell whether `other` has the same nodes in the same order."""

@@ -18,7 +18,7 @@ Source: INC fp8_quant/_core/scale_methods/ops_quantizer.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,21 +69,22 @@ def compute_scales(
     table = MethodTable(get_scale_method(method)) if isinstance(method, str) else method
     measured = tabulate_ranges(ranges.nodes)
     names, count = measured.inventory.names, len(measured.inventory.names)
-    shapes = np.empty(count, dtype=object)
+    shapes = [ScaleShape(0, 0, False)] * count
     solved = []
     others: dict[str, ScaleNode] = {}
     for one in _find_classes(measured.inventory, table, layer_types or {}):
         scales = _solve_class(one, measured, device)
         if scales.weight_rule is not None:
-            shapes[one.rows] = ScaleShape(0, 0, False)
             for row, inputs, output in zip(one.rows.tolist(), scales.inputs, scales.output, strict=True):
                 rule = scales.weight_rule
                 others[names[row]] = _scale_node(names[row], inputs.tolist(), output, rule, weights, device)
             continue
-        shapes[one.rows] = ScaleShape(scales.inputs.shape[1], 1, scales.weight is not None)
+        shape = ScaleShape(scales.inputs.shape[1], 1, scales.weight is not None)
+        for row in one.rows.tolist():
+            shapes[row] = shape
         columns = [scales.inputs, scales.output[:, None], *([] if scales.weight is None else [scales.weight[:, None]])]
         solved.append((one.rows, np.concatenate(columns, axis=1)))
-    inventory = Inventory(names, shapes.tolist())
+    inventory = Inventory(names, shapes)
     numbers = np.empty(inventory.size, dtype=np.float32)
     for rows, matrix in solved:
         numbers[inventory.starts[rows][:, None] + np.arange(matrix.shape[1])] = matrix
@@ -91,8 +92,7 @@ def compute_scales(
     return RankSet(ranges.rank, ranges.world, nodes, ranges.modules, dump=ranges.dump)
 
 
-@dataclass(frozen=True)
-class _Class:
+class _Class(NamedTuple):
     """Nodes that are scaled alike.
 
     Attributes:
@@ -107,8 +107,7 @@ class _Class:
     names: Sequence[str]
 
 
-@dataclass(frozen=True)
-class _ClassScales:
+class _ClassScales(NamedTuple):
     """Scales of a class, float32.
 
     Attributes:

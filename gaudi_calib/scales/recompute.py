@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,7 @@ from gaudi_calib.scales.compute import compute_scales
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How the scale files of one method are made.
 
     Attributes:
@@ -70,11 +69,11 @@ def find_recipe(directory: Path, tag: str, device: str | None = None) -> Recipe 
     return recipe
 
 
-def read_scaled_names(directory: Path, world: int, tag: str) -> list[tuple[str, ...]]:
-    """Return the names of the nodes that have scales, by rank.
+def read_scaled_names(directory: Path, world: int, tag: str, ranks: Sequence[int]) -> dict[int, tuple[str, ...]]:
+    """Return the names of the nodes that have scales on some `ranks`.
 
     Raises:
-        FileError: a rank's scale file is missing or malformed.
+        FileError: a file of one of these ranks is malformed, or that of any rank is missing.
     """
     files = list_worlds(directory, tag).get(world, {})
     missing = [rank for rank in range(world) if rank not in files]
@@ -85,8 +84,8 @@ def read_scaled_names(directory: Path, world: int, tag: str) -> list[tuple[str, 
             why="other ranks have scales of this method",
             fix="restore the file, delete the other ranks' scales, or leave scales out with --skip-scales",
         )
-    named = []
-    for rank in range(world):
+    named = {}
+    for rank in ranks:
         content = read_json(files[rank])
         if not isinstance(content, dict) or not isinstance(content.get("Nodes"), dict):
             raise FileError(
@@ -94,7 +93,7 @@ def read_scaled_names(directory: Path, world: int, tag: str) -> list[tuple[str, 
                 where=files[rank],
                 fix="restore the file, or leave scales out with --skip-scales",
             )
-        named.append(tuple(content["Nodes"]))
+        named[rank] = tuple(content["Nodes"])
     return named
 
 
