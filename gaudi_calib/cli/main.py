@@ -33,6 +33,7 @@ COMMANDS = {
     "merge": "gaudi_calib.cli.merge:merge",
     "reshard": "gaudi_calib.cli.reshard:reshard",
     "quantize": "gaudi_calib.cli.quantize:quantize",
+    "serve": "gaudi_calib.cli.serve:serve",
     "convert-weights": "gaudi_calib.cli.convert_weights:convert_weights",
     "config": "gaudi_calib.cli.config:config",
     "detect": "gaudi_calib.cli.detect:detect",

@@ -1,0 +1,62 @@
+"""`gaudi-calib serve`."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+
+_log = logging.getLogger(__name__)
+
+
+@click.command(
+    epilog="Example: gaudi-calib serve -m ./llama --quant-config out/llama/maxabs_quant_g3.json -t 8 "
+    "-- --max-model-len 4096"
+)
+@click.option("-m", "--model", required=True, help="Model directory, or Hugging Face name (ORG/NAME).")
+@click.option(
+    "--quant-config", type=click.Path(path_type=Path),
+    help="What QUANT_CONFIG will be: OUT/<model>/maxabs_quant_<device>.json. Not for AWQ, GPTQ, "
+    "compressed-tensors and FP8 checkpoints that are served with their own method.",
+)  # fmt: skip
+@click.option(
+    "-t", "--tensor-parallel-size", "world", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks."
+)
+@click.option(
+    "--device", type=click.Choice(["g2", "g3"]),
+    help="Gaudi that will serve; with --print, show the command for it.  [the one of this machine]",
+)  # fmt: skip
+@click.option(
+    "-u", "--expert-parallel/--no-expert-parallel", "expert_parallel", default=None,
+    help="Ranks hold whole experts, or a slice of each.  [as the files were made]",
+)  # fmt: skip
+@click.option("--skip-warmup", is_flag=True, help="Start sooner on a Gaudi; the first requests are slower.")
+@click.option(
+    "--timeout", "timeout_s", type=click.IntRange(min=1), metavar="S",
+    help="Seconds that vLLM waits for its start and for one step, where compiling FP8 takes long.  [vLLM's]",
+)  # fmt: skip
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Where it listens.")
+@click.option("--print", "only_print", is_flag=True, help="Show the environment and the command, and start nothing.")
+@click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM_ARGS]...")
+def serve(only_print: bool, **arguments: Any) -> None:
+    """Serve a calibrated model with vLLM, in FP8.
+
+    Checks the files behind the config first. On a Gaudi INC quantizes; elsewhere this
+    package's vLLM plugin computes what the Gaudi would.
+    """
+    from gaudi_calib.engines.detect import Platform, detect_platform
+    from gaudi_calib.fp8 import get_device
+    from gaudi_calib.serve.command import ServeOptions, plan_serve, run_serve
+
+    options = ServeOptions(**arguments)
+    if only_print and options.device:
+        platform = Platform("hpu", get_device(options.device))
+    else:
+        platform = detect_platform()
+    command = plan_serve(options, platform)
+    for note in command.notes:
+        _log.info("%s", note)
+    if only_print:
+        click.echo(str(command))
+        return
+    run_serve(command, options.port)

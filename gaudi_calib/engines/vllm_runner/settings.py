@@ -1,0 +1,107 @@
+"""What vLLM must be told to use a QUANT_CONFIG: engine arguments and environment, by platform.
+
+On a Gaudi, INC inside vllm-gaudi reads QUANT_CONFIG. Elsewhere our plugin does, which computes
+what that Gaudi would.
+"""
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gaudi_calib.config_model import QuantConfig
+from gaudi_calib.families import Family
+from gaudi_calib.ranges.node import Op, classify
+from gaudi_calib.scales.layer_types import find_layer_type
+
+INC_METHOD = "inc"
+INC_CACHE_DTYPE = "fp8_inc"
+EMULATION_METHOD = "gaudi_fp8"
+
+# Stands for all caches where no list of nodes is at hand.
+_ANY_CACHE = "model.layers.0.self_attn.attn.impl.k_cache"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one vLLM engine is started.
+
+    Attributes:
+        args: engine arguments by their Python name.
+        env: environment beside the caller's; values win over the caller's.
+    """
+
+    args: Mapping[str, object] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def with_args(self, **args: object) -> "Settings":
+        """Return a copy with further engine arguments; None leaves one as it is."""
+        return Settings({**self.args, **{name: value for name, value in args.items() if value is not None}}, self.env)
+
+    def with_env(self, env: Mapping[str, str]) -> "Settings":
+        """Return a copy with further environment variables."""
+        return Settings(self.args, {**self.env, **env})
+
+    @property
+    def flags(self) -> list[str]:
+        """The engine arguments as words of `vllm serve`.
+
+        >>> Settings({"quantization": "inc", "enable_expert_parallel": True, "enforce_eager": False}).flags
+        ['--quantization', 'inc', '--enable-expert-parallel']
+        """
+        words = []
+        for name, value in self.args.items():
+            flag = "--" + name.replace("_", "-")
+            words += [flag] if value is True else [] if value is False else [flag, str(value)]
+        return words
+
+
+def plan_settings(
+    platform: str,
+    config: QuantConfig,
+    *,
+    quant_config: Path,
+    world: int,
+    family: Family | None = None,
+    expert_parallel: bool = False,
+    is_quantized: bool = False,
+    modules: Iterable[str] = (),
+) -> Settings:
+    """Return how to start vLLM so that the ranks obey `config`.
+
+    Args:
+        platform: what runs now, `hpu`, `cuda` or `cpu`.
+        quant_config: file of `config`; QUANT_CONFIG is set to it.
+        family: of the model, for what it needs on a Gaudi; None where nobody described it.
+        is_quantized: the checkpoint has a quantization method of its own, which it keeps: on
+            a Gaudi QUANT_CONFIG alone turns INC on then.
+        modules: nodes of the model, or those that `_mod_list.json` lists; where no cache among them is
+            quantized, they stay in BF16. Nothing where they are not known.
+    """
+    env = {"QUANT_CONFIG": str(quant_config.resolve())}
+    shared: dict[str, object] = {"tensor_parallel_size": world}
+    if expert_parallel and world > 1:
+        shared["enable_expert_parallel"] = True
+    if platform != "hpu":
+        return Settings({"quantization": EMULATION_METHOD, "enforce_eager": True, "dtype": "bfloat16", **shared}, env)
+    args: dict[str, object] = {} if is_quantized else {"quantization": INC_METHOD}
+    if config.mode != "MEASURE" and _quantizes_caches(config, modules):
+        args["kv_cache_dtype"] = INC_CACHE_DTYPE
+    if world > 1:
+        env["PT_HPU_ENABLE_LAZY_COLLECTIVES"] = "true"
+    return Settings({**args, **shared}, {**env, **(family.env if family else {}), **config.required_env})
+
+
+def _quantizes_caches(config: QuantConfig, modules: Iterable[str]) -> bool:
+    named = list(modules) or [_ANY_CACHE]
+    caches = [name for name in named if classify(name.rpartition(".")[2], None, has_weight=False) is Op.KV_CACHE]
+    return any(not config.is_blocked(name, find_layer_type(name, Op.KV_CACHE)) for name in caches)
+
+
+def to_shell(argv: Iterable[str], env: Mapping[str, str]) -> str:
+    """Return the command as one line that a shell runs.
+
+    >>> to_shell(["vllm", "serve", "my model"], {"QUANT_CONFIG": "/a b.json"})
+    "QUANT_CONFIG='/a b.json' vllm serve 'my model'"
+    """
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in env.items()), *map(shlex.quote, argv)])

