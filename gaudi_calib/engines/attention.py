@@ -146,7 +146,7 @@ def attend(
         for first in range(start, stop, rows):
             last = min(first + rows, stop)
             span = slice(start, last)
-            probabilities = _weigh(query[:, first:last], key[:, span], ranges, scoring)
+            probabilities = weigh(query[:, first:last], key[:, span], ranges, scoring)
             out[:, first:last] = _average(probabilities, value[:, span])
             if ranges.latent is not None:
                 average = torch.matmul(probabilities, ranges.latent.vectors[span])
@@ -155,7 +155,7 @@ def attend(
     return out
 
 
-def _weigh(query: torch.Tensor, key: torch.Tensor, ranges: AttentionRanges, scoring: Scoring) -> torch.Tensor:
+def weigh(query: torch.Tensor, key: torch.Tensor, ranges: AttentionRanges, scoring: Scoring) -> torch.Tensor:
     """Probabilities, shape (heads, rows, keys), of the last `query.shape[1]` positions of the sequence."""
     heads, rows, keys = query.shape[0], query.shape[1], key.shape[1]
     scores = _score(query, key, scoring.scale).view(heads, rows, keys)

@@ -1,0 +1,99 @@
+"""Attention layers, observed."""
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.layers.attention import Attention
+
+from gaudi_calib.engines.attention import AttentionRanges, Scoring, max_magnitude
+from gaudi_calib.engines.vllm_plugin.scores import KeyHistory, Sequences, observe_bound, observe_scores
+from gaudi_calib.engines.vllm_plugin.session import Session
+from gaudi_calib.fp8 import GAUDI2
+
+# Attribute of an observed layer that holds its `ObservedAttention`.
+OBSERVED = "gaudi_calib_observed"
+
+
+def find_metadata(layer: str) -> Any:
+    """Return what vLLM's model runner says about the pass now running, for `layer`; None in passes of its own."""
+    if not is_forward_context_available():
+        return None
+    metadata: Any = get_forward_context().attn_metadata
+    if isinstance(metadata, list):
+        metadata = metadata[0]
+    return metadata.get(layer) if isinstance(metadata, dict) else metadata
+
+
+class ObservedAttention:
+    """Stands in for `forward` of one of vLLM's attention layers: computes the same and notes ranges.
+
+    Queries, keys, values and the output are vLLM's own. Softmax denominators, which Gaudi 2
+    sends through its block matmuls, are computed again (scores.py); Gaudi 3 has no use for them.
+
+    Attributes:
+        ranges: what was seen, per head of this rank.
+    """
+
+    def __init__(self, layer: Attention, session: Session):
+        self.layer, self.session = layer, session
+        self.ranges = AttentionRanges()
+        self._history = KeyHistory()
+        self._cache_config = get_current_vllm_config().cache_config
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        layer = self.layer
+        out = type(layer).forward(layer, query, key, value, *args, **kwargs)
+        metadata = find_metadata(layer.layer_name)
+        if metadata is not None and self.session.is_live():
+            sequences = Sequences.from_metadata(metadata)
+            tensors = {"q": (query, layer.num_heads), "k": (key, layer.num_kv_heads), "v": (value, layer.num_kv_heads)}
+            tensors["out"] = (out, layer.num_heads)
+            self._observe({name: _split(*one, sequences.tokens) for name, one in tensors.items()}, sequences)
+        return out
+
+    def reset(self) -> None:
+        """Forget what was seen; cached keys stay."""
+        self.ranges = AttentionRanges()
+
+    def _observe(self, tensors: dict[str, torch.Tensor], sequences: Sequences) -> None:
+        impl = self.layer.impl
+        self.ranges.scale = impl.scale
+        for name, tensor in tensors.items():
+            self.ranges.observe(name, max_magnitude(tensor, (0, 2)))
+        query, key = tensors["q"], tensors["k"]
+        sinks = getattr(impl, "sinks", None)
+        if self.session.device is not GAUDI2 and sinks is None:
+            # Every sequence begins with a token that sees itself alone: the largest probability is 1.
+            observe_bound(self.ranges, query.shape[1], 1)
+        elif sequences.slots is None or getattr(impl, "alibi_slopes", None) is not None:
+            observe_bound(self.ranges, query.shape[1], max(sequences.lengths))
+        else:
+            self._history.store(key, sequences.slots[: sequences.tokens])
+            block_size = self._cache_config.block_size
+            observe_scores(query, sequences, self._history, self.ranges, self._describe(sinks), block_size)
+
+    def _describe(self, sinks: torch.Tensor | None) -> Scoring:
+        softcap = getattr(self.layer.impl, "logits_soft_cap", None)
+        return Scoring(
+            self.layer.impl.scale,
+            window=self.layer.sliding_window,
+            softcap=softcap or None,  # vLLM has 0 for none
+            sinks=sinks,
+        )
+
+
+def observe_attention(layer: Attention, session: Session) -> None:
+    """Observe `layer` from now on."""
+    if not hasattr(layer, OBSERVED):
+        observed = ObservedAttention(layer, session)
+        setattr(layer, OBSERVED, observed)
+        layer.forward = observed  # type: ignore[method-assign]
+
+
+def _split(tensor: torch.Tensor, heads: int, tokens: int) -> torch.Tensor:
+    """Shape (tokens, heads, dim), without padding."""
+    return tensor.reshape(tensor.shape[0], heads, -1)[:tokens]

@@ -1,0 +1,105 @@
+"""From what the modules of one rank have seen to the rank's file."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch import nn
+
+from gaudi_calib.engines.base import LinearPlan, ModelPlan
+from gaudi_calib.engines.nodes import attention_nodes
+from gaudi_calib.engines.vllm_plugin.attention import OBSERVED
+from gaudi_calib.engines.vllm_plugin.session import Session
+from gaudi_calib.errors import ModelError, RangeError
+from gaudi_calib.ranges.expert_channels import Topology
+from gaudi_calib.ranges.node import Node, RankSet
+from gaudi_calib.ranges.reshard import select_nodes
+from gaudi_calib.ranges.shard import ChannelNode, ChannelRanges, derive_rank
+
+
+def collect_ranges(model: nn.Module, plan: ModelPlan, session: Session, rank: int, world: int) -> RankSet[Node]:
+    """Return the ranges of this rank, with the nodes that the torch engine has, in its order.
+
+    Args:
+        model: vLLM's, the rank's part of it.
+        plan: of the whole model.
+
+    Raises:
+        RangeError: nothing was measured, or a range is not finite; names the node.
+        ModelError: vLLM calls a module otherwise.
+    """
+    modules = dict(model.named_modules())
+    found = {**_collect_linears(modules, plan), **_collect_attention(modules, plan, session)}
+    names = tuple(name for name in plan.node_names)
+    nodes = {name: found[name] for name in names if name in found}
+    samples = max((peaks.calls for peaks in _find_peaks(modules)), default=0)
+    if not samples:
+        raise RangeError(
+            "nothing was measured",
+            where=session.path,
+            why="no request has run since the engine started, or since reset_ranges",
+            fix="generate from the prompts first, then call save_ranges",
+        )
+    ranks = RankSet(rank, world, nodes, names, samples, dump=session.dump)
+    ranks = select_nodes(ranks, session.config)
+    for name, node in ranks.nodes.items():
+        _require_finite(name, node)
+    return ranks
+
+
+def reset_modules(model: nn.Module) -> None:
+    """Forget what was seen so far."""
+    modules = dict(model.named_modules())
+    for peaks in _find_peaks(modules):
+        peaks.reset()
+    for module in modules.values():
+        if hasattr(module, OBSERVED):
+            getattr(module, OBSERVED).reset()
+
+
+def _find_peaks(modules: dict[str, nn.Module]) -> Iterator:
+    for module in modules.values():
+        peaks = getattr(getattr(module, "quant_method", None), "peaks", None)
+        if peaks is not None:
+            yield peaks
+
+
+def _collect_linears(modules: dict[str, nn.Module], plan: ModelPlan) -> dict[str, Node]:
+    nodes = {}
+    for name, linear in plan.linears.items():
+        module = modules.get(name)
+        if module is None:
+            raise _unknown_module(name, linear)
+        peaks = getattr(getattr(module, "quant_method", None), "peaks", None)
+        if peaks is not None and peaks.input.is_seen:
+            nodes[name] = peaks.to_node()
+    return nodes
+
+
+def _collect_attention(modules: dict[str, nn.Module], plan: ModelPlan, session: Session) -> dict[str, Node]:
+    """Nodes of the attention ops: this rank's heads are all there are, as with one rank."""
+    channels: dict[str, ChannelNode] = {}
+    for index in plan.attention_layers:
+        observed = getattr(modules.get(plan.node_name(index, plan.layout.attention.name)), OBSERVED, None)
+        if observed is not None and observed.ranges.tensors:
+            channels |= attention_nodes(plan, index, observed.ranges)
+    return dict(derive_rank(ChannelRanges(channels, (), 0), 0, Topology(1), session.device).nodes)
+
+
+def _require_finite(name: str, node: Node) -> None:
+    ranges = [*node.inputs, *(node.outputs or ()), *(() if node.weight is None else (node.weight,))]
+    if not all(np.isfinite(one).all() for one in ranges):
+        raise RangeError(
+            f"{name} saw NaN or infinity",
+            where=name,
+            why="the model overflows on one of the prompts, or its weights are damaged",
+            fix="measure with `--engine torch`, which names the sample, or check the weights",
+        )
+
+
+def _unknown_module(name: str, linear: LinearPlan) -> ModelError:
+    return ModelError(
+        f"vLLM has no module {name!r}",
+        where=", ".join(linear.weights[:1]),
+        why="this version of vLLM names or fuses it otherwise",
+        fix="measure with `--engine torch`",
+    )

@@ -1,0 +1,124 @@
+"""Softmax denominators, which no attention kernel gives away: computed again in plain torch.
+
+Keys are kept beside vLLM's cache, because its layout depends on the kernel. With them,
+prefill, chunks of it and decode are all alike: a query sees the keys of its sequence.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gaudi_calib.engines.attention import AttentionRanges, Scoring, weigh
+
+# Bounds the memory of the score matrix: heads x queries x keys values at a time.
+_MAX_SCORES = 2**22
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """How the tokens of a pass belong to sequences, in order; from the metadata of vLLM's attention.
+
+    Attributes:
+        starts: start of each sequence's queries among the tokens, and the end of the last.
+        lengths: keys of each sequence, those of this pass included.
+        blocks: numbers of each sequence's cache blocks, shape (sequences, most blocks), or None
+            where the attention backend does not tell.
+        slots: cache slot of every token, shape (tokens,), or None.
+    """
+
+    starts: list[int]
+    lengths: list[int]
+    blocks: torch.Tensor | None
+    slots: torch.Tensor | None
+
+    @classmethod
+    def from_metadata(cls, metadata: Any) -> "Sequences":
+        """Read what the backends of vLLM have in common."""
+        return cls(
+            metadata.query_start_loc.tolist(),
+            metadata.seq_lens.tolist(),
+            getattr(metadata, "block_table", None),
+            getattr(metadata, "slot_mapping", None),
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.starts[-1]
+
+    def find_decodes(self) -> torch.Tensor:
+        """Tell which tokens are decoded: the only one of a sequence that is longer; bool, shape (tokens,)."""
+        counts = torch.tensor(self.starts[1:]) - torch.tensor(self.starts[:-1])
+        is_decode = (counts == 1) & (torch.tensor(self.lengths[: len(counts)]) > 1)
+        return is_decode.repeat_interleave(counts)
+
+    def find_slots(self, index: int, block_size: int) -> torch.Tensor | None:
+        """Return the slots of all keys of sequence `index`, shape (keys,), or None where that cannot be told."""
+        if self.blocks is None or self.slots is None:
+            return None
+        positions = torch.arange(self.lengths[index], device=self.blocks.device)
+        slots = self.blocks[index][positions // block_size].long() * block_size + positions % block_size
+        last = self.slots[self.starts[index + 1] - 1]
+        return slots if int(slots[-1]) == int(last) else None
+
+
+class KeyHistory:
+    """The keys of one attention layer by cache slot."""
+
+    def __init__(self) -> None:
+        self._keys = torch.empty(0)
+
+    def store(self, key: torch.Tensor, slots: torch.Tensor) -> None:
+        """Keep keys of shape (tokens, KV heads, dim)."""
+        needed = int(slots.max()) + 1
+        if needed > len(self._keys):
+            grown = key.new_zeros(max(needed, 2 * len(self._keys)), *key.shape[1:])
+            if len(self._keys):
+                grown[: len(self._keys)] = self._keys
+            self._keys = grown
+        self._keys[slots] = key
+
+    def fetch(self, slots: torch.Tensor) -> torch.Tensor:
+        """Return the keys of some slots, shape (KV heads, keys, dim)."""
+        return self._keys[slots].transpose(0, 1)
+
+
+def observe_scores(
+    query: torch.Tensor,
+    sequences: Sequences,
+    history: KeyHistory,
+    ranges: AttentionRanges,
+    scoring: Scoring,
+    block_size: int,
+) -> None:
+    """Take the softmax of every token of a pass into `ranges`.
+
+    A sequence whose keys cannot be found gives an upper bound: no term of a denominator is
+    larger than 1, so it is at most the number of keys.
+
+    Args:
+        query: shape (tokens, heads, dim).
+        history: holds the keys of this pass, too.
+        block_size: of vLLM's cache.
+    """
+    heads = query.shape[1]
+    for index, (start, stop) in enumerate(zip(sequences.starts, sequences.starts[1:], strict=False)):
+        if start == stop:
+            continue
+        slots, length = sequences.find_slots(index, block_size), sequences.lengths[index]
+        if slots is None:
+            observe_bound(ranges, heads, length)
+            continue
+        keys = history.fetch(slots).float()
+        rows = max(1, _MAX_SCORES // (heads * length))
+        for first in range(start, stop, rows):
+            last = min(first + rows, stop)
+            seen = keys[:, : length - (stop - last)]
+            weigh(query[first:last].transpose(0, 1).float(), seen, ranges, scoring)
+
+
+def observe_bound(ranges: AttentionRanges, heads: int, keys: int) -> None:
+    """Take in what no softmax over `keys` keys exceeds."""
+    ranges.observe("probability", torch.ones(heads))
+    ranges.observe("weight", torch.ones(heads))
+    ranges.observe("softmax_sum", torch.full((heads,), float(keys)))

@@ -1,0 +1,151 @@
+"""What the observed or quantized modules of one vLLM process have in common."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gaudi_calib.config import QuantConfig, read_quant_config
+from gaudi_calib.errors import ConfigError, FileError, TopologyError
+from gaudi_calib.fp8 import DEVICES, Device, get_device
+from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file
+
+
+@dataclass
+class Session:
+    """One QUANT_CONFIG in use. Travels to worker processes, so it holds only plain values until one asks.
+
+    Attributes:
+        config: what QUANT_CONFIG says.
+        path: the file it was read from.
+        device_name: the Gaudi that will serve, `g2` or `g3`.
+    """
+
+    config: QuantConfig
+    path: Path
+    device_name: str
+    _is_live: bool = field(default=False, repr=False)
+
+    @classmethod
+    def from_environment(cls) -> "Session":
+        """Read the file that QUANT_CONFIG names.
+
+        Raises:
+            ConfigError: QUANT_CONFIG is not set, unreadable or invalid, or asks for something only
+                a Gaudi can do, or the device is not known.
+            FileError: it quantizes, and there are neither ranges nor scales.
+        """
+        name = os.environ.get("QUANT_CONFIG")
+        if not name:
+            raise ConfigError(
+                "QUANT_CONFIG is not set",
+                where="environment",
+                why="quantization gaudi_fp8 does what that file says",
+                fix="set QUANT_CONFIG to maxabs_measure_<device>.json or maxabs_quant_<device>.json of a run",
+            )
+        path = Path(name).resolve()
+        config = read_quant_config(path)
+        _check_support(config, path)
+        session = cls(config, path, find_serving_device(config, path).name)
+        if not session.measures and config.uses_stats_files:
+            session.require_files()
+        return session
+
+    @property
+    def measures(self) -> bool:
+        return self.config.mode == "MEASURE"
+
+    @property
+    def device(self) -> Device:
+        return get_device(self.device_name)
+
+    @property
+    def directory(self) -> Path:
+        """Where rank files are."""
+        return Path(self.config.dump_stats_path).resolve().parent
+
+    @property
+    def dump(self) -> str:
+        """First part of the rank files' names."""
+        return Path(self.config.dump_stats_path).name
+
+    def is_live(self) -> bool:
+        """Whether the pass now running is one of a request, not one of vLLM's own before it serves.
+
+        vLLM runs made-up tokens to warm up, without metadata for attention. The output
+        projection runs after a pass; it belongs to the pass before.
+        """
+        from vllm.forward_context import get_forward_context, is_forward_context_available
+
+        if is_forward_context_available():
+            self._is_live = get_forward_context().attn_metadata is not None
+        return self._is_live
+
+    def find_rank(self) -> tuple[int, int]:
+        """Return this process's rank and the number of ranks.
+
+        Raises:
+            TopologyError: ranks share the model in another way than by tensor or expert parallelism.
+        """
+        from vllm.distributed import get_dp_group, get_pp_group, get_tp_group
+
+        for group, flag in ((get_pp_group(), "--pipeline-parallel-size"), (get_dp_group(), "--data-parallel-size")):
+            if group.world_size > 1:
+                raise TopologyError(
+                    f"{flag} {group.world_size} is not supported by quantization gaudi_fp8",
+                    where=self.path,
+                    why="rank files are those of tensor- or expert-parallel ranks",
+                    fix=f"leave {flag} out and use --tensor-parallel-size",
+                )
+        return get_tp_group().rank_in_group, get_tp_group().world_size
+
+    def require_files(self) -> None:
+        """Raise FileError unless some rank file is there; each rank looks for its own later."""
+        found = [parse_rank_file(path.name) for path in self.directory.glob("*.json")]
+        if not any(one and one.dump == self.dump and not one.is_mod_list for one in found):
+            raise FileError(
+                "no ranges and no scales",
+                where=self.directory,
+                why=f"dump_stats_path of {self.path.name} points there",
+                fix="run `gaudi-calib calibrate`, or correct dump_stats_path",
+            )
+
+
+def find_serving_device(config: QuantConfig, path: Path) -> Device:
+    """Return the Gaudi that the files of `config` are for.
+
+    Told by the manifest beside them, else by the directory's name (`.../g3/inc_output`), else
+    by the config's (`maxabs_quant_g3.json`).
+
+    Raises:
+        ConfigError: none of them tells.
+    """
+    directory = Path(config.dump_stats_path).resolve().parent
+    if (directory / MANIFEST_NAME).is_file():
+        from gaudi_calib.manifest import read_manifest
+
+        manifest = read_manifest(directory / MANIFEST_NAME)
+        if manifest.device in DEVICES:
+            return get_device(manifest.device)
+    for name in (directory.name, path.stem.rpartition("_")[2]):
+        if name in DEVICES:
+            return get_device(name)
+    raise ConfigError(
+        "it is not known which Gaudi will serve",
+        where=path,
+        why=f"{directory} is neither called g2 nor g3 and has no {MANIFEST_NAME}",
+        fix="keep the layout OUT/<model>/<device>/, so that dump_stats_path names the device",
+    )
+
+
+def _check_support(config: QuantConfig, path: Path) -> None:
+    if config.mode not in ("MEASURE", "QUANTIZE"):
+        raise ConfigError(
+            f"mode {config.mode} is not supported by quantization gaudi_fp8",
+            where=path,
+            fix="use a config with mode MEASURE or QUANTIZE",
+        )
+    if config.observer != "maxabs" or config.fp8_config != "E4M3":
+        what = f"observer {config.observer}" if config.observer != "maxabs" else f"fp8_config {config.fp8_config}"
+        raise ConfigError(
+            f"{what} is not supported by quantization gaudi_fp8", where=path, fix="use observer maxabs and E4M3"
+        )

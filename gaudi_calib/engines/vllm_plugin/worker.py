@@ -1,0 +1,63 @@
+"""What the runner can ask of vLLM's workers with `llm.collective_rpc(NAME)`; the answers come by rank."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gaudi_calib.errors import ConfigError
+
+
+class WorkerExtension:
+    """Methods that vLLM adds to its worker class: `worker_extension_cls=WORKER_EXTENSION`.
+
+    Each raises ConfigError where the engine does not measure.
+    """
+
+    vllm_config: Any
+
+    def reset_ranges(self) -> None:
+        """Forget what was observed so far."""
+        from gaudi_calib.engines.vllm_plugin.collect import reset_modules
+
+        _find_session(self.vllm_config)
+        reset_modules(_find_model(self))
+
+    def save_ranges(self) -> list[str]:
+        """Write this rank's ranges where `dump_stats_path` says.
+
+        Returns:
+            The files written: json, npz and _mod_list.json.
+
+        Raises:
+            RangeError: nothing was measured, or a range is not finite; nothing is written.
+            ModelError: vLLM names a module otherwise than expected.
+        """
+        from gaudi_calib.engines.base import plan_model
+        from gaudi_calib.engines.checkpoint import resolve_model
+        from gaudi_calib.engines.vllm_plugin.collect import collect_ranges
+        from gaudi_calib.ranges.store import write_rank_set
+
+        session = _find_session(self.vllm_config)
+        plan = plan_model(resolve_model(self.vllm_config.model_config.model))
+        rank, world = session.find_rank()
+        ranges = collect_ranges(_find_model(self), plan, session, rank, world)
+        session.directory.mkdir(parents=True, exist_ok=True)
+        return [str(path) for path in write_rank_set(session.directory, ranges)]
+
+
+def _find_session(vllm_config: Any) -> Any:
+    session = getattr(vllm_config.quant_config, "session", None)
+    if session is None or not session.measures:
+        raise ConfigError(
+            "this engine does not measure",
+            where=None if session is None else session.path,
+            fix="start it with quantization='gaudi_fp8' and QUANT_CONFIG=maxabs_measure_<device>.json",
+        )
+    return session
+
+
+def _find_model(worker: Any) -> nn.Module:
+    model = worker.get_model()
+    assert isinstance(model, nn.Module), Path(__file__).name
+    return model
