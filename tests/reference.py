@@ -22,12 +22,14 @@ class Recording:
         model: the Hugging Face model.
         inputs: Hugging Face linear name -> inputs, each of shape (tokens, in).
         attention: attention module name -> per prompt (q, k, v, out), each (heads, tokens, dim), and scale.
+        probabilities: attention module name -> per prompt, (heads, tokens, tokens).
     """
 
     model: torch.nn.Module
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
     attention: dict[str, list[tuple[torch.Tensor, ...]]] = field(default_factory=lambda: defaultdict(list))
     scale: dict[str, float] = field(default_factory=dict)
+    probabilities: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
 def record_model(directory: Path, prompts: list[list[int]], dtype: torch.dtype) -> Recording:
@@ -41,12 +43,17 @@ def record_model(directory: Path, prompts: list[list[int]], dtype: torch.dtype) 
     ):  # vLLM takes them for every prompt
         config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
     model = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=dtype, attn_implementation=implementation
+        directory,
+        config=config,
+        dtype=dtype,
+        attn_implementation=implementation,
+        experts_implementation="eager",
     ).eval()
     model.requires_grad_(False)
     recording = Recording(model)
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) or "Linear" in type(module).__name__:
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.ndim == 2 and not isinstance(module, torch.nn.Embedding):
             module.register_forward_pre_hook(
                 lambda module, args, name=name: recording.inputs[name].append(args[0].flatten(0, -2))
             )
@@ -80,6 +87,7 @@ def _record_attention(module, query, key, value, attention_mask, **kwargs):
     recording, name = module.recording[0], module.recorded_as
     recording.attention[name].append((query[0], key[0], value[0], out[0].transpose(0, 1)))
     recording.scale[name] = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    recording.probabilities[name].append(weights[0])
     return out, weights
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from reference import Recording, largest, rank_heads, rank_part, record_model
-from tiny import CHECKPOINTS, make_tiny_model
+from tiny import CHECKPOINTS, MOE_CHECKPOINTS, make_tiny_model
 
 from gaudi_calib.engines.base import ModelPlan, plan_model
 from gaudi_calib.engines.linear import chain_worlds, max_signed, sum_neighbours
@@ -35,7 +35,7 @@ def attention_modules(plan: ModelPlan, recording: Recording) -> list[str]:
     return names if plan.layout.uses_attention_interface else [f"layer{i}" for i in range(len(names))]
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, *MOE_CHECKPOINTS])
 def test_streamed_and_packed_equals_whole_model(checkpoint: str, tiny_model: Callable[[str], Path]):
     """Layer by layer, with packed prompts, every channel is what the whole model sees prompt by prompt."""
     directory, prompts = tiny_model(checkpoint), make_prompts()
@@ -47,7 +47,8 @@ def test_streamed_and_packed_equals_whole_model(checkpoint: str, tiny_model: Cal
         if linear.split is not Split.ROW:  # every rank sees all of it
             seen = seen.max(keepdims=True)
         np.testing.assert_allclose(channels.nodes[name].inputs[0].values, seen, rtol=2e-5, atol=1e-5 * seen.max())
-    for index, module in enumerate(attention_modules(plan, recording)):
+    for index in plan.attention_layers:
+        module = attention_modules(plan, recording)[index]
         sdpa = channels.nodes[plan.attention_node(index, "fused_scaled_dot_product_attention")]
         parts = [torch.cat(part, 1) for part in zip(*recording.attention[module], strict=True)]
         for measured, tensor in zip((*sdpa.inputs, sdpa.outputs[0]), parts, strict=True):
