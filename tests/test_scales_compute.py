@@ -264,6 +264,34 @@ def test_layer_types_choose_the_method_by_class():
     assert (scales["matmul_qk"].inputs, scales["mystery"].inputs) == ((4.0, 4.0), (2.0,))
 
 
+@pytest.mark.parametrize("method", ["maxabs_hw", "maxabs_pow2", "maxabs_arbitrary", "maxabs_pow2_opt_weight"])
+def test_nodes_scaled_together_equal_nodes_scaled_alone(method: str):
+    """Hundreds of nodes of all operations and shapes, with several channels here and there, in any order."""
+    random = np.random.default_rng(5)
+    forms = [("qkv_proj", 1, None, True), ("o_proj", 1, 2, True), ("matmul_qk", 2, None, False)]
+    forms += [("batch2block_matmul", 2, 1, False), ("k_cache", 1, None, False), ("softmax", 1, 1, False)]
+    forms += [
+        ("fused_scaled_dot_product_attention", 3, 2, False),
+        ("moe_op", 1, 9, False),
+        ("w2_list.3", 1, None, True),
+    ]
+    nodes = {}
+    for index in random.integers(len(forms), size=300).tolist():
+        name, inputs, outputs, has_weight = forms[index]
+        parts = [random.lognormal(0, 3, random.integers(1, 3)).astype(np.float32) for _ in range(20)]
+        nodes[f"layers.{len(nodes)}.{name}"] = Node(
+            tuple(parts[:inputs]),
+            None if outputs is None else tuple(parts[4 : 4 + outputs]),
+            parts[-1] if has_weight else None,
+        )
+    weights = {name: random.standard_normal((3, 4)).astype(np.float32) for name in nodes}.get
+    together = compute_scales(RankSet(0, 1, nodes), method, GAUDI3, weights=weights).nodes
+    assert list(together) == list(nodes)
+    for name, node in nodes.items():
+        alone = compute_scales(RankSet(0, 1, {name: node}), method, GAUDI3, weights=weights).nodes
+        assert repr(together[name]) == repr(alone[name])
+
+
 def test_every_op_has_a_class():
     """A new op type cannot be forgotten."""
     assert all(find_layer_type("lm_head", op) for op in Op)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from gaudi_calib.errors import FileError
 from gaudi_calib.files import stage_files
+from gaudi_calib.ranges.background import BackgroundWriter
 from gaudi_calib.ranges.node import Node, RankSet
-from gaudi_calib.ranges.store import list_worlds, read_ranges, write_rank_set
+from gaudi_calib.ranges.store import list_worlds, read_world_files, render_rank_sets
+from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
 
 _CACHES = {"matmul_qk": ("k_cache", "latent_cache_k"), "matmul_av": ("v_cache", "latent_cache_k")}
 
@@ -21,15 +23,24 @@ def apply_kv_cache(rank_set: RankSet[Node]) -> RankSet[Node]:
 
     A matmul without a cache node beside it is left as it is.
     """
-    nodes = dict(rank_set.nodes)
-    for name, node in rank_set.nodes.items():
+    table = tabulate_ranges(rank_set.nodes)
+    inventory, changed = table.inventory, {}
+    for name in inventory.names:
         parent, _, op = name.rpartition(".")
         for cache in _CACHES.get(op, ()):
-            source = rank_set.nodes.get(f"{parent}.{cache}")
-            if source is not None and len(node.inputs) > 1:
-                nodes[name] = replace(node, inputs=(node.inputs[0], source.inputs[0], *node.inputs[2:]))
+            if f"{parent}.{cache}" in inventory.index:
+                node = table[name]
+                if len(node.inputs) > 1:
+                    source = table[f"{parent}.{cache}"].inputs[0]
+                    changed[name] = replace(node, inputs=(node.inputs[0], source, *node.inputs[2:]))
                 break
-    return replace(rank_set, nodes=nodes)
+    if any(len(node.inputs[1]) != len(table[name].inputs[1]) for name, node in changed.items()):
+        return replace(rank_set, nodes={**table, **changed})
+    numbers = table.numbers.copy()
+    for name, node in changed.items():
+        start = int(inventory.starts[inventory.index[name]]) + len(node.inputs[0])
+        numbers[start : start + len(node.inputs[1])] = node.inputs[1]
+    return replace(rank_set, nodes=RangeTable(inventory, numbers))
 
 
 def postprocess_dir(directory: Path, out: Path) -> list[Path]:
@@ -44,10 +55,10 @@ def postprocess_dir(directory: Path, out: Path) -> list[Path]:
     Raises:
         FileError: no ranges in `directory`, or one is malformed; nothing is written.
     """
-    files = [path for ranks in list_worlds(directory).values() for path in ranks.values()]
-    if not files:
+    worlds = list_worlds(directory).values()
+    if not worlds:
         raise FileError("no ranges to postprocess", where=directory, fix="run `gaudi-calib measure` first")
-    rank_sets = [apply_kv_cache(read_ranges(path)) for path in files]
-    with stage_files(out) as staging:
-        written = [path for one in rank_sets for path in write_rank_set(staging, one)]
+    rank_sets = [apply_kv_cache(one) for ranks in worlds for one in read_world_files(list(ranks.values()))]
+    with stage_files(out) as staging, BackgroundWriter() as writer:
+        written = render_rank_sets(staging, rank_sets, writer)
     return [out / path.name for path in written]

@@ -17,7 +17,7 @@ file that consists of them is read without being parsed.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
@@ -145,17 +145,20 @@ def read_world_dir(directory: Path, world: int) -> list[RankSet[Node]]:
             why=f"the directory holds ranges of world size {', '.join(map(str, worlds)) or 'none'}",
             fix=f"run `gaudi-calib measure -t {world}`, or name a world size that is there",
         )
-    return list(_read_alike([files[rank] for rank in range(world)]))
+    return read_world_files([files[rank] for rank in range(world)])
 
 
-def _read_alike(paths: Sequence[Path]) -> Iterator[RankSet[Node]]:
-    """Read ranks of one world; those with the nodes of the first share its inventory."""
-    first: RankSet[Node] | None = None
+def read_world_files(paths: Sequence[Path]) -> list[RankSet[Node]]:
+    """Read ranges of ranks of one world; those with the nodes of the first share its inventory.
+
+    Raises:
+        FileError: see `read_ranges`.
+    """
+    ranks: list[RankSet[Node]] = []
     for path in paths:
-        like = None if first is None else tabulate_ranges(first.nodes).inventory
-        rank_set: RankSet[Node] = _read_rank(path, RANGES_MODE, like)
-        first = first or rank_set
-        yield rank_set
+        like = tabulate_ranges(ranks[0].nodes).inventory if ranks else None
+        ranks.append(_read_rank(path, RANGES_MODE, like))
+    return ranks
 
 
 def _read_rank(path: Path, mode: str, like: Inventory | None = None) -> RankSet[Any]:
