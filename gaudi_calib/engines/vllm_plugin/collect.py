@@ -1,6 +1,7 @@
 """From what the modules of one rank have seen to the rank's file."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -8,12 +9,15 @@ from torch import nn
 from gaudi_calib.engines.base import LinearPlan, ModelPlan
 from gaudi_calib.engines.nodes import attention_nodes
 from gaudi_calib.engines.vllm_plugin.attention import OBSERVED
+from gaudi_calib.engines.vllm_plugin.experts import MeasuredExpertsMethod
+from gaudi_calib.engines.vllm_plugin.observer import Peak
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import ModelError, RangeError
 from gaudi_calib.ranges.expert_channels import Topology
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.reshard import select_nodes
 from gaudi_calib.ranges.shard import ChannelNode, ChannelRanges, derive_rank
+from gaudi_calib.scales.layer_types import is_expert_matmul
 
 
 def collect_ranges(model: nn.Module, plan: ModelPlan, session: Session, rank: int, world: int) -> RankSet[Node]:
@@ -28,8 +32,9 @@ def collect_ranges(model: nn.Module, plan: ModelPlan, session: Session, rank: in
         ModelError: vLLM calls a module otherwise.
     """
     modules = dict(model.named_modules())
-    found = {**_collect_linears(modules, plan), **_collect_attention(modules, plan, session)}
-    names = tuple(name for name in plan.node_names)
+    experts = _collect_experts(modules, plan)
+    found = {**_collect_linears(modules, plan, experts), **_collect_attention(modules, plan, session), **experts}
+    names = tuple(name for name in plan.node_names if name in found or not is_expert_matmul(name))
     nodes = {name: found[name] for name in names if name in found}
     samples = max((peaks.calls for peaks in _find_peaks(modules)), default=0)
     if not samples:
@@ -49,7 +54,7 @@ def collect_ranges(model: nn.Module, plan: ModelPlan, session: Session, rank: in
 def reset_modules(model: nn.Module) -> None:
     """Forget what was seen so far."""
     modules = dict(model.named_modules())
-    for peaks in _find_peaks(modules):
+    for peaks in (*_find_peaks(modules), *_find_experts(modules).values()):
         peaks.reset()
     for module in modules.values():
         if hasattr(module, OBSERVED):
@@ -63,8 +68,24 @@ def _find_peaks(modules: dict[str, nn.Module]) -> Iterator:
             yield peaks
 
 
-def _collect_linears(modules: dict[str, nn.Module], plan: ModelPlan) -> dict[str, Node]:
-    nodes = {}
+def _find_experts(modules: dict[str, nn.Module]) -> dict[str, Any]:
+    """Observed experts by the name of their module."""
+    methods = {name: getattr(module, "quant_method", None) for name, module in modules.items()}
+    return {name: method for name, method in methods.items() if isinstance(method, MeasuredExpertsMethod)}
+
+
+def _collect_experts(modules: dict[str, nn.Module], plan: ModelPlan) -> dict[str, Node]:
+    nodes: dict[str, Node] = {}
+    observed = _find_experts(modules)
+    for name in plan.experts:
+        method = observed.get(name.removesuffix(".moe_op"))
+        if method is not None and method.input.is_seen:
+            nodes |= method.to_nodes(name)
+    return nodes
+
+
+def _collect_linears(modules: dict[str, nn.Module], plan: ModelPlan, experts: dict[str, Node]) -> dict[str, Node]:
+    nodes, routers = {}, _find_routers(plan)
     for name, linear in plan.linears.items():
         module = modules.get(name)
         if module is None:
@@ -72,7 +93,20 @@ def _collect_linears(modules: dict[str, nn.Module], plan: ModelPlan) -> dict[str
         peaks = getattr(getattr(module, "quant_method", None), "peaks", None)
         if peaks is not None and peaks.input.is_seen:
             nodes[name] = peaks.to_node()
+        elif peaks is None and routers.get(linear.modules) in experts:
+            # vLLM's class for routers bypasses quantization methods; its input is that of the experts.
+            peak = Peak()
+            peak.observe(plan.read_weight(name))
+            nodes[name] = Node(experts[routers[linear.modules]].inputs, weight=peak.to_range())
     return nodes
+
+
+def _find_routers(plan: ModelPlan) -> dict[tuple[str, ...], str]:
+    """Nodes of the experts by the Hugging Face modules of their routers."""
+    facts = plan.layout.experts
+    if facts is None:
+        return {}
+    return {(f"{layer}.{facts.router}",): plan.node_name(index, facts.name) for index, layer in enumerate(plan.layers)}
 
 
 def _collect_attention(modules: dict[str, nn.Module], plan: ModelPlan, session: Session) -> dict[str, Node]:

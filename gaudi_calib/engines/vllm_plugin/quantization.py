@@ -1,13 +1,16 @@
 """Quantization method `gaudi_fp8`: which of vLLM's modules is observed, quantized or left alone."""
 
+from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from gaudi_calib.engines.base import LATENT_ATTENTION_OPS
 from gaudi_calib.engines.vllm_plugin import QUANTIZATION
 from gaudi_calib.engines.vllm_plugin.session import Session
-from gaudi_calib.errors import ModelError
+from gaudi_calib.errors import ConfigError, ModelError
 
 # Classes of linear layers that INC patches; it compares names as a whole, so a subclass is not one of them.
 # Source: INC `_mod_default_dict`, fp8_quant/_core/patching_common.py.
@@ -71,18 +74,101 @@ class GaudiFp8Config(QuantizationConfig):
             )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Return how vLLM computes `layer`, a module called `prefix`; None: as without quantization."""
-        from vllm.model_executor.layers.attention import Attention
-        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        """Return how vLLM computes `layer`, a module called `prefix`; None: as without quantization.
 
-        from gaudi_calib.engines.vllm_plugin import attention, linear
+        Raises:
+            ConfigError: latent attention, which is not supported.
+            RangeError, FileError: attention that would be quantized was not measured; other layers
+                raise when their weights have been loaded.
+        """
+        from vllm.model_executor.layers.attention import Attention, MLAAttention
 
-        patched = type(layer).__name__ in PATCHED_LINEARS
-        if isinstance(layer, LinearBase):
-            return linear.MeasuredLinearMethod(self.session) if patched else UnquantizedLinearMethod()
-        if isinstance(layer, ParallelLMHead):
-            return linear.MeasuredHeadMethod(self.session)
+        if isinstance(layer, MLAAttention):
+            self._refuse_latent(prefix)
         if isinstance(layer, Attention):
-            attention.observe_attention(layer, self.session)
+            self._attach_attention(layer)
+            return None
+        return self._measure(layer) if self.session.measures else self._quantize(layer, prefix)
+
+    def _attach_attention(self, layer: Any) -> None:
+        from gaudi_calib.engines.vllm_plugin.attention import observe_attention
+        from gaudi_calib.engines.vllm_plugin.fp8_attention import quantize_attention
+
+        if self.session.measures:
+            observe_attention(layer, self.session)
+        else:
+            quantize_attention(layer, self._source)
+
+    def _measure(self, layer: torch.nn.Module) -> QuantizeMethodBase | None:
+        from gaudi_calib.engines.vllm_plugin.experts import MeasuredExpertsMethod
+        from gaudi_calib.engines.vllm_plugin.linear import MeasuredHeadMethod, MeasuredLinearMethod
+
+        match find_kind(layer):
+            case Kind.LINEAR:
+                return MeasuredLinearMethod(self.session)
+            case Kind.HEAD:
+                return MeasuredHeadMethod(self.session)
+            case Kind.EXPERTS:
+                return MeasuredExpertsMethod(layer.moe_config, self.session)
+        return plain_method(layer)
+
+    def _quantize(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from gaudi_calib.engines.vllm_plugin.fp8_experts import QuantizedExpertsMethod
+        from gaudi_calib.engines.vllm_plugin.fp8_linear import QuantizedHeadMethod, QuantizedLinearMethod
+
+        kind, config = find_kind(layer), self.session.config
+        op = f"{prefix}.routed_experts.moe_op"
+        if kind is Kind.EXPERTS and not config.is_blocked(op, "VllmMixtureOfExpertsOp"):
+            return QuantizedExpertsMethod(layer.moe_config, prefix, self._source)
+        if not config.is_blocked(prefix, type(layer).__name__):
+            if kind is Kind.LINEAR:
+                return QuantizedLinearMethod(prefix, self._source)
+            if kind is Kind.HEAD:
+                return QuantizedHeadMethod(prefix, self._source)
+        return plain_method(layer)
+
+    @cached_property
+    def _source(self) -> Any:
+        from gaudi_calib.engines.vllm_plugin.scales import ScaleSource
+
+        return ScaleSource(self.session)
+
+    def _refuse_latent(self, prefix: str) -> None:
+        if all(self.session.config.is_blocked(f"{prefix}.impl.{op}") for op in LATENT_ATTENTION_OPS):
+            return
+        raise ConfigError(
+            "latent attention is not supported by quantization gaudi_fp8",
+            where=prefix,
+            why=f"{self.session.path.name} does not block it",
+            fix="measure with `--engine torch`; to serve without a Gaudi, add 'mla_attn' to blocklist.names",
+        )
+
+
+class Kind(Enum):
+    """What a module is to INC."""
+
+    LINEAR = "linear"
+    HEAD = "output projection"
+    EXPERTS = "experts"
+
+
+def find_kind(layer: torch.nn.Module) -> Kind | None:
+    """Tell what `layer` is, or None where INC leaves it alone."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    if isinstance(layer, RoutedExperts):
+        return Kind.EXPERTS
+    if type(layer).__name__ not in PATCHED_LINEARS:
         return None
+    if isinstance(layer, LinearBase):
+        return Kind.LINEAR
+    return Kind.HEAD if isinstance(layer, ParallelLMHead) else None
+
+
+def plain_method(layer: torch.nn.Module) -> QuantizeMethodBase | None:
+    """Return vLLM's own way for a layer that is left alone; None where vLLM chooses it itself."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

@@ -1,0 +1,125 @@
+"""Attention layers whose inputs, cache and output went through FP8.
+
+    prefill   fused op: q, k, v and its output in FP8
+    decode    batch2block and matmul_qk: scale·q; block2batch: the output; both: cached k and v
+    cache     k and v, before they are cached
+
+vLLM's kernel reads keys and values from the cache, so they are rounded once, by the cache's
+scale; where the caches are blocked, by that of the fused op. Not emulated, because kernels
+do not show them: the rounding of probabilities (`matmul_av.inputs[0]`, the fused op's amax),
+of single blocks' results before they are added up, and of softmax denominators (Gaudi 2).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+
+from gaudi_calib.config import QuantConfig
+from gaudi_calib.engines.base import ATTENTION_OPS
+from gaudi_calib.engines.fp8_cast import pass_through
+from gaudi_calib.engines.vllm_plugin.attention import find_metadata
+from gaudi_calib.engines.vllm_plugin.scales import ScaleSource, stand_in
+from gaudi_calib.engines.vllm_plugin.scores import Sequences
+from gaudi_calib.errors import ConfigError
+from gaudi_calib.ranges.node import Op, ScaleNode
+from gaudi_calib.scales.layer_types import find_layer_type
+
+_SHAPES = {Op.MATMUL: (2, None), Op.B2B_MATMUL: (2, 1), Op.KV_CACHE: (1, None), Op.FUSED_SDPA: (3, 2)}
+_FUSED = "fused_scaled_dot_product_attention"
+
+
+class QuantizedAttention:
+    """Stands in for `forward` of one of vLLM's attention layers."""
+
+    def __init__(self, layer: Attention, scales: dict[str, ScaleNode], source: ScaleSource):
+        """Take the scales of the layer's ops by their short names; ops that are missing stay in bfloat16."""
+        self.layer, self.scales, self.source = layer, scales, source
+        self._decode_query = [("batch2block_matmul", 1), ("matmul_qk", 0)]
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        layer = self.layer
+        metadata = find_metadata(layer.layer_name)
+        if metadata is None:
+            return type(layer).forward(layer, query, key, value, *args, **kwargs)
+        decodes = Sequences.from_metadata(metadata).find_decodes()
+        query = self._round_query(query, decodes)
+        if key is not None and value is not None:
+            key = self._round(key, [self._first("k_cache", 0, 1)])
+            value = self._round(value, [self._first("v_cache", 0, 2)])
+        out = type(layer).forward(layer, query, key, value, *args, **kwargs)
+        prefill = self._round(out, [self._output(_FUSED)])
+        return _select(decodes, self._round(out, [self._input("block2batch_matmul", 1)]), prefill)
+
+    def _round_query(self, query: torch.Tensor, decodes: torch.Tensor) -> torch.Tensor:
+        prefill = self._round(query, [self._input(_FUSED, 0)])
+        if not bool(decodes.any()):
+            return prefill
+        factor = float(self.layer.impl.scale)
+        scaled = self._round((query * factor).to(query.dtype), [self._input(*one) for one in self._decode_query])
+        return _select(decodes, (scaled.float() / factor).to(query.dtype), prefill)
+
+    def _round(self, x: torch.Tensor, scales: Sequence[float | None]) -> torch.Tensor:
+        for scale in scales:
+            if scale is not None:
+                x = pass_through(x, scale, self.source.device)
+        return x
+
+    def _input(self, op: str, index: int) -> float | None:
+        return self.scales[op].inputs[index] if op in self.scales else None
+
+    def _output(self, op: str) -> float | None:
+        return float(self.scales[op].outputs[0]) if op in self.scales else None
+
+    def _first(self, cache: str, index: int, fused: int) -> float | None:
+        """Scale of a cache, or of the fused op's input, or None where both are blocked."""
+        found = self._input(cache, index)
+        return self._input(_FUSED, fused) if found is None else found
+
+
+def quantize_attention(layer: Attention, source: ScaleSource) -> None:
+    """Make `layer` compute in FP8, as far as the config does not block its ops.
+
+    Raises:
+        ConfigError: the config asks for dynamic quantization of attention.
+        RangeError: an op that is not blocked was not measured.
+    """
+    config = source.session.config
+    names = {op: f"{layer.layer_name}.impl.{op}" for op in _list_ops(layer.layer_name, config)}
+    if not names or "forward" in layer.__dict__:
+        return
+    if source.is_dynamic:
+        raise ConfigError(
+            "dynamic quantization of attention is not supported by quantization gaudi_fp8",
+            where=source.session.path,
+            why=f"it does not block {', '.join(names)}",
+            fix='add "Matmul", "B2BMatmul" and "VLLMKVCache" to blocklist.types, as the presets do',
+        )
+    found = source.find({name: stand_in(*_SHAPES[ATTENTION_OPS[op]]) for op, name in names.items()})
+    scales = {op: found[name] for op, name in names.items() if name in found}
+    layer.forward = QuantizedAttention(layer, scales, source)  # type: ignore[method-assign]
+
+
+def _list_ops(layer: str, config: QuantConfig) -> list[str]:
+    """Ops that INC would quantize; softmax is patched and never called, and the fused op is static only."""
+    called = {op: kind for op, kind in ATTENTION_OPS.items() if kind in _SHAPES}
+    if config.dynamic_quantization:
+        called.pop(_FUSED)
+    return [
+        op
+        for op, kind in called.items()
+        if not config.is_blocked(f"{layer}.impl.{op}", find_layer_type(f"{layer}.impl.{op}", kind))
+    ]
+
+
+def _select(mask: torch.Tensor, chosen: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Rows of `chosen` where `mask`, shape (tokens,), else of `other`; rows beyond are padding."""
+    if chosen is other:
+        return other
+    out = other.clone()
+    rows = mask.nonzero().flatten().to(out.device)
+    out[rows] = chosen[rows]
+    return out

@@ -1,0 +1,121 @@
+"""Scales of one rank's nodes: from its scale file, else computed from its ranges, as INC does."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gaudi_calib.config import convert_backoffs, get_scales_device
+from gaudi_calib.engines.vllm_plugin.session import Session
+from gaudi_calib.errors import FileError, RangeError
+from gaudi_calib.fp8 import Device
+from gaudi_calib.layout import RankFile
+from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
+from gaudi_calib.ranges.store import list_worlds, read_ranges, read_scales
+from gaudi_calib.scales.compute import compute_scales
+
+WeightReader = Callable[[str], "np.ndarray | None"]
+_ANY = np.ones(1, dtype=np.float32)
+
+
+class ScaleSource:
+    """The scales of the rank that this process is.
+
+    Attributes:
+        table: scale method of every node.
+        device: the device that serves; its FP8 range applies.
+    """
+
+    def __init__(self, session: Session):
+        self.session, self.device = session, session.device
+        self.table = convert_backoffs(session.config).method_table
+        self._rank: tuple[int, int] | None = None
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """This process's rank, and the number of ranks."""
+        if self._rank is None:
+            self._rank = self.session.find_rank()
+        return self._rank
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether activations get their scales from their values."""
+        return self.session.config.dynamic_quantization
+
+    def choose_name(self, *names: str) -> str:
+        """Return the name that the files have, or the first; releases of vLLM differ."""
+        if not self.session.config.uses_stats_files:
+            return names[0]
+        return next((name for name in names if name in self._scales or name in self._ranges), names[0])
+
+    def find(self, stand_ins: Mapping[str, Node], weights: WeightReader = lambda name: None) -> dict[str, ScaleNode]:
+        """Return the scales of some nodes.
+
+        Args:
+            stand_ins: nodes with as many inputs and outputs as are wanted; their ranges count only
+                where the method needs no measurement.
+            weights: returns this rank's weight of a node, float32 of shape (out, in).
+
+        Returns:
+            Without the nodes that have no measurement, where `ignore_modules_wo_measures` says so.
+
+        Raises:
+            FileError: this rank has neither ranges nor scales.
+            RangeError: a node has neither.
+        """
+        if not self.session.config.uses_stats_files:
+            return self._compute(stand_ins, weights)
+        stored = {name: self._scales[name] for name in stand_ins if name in self._scales}
+        measured = {name: self._ranges[name] for name in stand_ins if name not in stored and name in self._ranges}
+        missing = [name for name in stand_ins if name not in stored and name not in measured]
+        if missing and not self.session.config.ignore_modules_wo_measures:
+            raise self._unmeasured(missing[0])
+        return {**stored, **(self._compute(measured, weights) if measured else {})}
+
+    def _compute(self, nodes: Mapping[str, Node], weights: WeightReader) -> dict[str, ScaleNode]:
+        device: Device = get_scales_device(self.session.config, self.device)
+        return dict(compute_scales(RankSet(*self.rank, nodes), self.table, device, weights=weights).nodes)
+
+    @cached_property
+    def _ranges(self) -> Mapping[str, Node]:
+        path = self._find_file(None)
+        return {} if path is None else read_ranges(path).nodes
+
+    @cached_property
+    def _scales(self) -> Mapping[str, ScaleNode]:
+        path = None if self.session.config.recalc_scales else self._find_file(self.table.file_tag)
+        if path is None and self._find_file(None) is None:
+            raise self._no_files()
+        return {} if path is None else read_scales(path).nodes
+
+    def _find_file(self, method: str | None) -> Path | None:
+        rank, world = self.rank
+        return list_worlds(self.session.directory, method).get(world, {}).get(rank)
+
+    def _no_files(self) -> FileError:
+        rank, world = self.rank
+        worlds = sorted(list_worlds(self.session.directory))
+        return FileError(
+            f"no ranges and no scales of rank {rank} of {world}",
+            where=self.session.directory / RankFile(self.session.dump, rank=rank, world=world).name,
+            why=f"the directory holds ranges of world size {', '.join(map(str, worlds)) or 'none'}",
+            fix=f"run `gaudi-calib reshard` to {world} ranks, or serve with a world size that is there",
+        )
+
+    def _unmeasured(self, name: str) -> RangeError:
+        rank, world = self.rank
+        return RangeError(
+            f"node {name!r} is to be quantized and was not measured",
+            where=self.session.directory / RankFile(self.session.dump, rank=rank, world=world).name,
+            why=f"{self.session.path.name} does not block it, and neither ranges nor scales have it",
+            fix="measure with the same lists, add it to the blocklist, or set ignore_modules_wo_measures",
+        )
+
+
+def stand_in(inputs: int, outputs: int | None = None, weight: torch.Tensor | None = None) -> Node:
+    """Return a node of this shape; its ranges mean nothing, but for the weight's."""
+    largest = None if weight is None else weight.abs().amax().float().cpu().numpy().reshape(1)
+    return Node((_ANY,) * inputs, None if outputs is None else (_ANY,) * outputs, largest)
