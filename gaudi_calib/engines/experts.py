@@ -9,7 +9,7 @@ from torch import nn
 
 from gaudi_calib.engines.attention import max_magnitude
 from gaudi_calib.engines.expert_weights import ExpertWeights
-from gaudi_calib.engines.linear import chain_worlds, require_finite_weight, sum_neighbours
+from gaudi_calib.engines.linear import chain_worlds, max_weight, require_finite_weight, sum_neighbours
 from gaudi_calib.model_layout import Experts
 from gaudi_calib.ranges.expert_channels import ExpertChannels, Topology
 
@@ -59,7 +59,8 @@ class ObservedExperts:
         self._routing, self._bias = 0.0, 0.0
         late = weights.facts.late_factor
         self._late_factor = float(weights.checkpoint.config.get(late) or 1.0) if late else 1.0
-        self._sums = [_Sums(group, split) for split in (False, True) for group in _chain(topologies, split, dtype)]
+        self._slices = [_Sums(group) for group in _chain(topologies, dtype, by_expert=False)]
+        self._wholes = [_Sums(group) for group in _chain(topologies, dtype, by_expert=True)]
         self._cache: dict[int, _Expert] = {}
         self._spare: list[torch.Tensor] = []
         self._step, self._passed = -(-tokens // _SPARE_TOKENS), 0
@@ -77,12 +78,12 @@ class ObservedExperts:
         self._observe_input(hidden)
         self._routing = max(self._routing, float(weights.float().abs().sum(-1).max()))
         out = torch.zeros_like(hidden)
-        for sums in self._sums:
+        for sums in (*self._slices, *self._wholes):
             sums.start(hidden)
         for expert in index.unique().tolist():
             tokens, slot = torch.where(index == expert)
             self._run_expert(expert, hidden[tokens], tokens, weights[tokens, slot, None], out)
-        for sums in self._sums:
+        for sums in (*self._slices, *self._wholes):
             sums.finish()
         self._keep_spare(hidden)
         return out
@@ -98,15 +99,19 @@ class ObservedExperts:
         loaded = self._load(expert)
         self._tokens[expert] += len(tokens)
         inner = self._observe_intermediate(expert, loaded, x)
-        result = nn.functional.linear(inner, loaded.down, loaded.down_bias)
+        slices = [_multiply_slices(inner, loaded, sums.world) for sums in self._slices]
+        # In float32 the product is formed as the sum of the slices' products, at no extra multiplications.
+        whole = slices[0].sum(0) if slices and self.dtype is torch.float32 else loaded.project(inner)
         served = weights / self._late_factor
-        for sums in self._sums:
-            sums.add(expert, self.weights.count, inner, loaded, tokens, served, result * served)
+        for sums, parts in zip(self._slices, slices, strict=True):
+            for rank, part in enumerate(parts.mul_(served)):
+                sums.add(rank, tokens, part)
+        for sums in self._wholes:
+            sums.add(expert * sums.world // self.weights.count, tokens, whole * served)
         if self.weights.facts.scales_input:
-            inner = self._observe_intermediate(expert, loaded, x * weights)
-            result = nn.functional.linear(inner, loaded.down, loaded.down_bias)
+            result = loaded.project(self._observe_intermediate(expert, loaded, x * weights))
         else:
-            result = result * weights
+            result = whole * weights
         out.index_add_(0, tokens, result.to(out.dtype))
 
     def _observe_intermediate(self, expert: int, loaded: "_Expert", x: torch.Tensor) -> torch.Tensor:
@@ -129,9 +134,9 @@ class ObservedExperts:
 
     def _read(self, expert: int) -> "_Expert":
         gate_up, down = self.weights.read_gate_up(expert), self.weights.read_down(expert)
-        rows = max_magnitude(gate_up, (1,)).float()
+        rows = max_weight(gate_up, 1).float()
         self._gate_up[expert] = self.weights.order_gate_up(rows).amax(0)
-        self._down[expert] = max_magnitude(down, (0,)).float()
+        self._down[expert] = max_weight(down, 0).float()
         for part, ranges in (("w13_list", self._gate_up), ("w2_list", self._down)):
             require_finite_weight(f"{self.weights.node}.{part}.{expert}", ranges[expert])
         biases = self.weights.read_biases(expert)
@@ -168,7 +173,9 @@ class ObservedExperts:
         for expert in range(self.weights.count):
             if not self._gate_up[expert].any():
                 self._read(expert)
-        outputs = {key: values.numpy() for sums in self._sums for key, values in sums.largest.items()}
+        outputs = {
+            key: values.numpy() for sums in (*self._slices, *self._wholes) for key, values in sums.largest.items()
+        }
         return ExpertChannels(
             self._intermediate.numpy(),
             self._gate_up.numpy(),
@@ -194,6 +201,20 @@ class _Expert:
     def size_bytes(self) -> int:
         return self.gate_up.nbytes + self.down.nbytes
 
+    def project(self, inner: torch.Tensor) -> torch.Tensor:
+        """Down projection of (tokens, channels), shape (tokens, hidden size)."""
+        return nn.functional.linear(inner, self.down, self.down_bias)
+
+
+def _multiply_slices(inner: torch.Tensor, loaded: _Expert, world: int) -> torch.Tensor:
+    """Down projections of every rank's channels, shape (world, tokens, hidden size)."""
+    width = inner.shape[1] // world
+    slices = loaded.down.unflatten(1, (world, width)).permute(1, 2, 0)
+    parts = torch.bmm(inner.unflatten(1, (world, width)).transpose(0, 1), slices)
+    if loaded.down_bias is not None:
+        parts[0] += loaded.down_bias  # vLLM keeps it on the first rank
+    return parts
+
 
 class _Sums:
     """The sums that each rank computes, over worlds of which each divides the one before.
@@ -202,35 +223,17 @@ class _Sums:
         largest: topology key -> largest magnitude by rank, float32, shape (world,).
     """
 
-    def __init__(self, topologies: list[Topology], by_expert: bool):
-        self.topologies, self.by_expert = topologies, by_expert
+    def __init__(self, topologies: list[Topology]):
+        self.topologies, self.world = topologies, topologies[0].world
         self.largest = {one.key: torch.zeros(one.world) for one in topologies}
         self._sums = torch.empty(0)
 
     def start(self, hidden: torch.Tensor) -> None:
-        self._sums = hidden.new_zeros(self.topologies[0].world, *hidden.shape)
+        self._sums = hidden.new_zeros(self.world, *hidden.shape)
 
-    def add(
-        self,
-        expert: int,
-        count: int,
-        inner: torch.Tensor,
-        loaded: _Expert,
-        tokens: torch.Tensor,
-        weights: torch.Tensor,
-        result: torch.Tensor,
-    ) -> None:
-        """Add one expert's part: as a whole to its rank, or its slices to every rank."""
-        world = self.topologies[0].world
-        if self.by_expert or world == 1:
-            self._sums[expert * world // count].index_add_(0, tokens, result.to(self._sums.dtype))
-            return
-        width = inner.shape[1] // world
-        slices = loaded.down.unflatten(1, (world, width)).permute(1, 2, 0)
-        parts = torch.bmm(inner.unflatten(1, (world, width)).transpose(0, 1), slices)
-        if loaded.down_bias is not None:
-            parts[0] += loaded.down_bias  # vLLM keeps it on the first rank
-        self._sums.index_add_(1, tokens, (parts * weights).to(self._sums.dtype))
+    def add(self, rank: int, tokens: torch.Tensor, part: torch.Tensor) -> None:
+        """Add one expert's part of some tokens to a rank's sum."""
+        self._sums[rank].index_add_(0, tokens, part.to(self._sums.dtype))
 
     def finish(self) -> None:
         """Take in the sums of one batch, and those of coarser worlds."""
@@ -242,12 +245,17 @@ class _Sums:
         self._sums = torch.empty(0)
 
 
-def _chain(topologies: Sequence[Topology], by_expert: bool, dtype: torch.dtype) -> list[list[Topology]]:
+def _chain(topologies: Sequence[Topology], dtype: torch.dtype, *, by_expert: bool) -> list[list[Topology]]:
+    """Group topologies so that the sums of each follow from those of the one before; one rank goes with the finest."""
     worlds = [one.world for one in topologies if one.world > 1 and one.expert_parallel == by_expert]
     # Below float32 sums round, so each is formed on its own, as the devices would.
     groups = chain_worlds(worlds) if dtype is torch.float32 else [[world] for world in worlds]
     chains = [[Topology(world, by_expert) for world in group] for group in groups]
-    return chains if by_expert else [[Topology(1)], *chains]
+    if by_expert and dtype is torch.float32 and chains:
+        chains[0].append(Topology(1))
+    elif by_expert:
+        chains.append([Topology(1)])
+    return chains
 
 
 def _gate(module: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:

@@ -186,3 +186,11 @@ def max_signed(parts: torch.Tensor, floor: float) -> float:
     if max(float(extreme.min) for extreme in extremes) < -largest:
         largest = max(largest, -float(parts.amax(0).min()))
     return largest
+
+
+def max_weight(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """Largest magnitudes of a weight over `dim`."""
+    if weight.dtype is not torch.bfloat16:
+        return max_magnitude(weight, (dim,))
+    # Without its sign bit, a bfloat16 is ordered as the integer of the same bits (NaN above all).
+    return (weight.view(torch.int16) & 0x7FFF).amax(dim).view(torch.bfloat16)

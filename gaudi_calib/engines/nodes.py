@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from gaudi_calib.engines.attention import AttentionRanges, max_magnitude
+from gaudi_calib.engines.attention import AttentionRanges
 from gaudi_calib.engines.base import LinearPlan, ModelPlan
 from gaudi_calib.engines.experts import ObservedExperts
-from gaudi_calib.engines.linear import LinearRanges, require_finite_weight
+from gaudi_calib.engines.linear import LinearRanges, max_weight, require_finite_weight
 from gaudi_calib.model_layout import Split
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import Op
@@ -38,9 +38,9 @@ def linear_node(plan: ModelPlan, linear: LinearPlan, ranges: LinearRanges) -> Ch
 def _weight_range(plan: ModelPlan, linear: LinearPlan) -> ChannelRange:
     """Read the weight from the checkpoint piece by piece; per input column for row-parallel layers, else per row."""
     if linear.split is Split.ROW:
-        columns = torch.stack([_magnitudes(piece, 0) for piece in _weight_pieces(plan, linear)]).amax(0)
+        columns = torch.stack([max_weight(piece, 0) for piece in _weight_pieces(plan, linear)]).amax(0)
         return ChannelRange(_array(columns), linear.in_axis)
-    values = np.concatenate([_array(_magnitudes(piece, 1)) for piece in _weight_pieces(plan, linear)])
+    values = np.concatenate([_array(max_weight(piece, 1)) for piece in _weight_pieces(plan, linear)])
     order = plan.canonical_rows(linear)
     if order is not None:
         values = values[order]
@@ -52,14 +52,6 @@ def _weight_pieces(plan: ModelPlan, linear: LinearPlan) -> Iterator[torch.Tensor
         weight = plan.checkpoint.read([name])[name]
         for piece in weight.split(max(1, _WEIGHT_VALUES // weight.shape[1])):
             yield plan.served(piece)
-
-
-def _magnitudes(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    """Largest magnitudes over `dim`."""
-    if weight.dtype is not torch.bfloat16:
-        return max_magnitude(weight, (dim,))
-    # Without its sign bit, a bfloat16 is ordered as the integer of the same bits (NaN above all).
-    return (weight.view(torch.int16) & 0x7FFF).amax(dim).view(torch.bfloat16)
 
 
 def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[str, ChannelNode]:
