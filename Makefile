@@ -39,7 +39,8 @@ types: $(VENV)/test.stamp ## static types
 docs: $(VENV)/run.stamp ## write the generated parts of docs/
 	$(BIN)/python docs/generate_cli.py
 
-bench: $(VENV)/run.stamp ## speed and memory of measure against plain transformers
+bench: $(VENV)/run.stamp ## speed and memory of measure, unify and expand against plain ways
+	$(BIN)/python benchmarks/topology.py
 	$(BIN)/python benchmarks/measure.py
 
 demo: $(MODEL)/config.json ## train a tiny Llama, calibrate it, show what to run on a Gaudi
