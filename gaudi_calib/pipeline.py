@@ -1,6 +1,7 @@
 """The steps of a run: prompts, ranges, ranges of every rank, scales."""
 
 import logging
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.errors import FileError, RangeError
 from gaudi_calib.fp8 import Device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, RankFile
+from gaudi_calib.pipeline_vllm import computes_scales, measure_ranks, quantize_ranks, settle_engine
 from gaudi_calib.ranges.channel_file import read_channel_ranges, write_channel_ranges
 from gaudi_calib.ranges.coverage import count_coverage
 from gaudi_calib.ranges.node import Node, RankSet
@@ -32,7 +34,9 @@ def calibrate(options: RunOptions) -> RunResult:
     Raises:
         CalibrationError: as `measure` and `quantize`; files of an earlier run are unchanged.
     """
-    return Run(options, serves=True).execute([_prepare, _measure, _derive_ranks, _quantize])
+    options = settle_engine(options)
+    scaling = [quantize_ranks, _quantize_unified] if computes_scales(options) else [_quantize]
+    return Run(options, serves=True).execute([_prepare, *_choose_measuring(options), *scaling])
 
 
 def measure(options: RunOptions) -> RunResult:
@@ -42,7 +46,8 @@ def measure(options: RunOptions) -> RunResult:
         DataError, ModelError, TopologyError, RangeError, FileError: files of an earlier
             run are unchanged.
     """
-    return Run(options, serves=False).execute([_prepare, _measure, _derive_ranks])
+    options = settle_engine(options)
+    return Run(options, serves=False).execute([_prepare, *_choose_measuring(options)])
 
 
 def quantize(options: RunOptions) -> RunResult:
@@ -62,9 +67,10 @@ def list_files(options: RunOptions) -> list[Path]:
     Raises:
         ModelError, TopologyError, ConfigError, UsageError: `calibrate` would fail.
     """
+    options = settle_engine(options)
     run = Run(options, serves=True)
     layout, paths = options.layout, []
-    if run.needs_ranges:
+    if run.needs_ranges and options.engine != "vllm":
         paths.append(layout.channel_ranges)
     for device in run.devices:
         paths.append(layout.quant_config(device.name))
@@ -79,6 +85,10 @@ def list_files(options: RunOptions) -> list[Path]:
         paths += [layout.measure_config(device.name), layout.manifest(device.name)]
         paths += [layout.device_dir(device.name) / name for name in sorted(names)]
     return paths
+
+
+def _choose_measuring(options: RunOptions) -> list[Callable[[Run], None]]:
+    return [measure_ranks] if options.engine == "vllm" else [_measure, _derive_ranks]
 
 
 def _prepare(run: Run) -> None:
@@ -212,6 +222,16 @@ def _shares_as_wanted(run: Run, device: Device, ranks: list[RankSet[Node]]) -> b
 
 def _quantize(run: Run) -> None:
     """Compute scales."""
+    _quantize_worlds(run, run.options.worlds)
+
+
+def _quantize_unified(run: Run) -> None:
+    """Compute the scales of the unified ranks."""
+    _quantize_worlds(run, [world for world in run.options.worlds if world != run.options.world])
+
+
+def _quantize_worlds(run: Run, worlds: Iterable[int]) -> None:
+    worlds = list(worlds)
     for device in run.devices:
         config = run.quant_configs[device.name]
         method = parse_scale_method(to_content(config)["scale_method"])
@@ -220,7 +240,7 @@ def _quantize(run: Run) -> None:
         for override in method.find_unused(run.plan.node_names):
             if not override.startswith("layer_types."):
                 run.warn(f"the scale method's {override} matches no node of the model")
-        for rank_set in (one for world in run.options.worlds for one in run.ranges[device.name, world]):
+        for rank_set in (one for world in worlds for one in run.ranges[device.name, world]):
             weights = partial(run.plan.read_rank_weight, rank=rank_set.rank, topology=run.topology(rank_set.world))
             scales = compute_scales(
                 select_nodes(rank_set, config), method, get_scales_device(config, device), weights=weights

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from gaudi_calib.config import measure_config, quant_config, read_quant_config, to_content, write_quant_config
 from gaudi_calib.config_model import QuantConfig, describe_scaling, get_scales_device, with_dump_stats_path
 from gaudi_calib.data.prompts import Prompts
-from gaudi_calib.errors import ConfigError, ModelError, UsageError
+from gaudi_calib.errors import ConfigError, ModelError
 from gaudi_calib.files import hash_file, stage_files
 from gaudi_calib.fingerprint import fingerprint_model
-from gaudi_calib.fp8 import DEVICES, Device, get_device
-from gaudi_calib.layout import RankFile, RunLayout, parse_rank_file
+from gaudi_calib.fp8 import Device, get_device
+from gaudi_calib.layout import RankFile, parse_rank_file
 from gaudi_calib.manifest import (
     DatasetFacts,
     ModelFacts,
@@ -31,10 +31,11 @@ from gaudi_calib.manifest import (
     read_manifest,
     record_run,
 )
+from gaudi_calib.pipeline_options import RunOptions, check_options
 from gaudi_calib.ranges.evidence import NOTE as SHARING_NOTE
 from gaudi_calib.ranges.expert_channels import Topology as RankTopology
 from gaudi_calib.ranges.node import Node, Op, RankSet
-from gaudi_calib.ranges.reshard import VLLM_NOTE, parse_vllm_version
+from gaudi_calib.ranges.reshard import VLLM_NOTE
 from gaudi_calib.ranges.shard import ChannelRanges
 from gaudi_calib.scales.layer_types import find_layer_type
 
@@ -43,61 +44,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-COLD_POLICIES = ("fill", "ignore", "error")
-
 # Where a new measurement moves the rank files of an earlier one.
 REPLACED_NAME = "replaced"
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What to calibrate, and how. Relative paths count from the caller's directory.
-
-    Attributes:
-        model: directory or hub name of the checkpoint.
-        out: root of the runs (-o); this run's files go to `out/<model>/`.
-        dataset: arguments of `prepare_prompts` beside the model.
-        world: ranks that will serve (-t).
-        unified_world: a second world to write (-r); divides `world`.
-        devices: devices that will serve.
-        engine: `auto` or `torch`.
-        batch_size: sequences that run together, at most.
-        dtype: what the model is served in.
-        expert_parallel: whether ranks hold whole experts (-u); None: as the family is served.
-        vllm: version of the vLLM that will serve, or None for a current one.
-        cold_experts: what to do with experts that see fewer than `min_expert_tokens` tokens:
-            `fill`, `ignore` or `error`.
-        compute_dtype: `float32` or `bfloat16`, the arithmetic of the measurement.
-        scale_method: a published method, in any case; None for maxabs_hw, or what
-            `quant_config` says.
-        measure_config, quant_config: QUANT_CONFIG files in place of the family's presets.
-    """
-
-    model: str
-    out: Path
-    dataset: Mapping[str, Any] = field(default_factory=dict)
-    world: int = 1
-    unified_world: int | None = None
-    devices: tuple[str, ...] = tuple(DEVICES)
-    engine: str = "auto"
-    batch_size: int = 32
-    dtype: str = "bfloat16"
-    compute_dtype: str = "float32"
-    expert_parallel: bool | None = None
-    vllm: str | None = None
-    cold_experts: str = "fill"
-    min_expert_tokens: int = 16
-    scale_method: str | None = None
-    measure_config: Path | None = None
-    quant_config: Path | None = None
-
-    @property
-    def layout(self) -> RunLayout:
-        return RunLayout(self.out.expanduser().resolve(), self.model)
-
-    @property
-    def worlds(self) -> tuple[int, ...]:
-        return tuple(sorted({self.world, self.unified_world or self.world}))
 
 
 @dataclass(frozen=True)
@@ -154,7 +102,7 @@ class Run:
         from gaudi_calib.engines.base import plan_model
         from gaudi_calib.engines.checkpoint import resolve_model
 
-        _check_options(options)
+        check_options(options)
         self.warnings: list[str] = []
         self.options, self.layout, self.serves, self.fresh = options, options.layout, serves, fresh
         self.devices = [get_device(name) for name in options.devices]
@@ -258,12 +206,17 @@ class Run:
         with ExitStack() as stack:
             for device in self.devices:
                 path = self.layout.manifest(device.name)
-                facts = {"device": device.name, "platform": "cpu", "engine": "torch"} if self.fresh else {}
+                made = {"device": device.name, "platform": self.options.platform, "engine": self.options.engine}
+                facts = made if self.fresh else {}
                 record = stack.enter_context(record_run(path, fresh=self.fresh, model=model, **facts))
                 worlds = sorted({*record.manifest.topology.worlds, *self.options.worlds})
                 if self.plan.experts:
                     self._note_sharing(device, record)
-                record.update(topology=Topology(measured_world=1, worlds=worlds, expert_parallel=self.expert_parallel))
+                measured = self.options.world if self.options.engine == "vllm" else 1
+                if not self.fresh:
+                    measured = record.manifest.topology.measured_world or 1
+                shared = self.expert_parallel
+                record.update(topology=Topology(measured_world=measured, worlds=worlds, expert_parallel=shared))
                 if self.options.vllm:
                     record.update(notes={VLLM_NOTE: self.options.vllm})
                 self.records[device.name] = record
@@ -363,8 +316,12 @@ class Run:
 
     def _set_aside(self, written: Sequence[Path]) -> None:
         """Move rank files of an earlier measurement out of the way of the ranges now in place."""
-        if self.channels is None:
+        if not (self.fresh and self.ranges):
             return
+        channels = self.layout.channel_ranges
+        if self.channels is None and channels.is_file():
+            channels.parent.joinpath(REPLACED_NAME).mkdir(exist_ok=True)
+            channels.replace(channels.parent / REPLACED_NAME / channels.name)
         for device in self.devices:
             directory = self.layout.device_dir(device.name)
             old = [path for path in directory.iterdir() if parse_rank_file(path.name)]
@@ -374,21 +331,3 @@ class Run:
                 path.replace(path.parent / REPLACED_NAME / path.name)
             if old:
                 self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")
-
-
-def _check_options(options: RunOptions) -> None:
-    if options.engine not in ("auto", "torch"):
-        raise UsageError(f"unknown engine {options.engine!r}", fix="choose auto or torch")
-    if options.world < 1 or options.world % (options.unified_world or 1):
-        raise UsageError(
-            f"cannot unify {options.world} ranks into {options.unified_world}",
-            why="-r must divide -t",
-            fix="choose a divisor of -t for -r",
-        )
-    if options.cold_experts not in COLD_POLICIES:
-        raise UsageError(
-            f"unknown policy {options.cold_experts!r} for cold experts", fix="choose fill, ignore or error"
-        )
-    parse_vllm_version(options.vllm)
-    if options.scale_method and options.quant_config:
-        raise UsageError("--scale-method and --config-quant both name the scale method", fix="give one of them")

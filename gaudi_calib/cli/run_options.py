@@ -1,13 +1,14 @@
 """Options of the commands that run the pipeline, and how they print its result."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from gaudi_calib.engines.vllm_runner.phases import EngineOptions
     from gaudi_calib.pipeline import RunOptions, RunResult
 
 _DATASET_ARGUMENTS = (
@@ -63,10 +64,9 @@ _MEASURING = (
         "--min-expert-tokens", type=click.IntRange(min=0), default=16, show_default=True,
         help="Tokens below which an expert is cold.",
     ),
-    click.option("-e", "--enforce-eager", is_flag=True, help="Eager execution. The torch engine always runs eagerly."),
     click.option(
-        "--engine", type=click.Choice(["auto", "torch"]), default="auto", show_default=True,
-        help="What measures: torch (CPU, no vLLM needed).",
+        "--engine", type=click.Choice(["auto", "torch", "vllm"]), default="auto", show_default=True,
+        help="What measures: torch (CPU, no vLLM needed), or vLLM with real ranks; auto takes vllm on a Gaudi.",
     ),
     click.option(
         "--compute-dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
@@ -77,6 +77,34 @@ _MEASURING = (
         help="MEASURE config in place of the family's preset.",
     ),
 )  # fmt: skip
+_VLLM_ENGINE = (
+    click.option("-e", "--enforce-eager", is_flag=True, help="vllm: eager execution, as everywhere but on a Gaudi."),
+    click.option(
+        "--max-new-tokens", type=click.IntRange(min=1), default=16, show_default=True,
+        help="vllm: tokens generated per prompt, so that decoding is measured, too.",
+    ),
+    click.option(
+        "--max-model-len", type=click.IntRange(min=1),
+        help="vllm: tokens of a sequence, at most.  [what the prompts need]",
+    ),
+    click.option(
+        "--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True),
+        help="vllm: part of the device's memory it may take.  [as the family is served; vLLM's]",
+    ),
+    click.option(
+        "--executor", type=click.Choice(["mp", "ray"]),
+        help="vllm: ranks on this node, or in a running Ray cluster.  [ray beyond 8 cards]",
+    ),
+    click.option(
+        "--engine-arg", "engine_args", multiple=True, metavar="NAME=VALUE",
+        help="vllm: further engine argument, e.g. block_size=128; may be given several times.",
+    ),
+    click.option(
+        "--env", multiple=True, metavar="NAME=VALUE",
+        help="vllm: further environment variable of the engine; may be given several times.",
+    ),
+)  # fmt: skip
+_ENGINE_ARGUMENTS = ("enforce_eager", "max_new_tokens", "max_model_len", "gpu_memory_utilization", "executor")
 _QUANTIZING = (
     click.option("--scale-method", help="Scale method, e.g. maxabs_hw, maxabs_pow2, unit_scale.  [maxabs_hw]"),
     click.option(
@@ -88,7 +116,9 @@ _QUANTIZING = (
 
 def measuring_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of a command that measures."""
-    return _add(function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, _EXPERTS, _VLLM, *_MEASURING, _JSON))
+    return _add(
+        function, (_MODEL, _OUT, _WORLD, _UNIFIED, _DEVICE, _DTYPE, _EXPERTS, _VLLM, *_MEASURING, *_VLLM_ENGINE, _JSON)
+    )
 
 
 def quantizing_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,9 +144,34 @@ def make_run_options(arguments: dict[str, Any]) -> "RunOptions":
     given = dict(arguments)
     dataset = {name: given.pop(name) for name in _DATASET_ARGUMENTS if name in given}
     device = given.pop("device")
-    for name in ("as_json", "enforce_eager"):
-        given.pop(name, None)
+    given.pop("as_json", None)
+    if "engine_args" in given:
+        given["engine_options"] = _make_engine_options(given)
     return RunOptions(dataset=dataset, devices=("g2", "g3") if device == "all" else (device,), **given)
+
+
+def _make_engine_options(given: dict[str, Any]) -> "EngineOptions":
+    from gaudi_calib.engines.vllm_runner.phases import EngineOptions
+
+    args = {name.replace("-", "_"): _parse_value(text) for name, text in _split_pairs(given.pop("engine_args"))}
+    env = dict(_split_pairs(given.pop("env")))
+    return EngineOptions(**{name: given.pop(name) for name in _ENGINE_ARGUMENTS}, args=args, env=env)
+
+
+def _split_pairs(pairs: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not (sign and name):
+            raise click.UsageError(f"{pair!r} is not NAME=VALUE.")
+        yield name, value
+
+
+def _parse_value(text: str) -> Any:
+    """Return the JSON value that `text` is, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False}.get(text, text)
 
 
 def print_result(result: "RunResult", options: "RunOptions", *, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gaudi_calib.engines.detect import Platform
-from gaudi_calib.engines.vllm_runner.settings import EMULATION_METHOD, Settings, plan_settings, to_shell
+from gaudi_calib.engines.vllm_runner.settings import EMULATION_METHOD, Settings, bind_cpus, plan_settings, to_shell
 from gaudi_calib.errors import CalibrationError, ModelError, UsageError
 from gaudi_calib.fp8 import get_device
 from gaudi_calib.serve.calibration import Calibration, open_calibration, require_fit
@@ -199,9 +199,7 @@ def _plan_environment(options: ServeOptions, platform: Platform) -> dict[str, st
         env |= {"VLLM_ENGINE_ITERATION_TIMEOUT_S": seconds, "VLLM_RPC_TIMEOUT": milliseconds}
         # What vLLM reads since its second engine.
         env |= {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": seconds, "VLLM_ENGINE_READY_TIMEOUT_S": seconds}
-    if platform.name == "cpu":
-        env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
-    return env
+    return env | (bind_cpus(options.world, os.environ) if platform.name == "cpu" else {})
 
 
 def run_serve(command: ServeCommand, port: int) -> NoReturn:

@@ -4,6 +4,7 @@ On a Gaudi, INC inside vllm-gaudi reads QUANT_CONFIG. Elsewhere our plugin does,
 what that Gaudi would.
 """
 
+import os
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -96,6 +97,21 @@ def _quantizes_caches(config: QuantConfig, modules: Iterable[str]) -> bool:
     named = list(modules) or [_ANY_CACHE]
     caches = [name for name in named if classify(name.rpartition(".")[2], None, has_weight=False) is Op.KV_CACHE]
     return any(not config.is_blocked(name, find_layer_type(name, Op.KV_CACHE)) for name in caches)
+
+
+def bind_cpus(world: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment that lets `world` ranks share this machine's cores; the caller's settings win.
+
+    vLLM reserves all of the memory for the KV cache, and binds each rank to a NUMA node,
+    of which a small machine has one.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    if world > 1:
+        share = max(1, len(cores) // world)
+        parts = [[cores[(rank * share + i) % len(cores)] for i in range(share)] for rank in range(world)]
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, part)) for part in parts)
+    return {name: environ.get(name, value) for name, value in env.items()}
 
 
 def to_shell(argv: Iterable[str], env: Mapping[str, str]) -> str:

@@ -1,0 +1,242 @@
+"""The phases of a calibration as values: what each engine is started with, and what it is asked for.
+
+platform   phases              who measures, who computes scales
+hpu        measure, quantize   INC, reading QUANT_CONFIG
+others     measure             our plugin, reading QUANT_CONFIG; `gaudi_calib.scales`
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gaudi_calib.config_model import QuantConfig
+from gaudi_calib.engines.vllm_runner.settings import Settings, bind_cpus, plan_settings
+from gaudi_calib.errors import DataError, UsageError
+from gaudi_calib.families import Family
+
+WORKER_EXTENSION = "gaudi_calib.engines.vllm_plugin.worker.WorkerExtension"
+
+PhaseName = Literal["measure", "quantize"]
+Saving = Literal["ask", "shutdown", "none"]
+
+# Cards of one Gaudi node.
+NODE_CARDS = 8
+
+# vLLM copies variables with its own prefixes to Ray's workers, and those that this one names.
+_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+_RAY_PREFIXES = ("VLLM_", "HF_", "NCCL_")
+
+# A worker writes its ranges while it shuts down; vLLM kills those that take longer.
+_SHUTDOWN_S = "1800"
+
+# Prompt and new tokens that prove that the quantized model runs.
+_PROOF_PROMPT, _PROOF_NEW = 16, 4
+_PROOF_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How vLLM runs; what is None is left to the family, then to vLLM.
+
+    Attributes:
+        batch_size: sequences that run together, at most.
+        max_new_tokens: tokens generated per prompt, so that decoding is measured, too.
+        enforce_eager: without graphs. Our plugin always runs so.
+        max_model_len: tokens of a sequence, at most; None: what the prompts need.
+        gpu_memory_utilization: part of the device's memory that vLLM may take.
+        executor: `mp` on one node, `ray` on several; None chooses by the number of ranks.
+        trust_remote_code: run code that comes with the checkpoint.
+        args: further engine arguments of vLLM by their Python name; they win.
+        env: further environment; it wins.
+    """
+
+    batch_size: int = 32
+    max_new_tokens: int = 16
+    enforce_eager: bool = False
+    max_model_len: int | None = None
+    gpu_memory_utilization: float | None = None
+    executor: str | None = None
+    trust_remote_code: bool = False
+    args: Mapping[str, object] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is calibrated.
+
+    Attributes:
+        model: directory of the checkpoint.
+        world, expert_parallel: ranks, and whether they hold whole experts.
+        family: its facts.
+        is_quantized: the checkpoint has a quantization method of its own.
+        modules: nodes of the model.
+        context: tokens of a sequence the model can take, None where it does not say.
+    """
+
+    model: Path
+    world: int
+    family: Family
+    expert_parallel: bool = False
+    is_quantized: bool = False
+    modules: Sequence[str] = ()
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One engine from start to shutdown.
+
+    Attributes:
+        name: `measure` or `quantize`.
+        model: directory of the checkpoint.
+        settings: engine arguments and environment.
+        prompts: token ids.
+        max_new_tokens: for each prompt.
+        batch_size: prompts per call.
+        saving: `ask` the ranks for their files (our plugin), they write them at `shutdown` (INC), or `none`.
+    """
+
+    name: PhaseName
+    model: Path
+    settings: Settings
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: Sequence[int]
+    batch_size: int
+    saving: Saving
+
+
+def name_phases(platform: str, *, serves: bool) -> tuple[PhaseName, ...]:
+    """Return the phases of a calibration in order.
+
+    Args:
+        platform: `hpu`, `cuda` or `cpu`.
+        serves: whether scales are wanted.
+    """
+    return ("measure", "quantize") if platform == "hpu" and serves else ("measure",)
+
+
+def choose_executor(asked: str | None, world: int, platform: str) -> str:
+    """Return the executor for `world` ranks.
+
+    Raises:
+        UsageError: one node cannot hold the ranks, or vLLM has no Ray on this platform.
+    """
+    chosen = asked or ("ray" if platform == "hpu" and world > NODE_CARDS else "mp")
+    if chosen == "mp" and platform == "hpu" and world > NODE_CARDS:
+        raise UsageError(
+            f"--executor mp cannot run {world} ranks",
+            why=f"it runs on one node, which has {NODE_CARDS} cards",
+            fix="leave it out, or give --executor ray and start a Ray cluster",
+        )
+    if chosen == "ray" and platform == "cpu":
+        raise UsageError(
+            "--executor ray does not run on CPU",
+            why="vLLM's CPU platform names no Ray resource for its ranks, and vLLM refuses: "
+            "'current platform cpu does not support ray.'",
+            fix="leave it out; ranks then are processes of this machine",
+        )
+    return chosen
+
+
+def plan_phase(
+    name: PhaseName,
+    platform: str,
+    config: QuantConfig,
+    quant_config: Path,
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    options: EngineOptions,
+) -> Phase:
+    """Return the phase called `name`.
+
+    Args:
+        platform: what runs now.
+        quant_config: file of `config`, on a disk that all nodes see.
+        prompts: token ids of the calibration data.
+
+    Raises:
+        DataError: a prompt is too long. UsageError: see `choose_executor`.
+    """
+    if name == "quantize":
+        prompts, new = [list(prompts[0][:_PROOF_PROMPT])], min(_PROOF_NEW, options.max_new_tokens)
+        facts, default = target.family.quantize_args, _PROOF_LENGTH
+    else:
+        new, facts = options.max_new_tokens, target.family.measure_args
+        default = _round_up(max(map(len, prompts)) + new)
+    limit = options.max_model_len or _as_int(facts.get("max_model_len")) or min(default, target.context or default)
+    _require_length(prompts, limit)
+    settings = plan_settings(
+        platform,
+        config,
+        quant_config=quant_config,
+        world=target.world,
+        family=target.family,
+        expert_parallel=target.expert_parallel,
+        is_quantized=target.is_quantized,
+        modules=target.modules,
+    ).with_args(
+        dtype="bfloat16",
+        max_model_len=limit,
+        max_num_seqs=options.batch_size,
+        enforce_eager=options.enforce_eager or platform != "hpu",
+        distributed_executor_backend=choose_executor(options.executor, target.world, platform),
+        gpu_memory_utilization=options.gpu_memory_utilization or facts.get("gpu_memory_utilization"),
+        trust_remote_code=options.trust_remote_code or None,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        worker_extension_cls=None if platform == "hpu" else WORKER_EXTENSION,
+    )
+    settings = settings.with_env(_plan_environment(platform, target.world)).with_args(**options.args)
+    settings = settings.with_env(options.env)
+    if settings.args["distributed_executor_backend"] == "ray":
+        settings = _forward_to_ray(settings)
+    return Phase(
+        name,
+        target.model,
+        settings,
+        prompts,
+        [max(1, min(new, limit - len(ids))) for ids in prompts],
+        options.batch_size,
+        "none" if name == "quantize" else "shutdown" if platform == "hpu" else "ask",
+    )
+
+
+def _plan_environment(platform: str, world: int) -> dict[str, str]:
+    if platform == "hpu":
+        return {
+            "VLLM_SKIP_WARMUP": "true",
+            "PT_HPU_WEIGHT_SHARING": "0",
+            "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": _SHUTDOWN_S,
+            # The engine in this process, so that its executor can be shut down and waited for.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+    return bind_cpus(world, os.environ) if platform == "cpu" else {}
+
+
+def _forward_to_ray(settings: Settings) -> Settings:
+    """Have vLLM copy to Ray's workers what it would not copy by itself, QUANT_CONFIG first of all."""
+    asked = os.environ.get(_RAY_COPIES, "").split(",")
+    names = [*asked, *(name for name in settings.env if not name.startswith(_RAY_PREFIXES))]
+    return settings.with_env({_RAY_COPIES: ",".join(dict.fromkeys(name for name in names if name))})
+
+
+def _require_length(prompts: Sequence[Sequence[int]], limit: int) -> None:
+    for number, ids in enumerate(prompts):
+        if len(ids) >= limit:
+            raise DataError(
+                f"prompt {number} has {len(ids)} tokens, and a sequence may have {limit}",
+                where="--max-model-len",
+                why="at least one token is generated after it",
+                fix=f"cut prompts with --max-tokens {limit - 1}, or raise --max-model-len as far as the model allows",
+            )
+
+
+def _round_up(tokens: int, step: int = 128) -> int:
+    return -(-tokens // step) * step
+
+
+def _as_int(value: object) -> int | None:
+    return value if isinstance(value, int) else None
