@@ -104,15 +104,15 @@ class ObservedExperts:
         whole = slices[0].sum(0) if slices and self.dtype is torch.float32 else loaded.project(inner)
         served = weights / self._late_factor
         for sums, parts in zip(self._slices, slices, strict=True):
-            for rank, part in enumerate(parts.mul_(served)):
-                sums.add(rank, tokens, part)
+            sums.add(slice(None), tokens, parts.mul_(served))
         for sums in self._wholes:
-            sums.add(expert * sums.world // self.weights.count, tokens, whole * served)
+            rank = expert * sums.world // self.weights.count
+            sums.add(slice(rank, rank + 1), tokens, (whole * served).unsqueeze(0))
         if self.weights.facts.scales_input:
             result = loaded.project(self._observe_intermediate(expert, loaded, x * weights))
         else:
             result = whole * weights
-        out.index_add_(0, tokens, result.to(out.dtype))
+        _add_rows(out.unsqueeze(0), tokens, result.unsqueeze(0))
 
     def _observe_intermediate(self, expert: int, loaded: "_Expert", x: torch.Tensor) -> torch.Tensor:
         inner = _gate(self.module, nn.functional.linear(x, loaded.gate_up, loaded.gate_up_bias))
@@ -231,9 +231,9 @@ class _Sums:
     def start(self, hidden: torch.Tensor) -> None:
         self._sums = hidden.new_zeros(self.world, *hidden.shape)
 
-    def add(self, rank: int, tokens: torch.Tensor, part: torch.Tensor) -> None:
-        """Add one expert's part of some tokens to a rank's sum."""
-        self._sums[rank].index_add_(0, tokens, part.to(self._sums.dtype))
+    def add(self, ranks: slice, tokens: torch.Tensor, parts: torch.Tensor) -> None:
+        """Add one expert's parts of some tokens, shape (ranks, tokens, hidden size), to the sums of some ranks."""
+        _add_rows(self._sums[ranks], tokens, parts)
 
     def finish(self) -> None:
         """Take in the sums of one batch, and those of coarser worlds."""
@@ -243,6 +243,12 @@ class _Sums:
             seen = self.largest[topology.key]
             torch.maximum(seen, max_magnitude(sums, (1, 2)).float(), out=seen)
         self._sums = torch.empty(0)
+
+
+def _add_rows(sums: torch.Tensor, rows: torch.Tensor, parts: torch.Tensor) -> None:
+    """Add (n, rows, width) to some rows of (n, all rows, width), in place."""
+    # Of matrices, `index_add_` sorts the rows and shares them out over threads, which takes many times longer.
+    sums.index_add_(1, rows, parts.to(sums.dtype))
 
 
 def _chain(topologies: Sequence[Topology], dtype: torch.dtype, *, by_expert: bool) -> list[list[Topology]]:
