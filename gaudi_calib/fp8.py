@@ -1,12 +1,19 @@
 """FP8 as Gaudi computes it: devices, their number ranges and their free scales.
 
-Both devices use E4M3. Gaudi 2 reserves the top exponent as IEEE does, so its
-largest value is 240; Gaudi 3 has the `fn` variant with 448.
+Both devices use E4M3: one sign bit, four exponent bits, three fraction bits, subnormals.
+Gaudi 2 reserves the top exponent for infinity and NaN as IEEE does, so its largest value is
+240; Gaudi 3 has the `fn` variant, whose only NaN is all ones, with 448. Both round to
+nearest, ties to even, and saturate (scales/cast.py in NumPy, engines/fp8_cast.py on tensors).
 """
 
+import math
 from dataclasses import dataclass
 
 from gaudi_calib.errors import UsageError
+
+FRACTION_BITS = 3
+EXPONENT_BIAS = 7
+_TOP_EXPONENT = 15  # the largest that four bits hold
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,21 @@ class Device:
     def free_scales(self) -> tuple[float, ...]:
         """The free scales themselves, in INC's order."""
         return tuple(2.0**k for k in self.free_exponents)
+
+    def decode(self, code: int) -> float:
+        """Return the value of an FP8 code, 0 to 255; inf or NaN where it stands for no number.
+
+        >>> GAUDI3.decode(0x7E), GAUDI2.decode(0x77), GAUDI2.decode(0xF8), GAUDI3.decode(0x01)
+        (448.0, 240.0, -inf, 0.001953125)
+        """
+        sign = -1.0 if code & 0x80 else 1.0
+        exponent, fraction = (code >> FRACTION_BITS) & _TOP_EXPONENT, code & (2**FRACTION_BITS - 1)
+        steps = fraction if exponent == 0 else fraction + 2**FRACTION_BITS
+        value = math.ldexp(steps, max(exponent, 1) - EXPONENT_BIAS - FRACTION_BITS)
+        if value <= self.fullscale:
+            return sign * value
+        is_infinite = self.fullscale < 2.0 ** (_TOP_EXPONENT - EXPONENT_BIAS) and fraction == 0
+        return sign * math.inf if is_infinite else math.nan
 
 
 GAUDI2 = Device("g2", "GAUDI2", 240.0, (4, 0, -4, -8), 4)

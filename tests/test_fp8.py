@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from gaudi_calib.engines.fp8_cast import pass_through, quantize
 from gaudi_calib.errors import UsageError
 from gaudi_calib.fp8 import DEVICES, GAUDI2, GAUDI3, Device, get_device
 from gaudi_calib.scales.cast import cast_to_fp8
@@ -78,3 +79,54 @@ def test_nan_stays_nan_and_shapes_are_kept(device: Device):
     assert np.isnan(cast_to_fp8(np.array([[np.nan]]), device)).all()
     assert cast_to_fp8(np.array([[0.3]]), device).shape == (1, 1)
     assert np.shape(cast_to_fp8(np.float32(0.3), device)) == ()
+
+
+def test_all_codes_decode_as_in_torch(device: Device):
+    """All 256 codes. Gaudi 3 is torch's `fn` type; on Gaudi 2 the codes of the top exponent stand for inf and NaN."""
+    values = np.array([device.decode(code) for code in range(256)], dtype=np.float32)
+    expected = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    if device is GAUDI2:
+        top = (np.arange(256) & 0x78) == 0x78
+        numbers = (np.arange(256) & 0x7F) == 0x78
+        expected = np.where(top, np.where(numbers, np.copysign(np.inf, expected), np.nan), expected)
+    np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(np.signbit(values[:1]), [False])
+    assert np.signbit(values[0x80])
+
+
+def test_decoded_values_are_the_grid_of_the_cast(device: Device):
+    """Every value of a code is left alone, and no other value comes out of the cast."""
+    values = np.array([device.decode(code) for code in range(256)])
+    np.testing.assert_array_equal(np.unique(values[np.isfinite(values)]), fp8_grid(device))
+
+
+def test_tensors_cast_as_arrays(device: Device):
+    """All bfloat16 values, and ties with their float32 neighbours; signs of zero, saturation, NaN."""
+    values = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    grid = fp8_grid(device)
+    middles = ((grid[1:] + grid[:-1]) / 2).astype(np.float32)
+    for x in (values, middles, np.nextafter(middles, np.float32(np.inf)), np.nextafter(middles, np.float32(-np.inf))):
+        found = quantize(torch.from_numpy(x), 1.0, device).numpy()
+        with np.errstate(invalid="ignore"):  # NaN
+            expected = cast_to_fp8(x, device)
+        np.testing.assert_array_equal(found, expected)
+        numbers = ~np.isnan(expected)
+        np.testing.assert_array_equal(np.signbit(found[numbers]), np.signbit(expected[numbers]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_fp8_values_fit_the_model_dtypes(device: Device, dtype: torch.dtype):
+    """Quantized tensors keep their dtype and lose nothing by it."""
+    x = torch.linspace(-600, 600, 4001).to(dtype)
+    found = quantize(x, 1.0, device)
+    assert found.dtype is dtype
+    np.testing.assert_array_equal(found.float().numpy(), cast_to_fp8(x.float().numpy(), device))
+
+
+def test_passing_through_divides_and_multiplies_by_the_scale(device: Device):
+    """One scale, or one per row; values beyond fullscale times scale saturate."""
+    x = torch.tensor([[0.3, -7.0, 1000.0], [0.3, -7.0, 1000.0]])
+    scale = torch.tensor([[0.5], [4.0]])
+    expected = cast_to_fp8((x / scale).numpy(), device) * scale.numpy()
+    np.testing.assert_array_equal(pass_through(x, scale, device).numpy(), expected)
+    assert pass_through(x, 0.5, device)[0, 2] == device.fullscale / 2

@@ -1,11 +1,9 @@
-"""A real vLLM engine with quantization `gaudi_fp8`, on CPU, in a child process.
+"""Real vLLM engines with quantization `gaudi_fp8`, on CPU, in a child process.
 
-    python vllm_engine_oracle.py SPEC.json ANSWER.json
+    python vllm_engine_oracle.py TASKS.json ANSWERS.json
 
-SPEC: {"model", "quant_config" (null: bfloat16), "world", "prompts": [[token id]], "max_tokens",
-"engine": {engine arguments}, "save": whether to write ranges}. ANSWER: for every prompt the tokens
-generated and the log-probabilities of all tokens at each position that vLLM computed (of
-the prompt from its second token on, then of the generated ones), and the files written.
+runs one engine after the other (`EngineTask`) and writes what each did (`Answer`). With one rank,
+everything is in that process; more ranks are processes of their own, as when serving.
 """
 
 import json
@@ -14,11 +12,34 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+@dataclass
+class EngineTask:
+    """What an engine is to do.
+
+    Attributes:
+        model: directory of the checkpoint.
+        quant_config: QUANT_CONFIG; None for an engine without quantization.
+        prompts: token ids.
+        world: ranks.
+        max_tokens: how many tokens to generate for each prompt, greedily.
+        saves: whether to write ranges at the end.
+        engine: further engine arguments.
+    """
+
+    model: str
+    quant_config: str | None
+    prompts: list[list[int]]
+    world: int = 1
+    max_tokens: int = 4
+    saves: bool = False
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -27,8 +48,9 @@ class Answer:
 
     Attributes:
         generated: tokens generated for each prompt.
-        logprobs: by prompt, float32 of shape (positions, vocabulary); NaN where vLLM gave none.
-        files: files written by rank.
+        logprobs: by prompt, float32 of shape (positions, vocabulary): of what follows the
+            prompt's first token, second token, ... and each generated one but the last.
+        files: files written, by rank.
     """
 
     generated: list[list[int]]
@@ -37,76 +59,62 @@ class Answer:
 
 
 class EngineError(Exception):
-    """The engine failed; holds its output."""
+    """An engine failed; holds the process's output."""
 
 
-def run_engine(
-    model: Path,
-    quant_config: Path | None,
-    prompts: Sequence[Sequence[int]],
-    *,
-    world: int = 1,
-    max_tokens: int = 4,
-    save: bool = False,
-    **engine: Any,
-) -> Answer:
-    """Run one engine in a process of its own.
+def run_engines(tasks: Sequence[EngineTask]) -> list[Answer]:
+    """Run engines of equal world in one process.
 
     Raises:
-        EngineError: it failed.
+        EngineError: one failed.
     """
-    spec = {
-        "model": str(model),
-        "quant_config": quant_config and str(quant_config),
-        "world": world,
-        "prompts": [list(prompt) for prompt in prompts],
-        "max_tokens": max_tokens,
-        "engine": engine,
-        "save": save,
-    }
+    world = tasks[0].world
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(world))),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(world > 1)),
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     environment.pop("QUANT_CONFIG", None)
-    if quant_config:
-        environment["QUANT_CONFIG"] = str(quant_config)
     with tempfile.TemporaryDirectory() as scratch:
-        task, answer = Path(scratch) / "spec.json", Path(scratch) / "answer.json"
-        task.write_text(json.dumps(spec))
-        command = [sys.executable, __file__, str(task), str(answer)]
+        given, answers = Path(scratch) / "tasks.json", Path(scratch) / "answers.json"
+        given.write_text(json.dumps([asdict(task) for task in tasks]))
+        command = [sys.executable, __file__, str(given), str(answers)]
         child = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if child.returncode != 0:
-            raise EngineError(child.stdout[-12000:] + child.stderr[-12000:])
-        found = json.loads(answer.read_text())
-    return Answer(found["generated"], [np.array(one, dtype=np.float32) for one in found["logprobs"]], found["files"])
+            raise EngineError(child.stdout[-8000:] + child.stderr[-20000:])
+        found = json.loads(answers.read_text())
+    return [Answer(one[0], [np.array(rows, dtype=np.float32) for rows in one[1]], one[2]) for one in found]
 
 
-def main(task: str, answer: str) -> None:
+def _run_task(task: EngineTask) -> list[Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     from gaudi_calib.engines.vllm_plugin import QUANTIZATION, WORKER_EXTENSION
 
-    spec = json.loads(Path(task).read_text())
     arguments: dict[str, Any] = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 256, "max_logprobs": -1}
-    if spec["quant_config"]:
+    os.environ.pop("QUANT_CONFIG", None)
+    if task.quant_config:
+        os.environ["QUANT_CONFIG"] = task.quant_config
         arguments |= {"quantization": QUANTIZATION, "worker_extension_cls": WORKER_EXTENSION}
-    llm = LLM(spec["model"], tensor_parallel_size=spec["world"], **arguments, **spec["engine"])
+    if task.world == 1:
+        arguments["distributed_executor_backend"] = "uni"
+    llm = LLM(task.model, tensor_parallel_size=task.world, **(arguments | task.engine))
     sampling = SamplingParams(
-        temperature=0.0, max_tokens=spec["max_tokens"], ignore_eos=True, logprobs=-1, prompt_logprobs=-1
+        temperature=0.0, max_tokens=task.max_tokens, ignore_eos=True, logprobs=-1, prompt_logprobs=-1
     )
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=one) for one in spec["prompts"]], sampling, use_tqdm=False)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=one) for one in task.prompts], sampling, use_tqdm=False)
     size = llm.llm_engine.model_config.get_vocab_size()
-    found = {
-        "generated": [list(one.outputs[0].token_ids) for one in outputs],
-        "logprobs": [
-            [_to_row(row, size) for row in [*one.prompt_logprobs[1:], *one.outputs[0].logprobs]] for one in outputs
-        ],
-        "files": llm.collective_rpc("save_ranges") if spec["save"] else [],
-    }
-    Path(answer).write_text(json.dumps(found))
+    rows = [[_to_row(row, size) for row in [*one.prompt_logprobs[1:], *one.outputs[0].logprobs]] for one in outputs]
+    files = llm.collective_rpc("save_ranges") if task.saves else []
+    generated = [list(one.outputs[0].token_ids) for one in outputs]
+    llm.llm_engine.model_executor.shutdown() if task.world == 1 else None
+    del llm
+    if task.world == 1:
+        cleanup_dist_env_and_memory()
+    return [generated, rows, files]
 
 
 def _to_row(logprobs: dict[int, Any], size: int) -> list[float]:
@@ -114,6 +122,11 @@ def _to_row(logprobs: dict[int, Any], size: int) -> list[float]:
     for token, one in logprobs.items():
         row[token] = one.logprob
     return row
+
+
+def main(given: str, answers: str) -> None:
+    tasks = [EngineTask(**one) for one in json.loads(Path(given).read_text())]
+    Path(answers).write_text(json.dumps([_run_task(task) for task in tasks]))
 
 
 if __name__ == "__main__":

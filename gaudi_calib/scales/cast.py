@@ -1,15 +1,14 @@
 """The FP8 E4M3 cast of both devices, in NumPy.
 
-Both round to nearest even with three fraction bits and an exponent of at least -6, and
-saturate. They differ only in the largest value: 240 on Gaudi 2, 448 on Gaudi 3.
+Both round to nearest even and saturate. They differ only in the largest value: 240 on Gaudi 2,
+448 on Gaudi 3 (fp8.py). The reference for the cast on tensors (engines/fp8_cast.py).
 """
 
 import numpy as np
 
-from gaudi_calib.fp8 import Device
+from gaudi_calib.fp8 import EXPONENT_BIAS, FRACTION_BITS, Device
 
-_FRACTION_BITS = 3
-_SMALLEST_EXPONENT = -6
+_SMALLEST_EXPONENT = 1 - EXPONENT_BIAS  # smaller values are subnormal: evenly spaced
 
 
 def cast_to_fp8(x: np.ndarray, device: Device) -> np.ndarray:
@@ -32,5 +31,5 @@ def cast_to_fp8(x: np.ndarray, device: Device) -> np.ndarray:
     limit = np.float32(device.fullscale)
     clipped = np.clip(np.asarray(x, dtype=np.float32), -limit, limit)
     _, exponent = np.frexp(clipped)  # clipped = m * 2**exponent with 0.5 <= |m| < 1
-    step = np.ldexp(np.float32(1.0), np.maximum(exponent - 1, _SMALLEST_EXPONENT) - _FRACTION_BITS)
+    step = np.ldexp(np.float32(1.0), np.maximum(exponent - 1, _SMALLEST_EXPONENT) - FRACTION_BITS)
     return np.rint(clipped / step) * step

@@ -84,13 +84,14 @@ def quantize_attention(layer: Attention, source: ScaleSource) -> None:
     """Make `layer` compute in FP8, as far as the config does not block its ops.
 
     Raises:
-        ConfigError: the config asks for dynamic quantization of attention.
+        ConfigError: the config asks for dynamic quantization of attention, or vLLM is to quantize its cache itself.
         RangeError: an op that is not blocked was not measured.
     """
     config = source.session.config
     names = {op: f"{layer.layer_name}.impl.{op}" for op in _list_ops(layer.layer_name, config)}
     if not names or "forward" in layer.__dict__:
         return
+    _require_plain_cache(layer, source)
     if source.is_dynamic:
         raise ConfigError(
             "dynamic quantization of attention is not supported by quantization gaudi_fp8",
@@ -101,6 +102,16 @@ def quantize_attention(layer: Attention, source: ScaleSource) -> None:
     found = source.find({name: stand_in(*_SHAPES[ATTENTION_OPS[op]]) for op, name in names.items()})
     scales = {op: found[name] for op, name in names.items() if name in found}
     layer.forward = QuantizedAttention(layer, scales, source)  # type: ignore[method-assign]
+
+
+def _require_plain_cache(layer: Attention, source: ScaleSource) -> None:
+    if layer.kv_cache_dtype not in ("auto", "bfloat16", "float32"):
+        raise ConfigError(
+            f"--kv-cache-dtype {layer.kv_cache_dtype} does not go with quantization gaudi_fp8",
+            where=source.session.path,
+            why="keys and values are rounded by their own scales before vLLM caches them",
+            fix="leave --kv-cache-dtype out",
+        )
 
 
 def _list_ops(layer: str, config: QuantConfig) -> list[str]:

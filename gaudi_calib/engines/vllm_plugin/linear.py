@@ -43,7 +43,7 @@ class LinearPeaks:
         """
         largest, total = product, product
         if layer.reduce_results and layer.tp_size > 1:
-            largest = product.float()
+            largest = product.to(torch.float32, copy=True)
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group)
             total = tensor_model_parallel_all_reduce(product.clone())
         self.partial.observe(largest)

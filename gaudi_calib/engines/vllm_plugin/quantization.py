@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from gaudi_calib.engines.base import LATENT_ATTENTION_OPS
 from gaudi_calib.engines.vllm_plugin import QUANTIZATION
-from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import ConfigError, ModelError
 
 # Classes of linear layers that INC patches; it compares names as a whole, so a subclass is not one of them.
@@ -34,14 +32,16 @@ class GaudiFp8Config(QuantizationConfig):
     """
 
     def __init__(self) -> None:
+        from gaudi_calib.engines.vllm_plugin.session import Session
+
         super().__init__()
-        self.session = Session.from_environment()
+        self.session: Session = Session.from_environment()
 
     def get_name(self) -> str:  # type: ignore[override]
         return QUANTIZATION
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
+        return [torch.bfloat16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -77,12 +77,13 @@ class GaudiFp8Config(QuantizationConfig):
         """Return how vLLM computes `layer`, a module called `prefix`; None: as without quantization.
 
         Raises:
-            ConfigError: latent attention, which is not supported.
+            ConfigError: the engine compiles, or the model has latent attention; neither is supported.
             RangeError, FileError: attention that would be quantized was not measured; other layers
                 raise when their weights have been loaded.
         """
         from vllm.model_executor.layers.attention import Attention, MLAAttention
 
+        self._require_eager()
         if isinstance(layer, MLAAttention):
             self._refuse_latent(prefix)
         if isinstance(layer, Attention):
@@ -133,7 +134,21 @@ class GaudiFp8Config(QuantizationConfig):
 
         return ScaleSource(self.session)
 
+    def _require_eager(self) -> None:
+        from vllm.config import get_current_vllm_config
+
+        model = get_current_vllm_config().model_config
+        if model is not None and not model.enforce_eager:
+            raise ConfigError(
+                "quantization gaudi_fp8 needs enforce_eager",
+                where=self.session.path,
+                why="compiled graphs leave out what it observes and computes in between",
+                fix="use LLM(..., enforce_eager=True), or --enforce-eager",
+            )
+
     def _refuse_latent(self, prefix: str) -> None:
+        from gaudi_calib.engines.base import LATENT_ATTENTION_OPS
+
         if all(self.session.config.is_blocked(f"{prefix}.impl.{op}") for op in LATENT_ATTENTION_OPS):
             return
         raise ConfigError(
