@@ -18,6 +18,8 @@ from gaudi_calib.fp8 import GAUDI2
 from gaudi_calib.ranges.expert_channels import Topology
 from gaudi_calib.ranges.shard import derive_rank
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = [[5, 17, 250, 3], list(range(40)), [9, 123, 44]]
 MOE = "model.layers.1.mlp"
 Tensors = dict[str, torch.Tensor]

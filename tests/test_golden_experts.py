@@ -22,6 +22,8 @@ from gaudi_calib.ranges.shard import ChannelRanges, derive_rank
 from gaudi_calib.ranges.store import read_ranges, read_scales
 from gaudi_calib.scales.compute import compute_scales
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("mixtral-tiny", "deepseek-v3-fp8-tiny")
 # Two ways of rounding to bfloat16 in every layer lie between a run and ours.
