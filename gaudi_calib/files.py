@@ -5,17 +5,18 @@ renamed in together, so that a failed or killed run leaves the last good ones.
 """
 
 import contextlib
-import hashlib
+import itertools
 import json
 import os
-import pickle
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from gaudi_calib.errors import FileError
+
+# Tell temporary files apart: of processes (a number may come back after a kill), and of one process.
+_PROCESS = f"{os.getpid()}-{os.urandom(4).hex()}"
+_numbers = itertools.count()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -24,22 +25,17 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         FileError: the disk is full or the directory cannot be written; `path` is unchanged.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{_PROCESS}-{next(_numbers)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise _cannot_write(path, error) from error
 
 
@@ -86,7 +82,8 @@ def stage_files(directory: Path) -> Iterator[Path]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(directory)
-        staging = Path(tempfile.mkdtemp(dir=directory, prefix=f".staging-{os.getpid()}-"))
+        staging = directory / f".staging-{_PROCESS}-{next(_numbers)}"
+        staging.mkdir()
     except OSError as error:
         raise _cannot_write(directory, error) from error
     try:
@@ -99,22 +96,37 @@ def stage_files(directory: Path) -> Iterator[Path]:
         except OSError as error:
             raise _cannot_write(directory, error) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_tree(staging)
 
 
 def _remove_abandoned(directory: Path) -> None:
     """Delete staging directories of processes that were killed."""
     for path in directory.glob(".staging-*-*"):
+        process = path.name.split("-")[1]
+        if process == str(os.getpid()) and not path.name.startswith(f".staging-{_PROCESS}-"):
+            _remove_tree(path)
+            continue
         try:
-            os.kill(int(path.name.split("-")[1]), 0)
+            os.kill(int(process), 0)
         except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_tree(path)
         except (PermissionError, ValueError):
             continue  # alive, and somebody else's
 
 
+def _remove_tree(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # empty after success: no need to load shutil
+        directory.rmdir()
+        return
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def hash_file(path: Path) -> str:
     """Return `sha256:<hex digest>` of the file's content."""
+    import hashlib
+
     with path.open("rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -129,6 +141,7 @@ def load_pickle(file: IO[bytes], *, find_class: Callable[[str, str], Any], name:
     Raises:
         FileError: the pickle refers to something `find_class` refuses, or is malformed.
     """
+    import pickle
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, qualname: str) -> Any:

@@ -339,3 +339,17 @@ def test_paths_count_from_the_callers_directory(dataset: Path):
     assert result["root"] == str(dataset.parent.resolve() / "here/llama-tiny")
     assert all(Path(path).is_file() for path in result["files"])
     assert sum(parse_rank_file(Path(path).name) is not None for path in result["files"]) == 6
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_removed(tmp_path: Path):
+    """In a container process numbers come back; their abandoned files must neither stay nor be in the way."""
+    from gaudi_calib.files import stage_files
+
+    abandoned = tmp_path / f".staging-{os.getpid()}-0000-0"
+    abandoned.mkdir()
+    (abandoned / "half").write_text("x")
+    with stage_files(tmp_path) as staging:
+        (staging / "whole").write_text("y")
+        with stage_files(tmp_path) as inner:
+            assert staging.is_dir() and inner != staging
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

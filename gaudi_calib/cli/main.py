@@ -10,7 +10,6 @@ through `report_errors`.
 
 import logging
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -128,6 +127,8 @@ def report_errors(call: Callable[[], object]) -> int:
 
 def _fail_unexpectedly(error: Exception) -> int:
     if logging.getLogger("gaudi_calib").isEnabledFor(logging.DEBUG):
+        import traceback
+
         traceback.print_exception(error)
     return _fail(
         f"unexpected {type(error).__name__}: {error}\n"
