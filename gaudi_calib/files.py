@@ -15,7 +15,7 @@ from typing import IO, Any
 from gaudi_calib.errors import FileError
 
 # Tell temporary files apart: of processes (a number may come back after a kill), and of one process.
-_PROCESS = f"{os.getpid()}-{os.urandom(4).hex()}"
+_TOKEN = os.urandom(4).hex()
 _numbers = itertools.count()
 
 
@@ -25,7 +25,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         FileError: the disk is full or the directory cannot be written; `path` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{_PROCESS}-{next(_numbers)}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{_TOKEN}-{next(_numbers)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
@@ -82,7 +82,7 @@ def stage_files(directory: Path) -> Iterator[Path]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(directory)
-        staging = directory / f".staging-{_PROCESS}-{next(_numbers)}"
+        staging = directory / f".staging-{os.getpid()}-{_TOKEN}-{next(_numbers)}"
         staging.mkdir()
     except OSError as error:
         raise _cannot_write(directory, error) from error
@@ -102,8 +102,8 @@ def stage_files(directory: Path) -> Iterator[Path]:
 def _remove_abandoned(directory: Path) -> None:
     """Delete staging directories of processes that were killed."""
     for path in directory.glob(".staging-*-*"):
-        process = path.name.split("-")[1]
-        if process == str(os.getpid()) and not path.name.startswith(f".staging-{_PROCESS}-"):
+        process, token = path.name.split("-")[1:3]
+        if process == str(os.getpid()) and token != _TOKEN:
             _remove_tree(path)
             continue
         try:
