@@ -8,12 +8,14 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from gaudi_calib.errors import FileError
 
+# Where files go that something new replaces.
+REPLACED_NAME = "replaced"
 # Tell temporary files apart: of processes (a number may come back after a kill), and of one process.
 _TOKEN = os.urandom(4).hex()
 _numbers = itertools.count()
@@ -121,6 +123,20 @@ def _remove_tree(directory: Path) -> None:
     import shutil
 
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def set_aside(paths: Iterable[Path]) -> None:
+    """Move files into a directory `replaced` beside each, over what is there of the same name.
+
+    Raises:
+        FileError: a directory cannot be written.
+    """
+    for path in paths:
+        try:
+            path.parent.joinpath(REPLACED_NAME).mkdir(exist_ok=True)
+            path.replace(path.parent / REPLACED_NAME / path.name)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
 
 
 def hash_file(path: Path) -> str:

@@ -16,7 +16,7 @@ from gaudi_calib.config import measure_config, quant_config, read_quant_config, 
 from gaudi_calib.config_model import QuantConfig, describe_scaling, get_scales_device, with_dump_stats_path
 from gaudi_calib.data.prompts import Prompts
 from gaudi_calib.errors import ConfigError, ModelError
-from gaudi_calib.files import hash_file, stage_files
+from gaudi_calib.files import REPLACED_NAME, hash_file, set_aside, stage_files
 from gaudi_calib.fingerprint import fingerprint_model
 from gaudi_calib.fp8 import Device, get_device
 from gaudi_calib.layout import RankFile, parse_rank_file
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     from gaudi_calib.engines.base import ModelPlan
 
 _log = logging.getLogger(__name__)
-
-# Where a new measurement moves the rank files of an earlier one.
-REPLACED_NAME = "replaced"
 
 
 @dataclass(frozen=True)
@@ -320,14 +317,11 @@ class Run:
             return
         channels = self.layout.channel_ranges
         if self.channels is None and channels.is_file():
-            channels.parent.joinpath(REPLACED_NAME).mkdir(exist_ok=True)
-            channels.replace(channels.parent / REPLACED_NAME / channels.name)
+            set_aside([channels])
         for device in self.devices:
             directory = self.layout.device_dir(device.name)
             old = [path for path in directory.iterdir() if parse_rank_file(path.name)]
             old = [path for path in old if path.relative_to(self.layout.root) not in written]
-            for path in old:
-                path.parent.joinpath(REPLACED_NAME).mkdir(exist_ok=True)
-                path.replace(path.parent / REPLACED_NAME / path.name)
+            set_aside(old)
             if old:
                 self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")

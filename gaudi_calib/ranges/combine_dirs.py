@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gaudi_calib.errors import FileError, ModelError, UsageError
-from gaudi_calib.files import stage_files
+from gaudi_calib.files import REPLACED_NAME, set_aside, stage_files
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, RankFile, parse_rank_file
 from gaudi_calib.manifest import Manifest, Step, Topology, hash_files, read_manifest, record_run
@@ -24,9 +24,6 @@ from gaudi_calib.ranges.shard import ChannelRanges
 from gaudi_calib.ranges.store import list_worlds, read_ranges, write_rank_set
 
 _log = logging.getLogger(__name__)
-
-# Where files of an earlier measurement go that the merged ranges make stale.
-REPLACED_NAME = "replaced"
 
 
 @dataclass(frozen=True)
@@ -312,8 +309,6 @@ def _set_aside(out: Path, written: Iterable[Path], *, is_device_dir: bool) -> No
     for directory in (out,) if is_device_dir else (out / device for device in DEVICES):
         old += [path for path in directory.glob("*.*") if parse_rank_file(path.name)]
     stale = [path for path in sorted(set(old) - set(written)) if path.is_file()]
-    for path in stale:
-        path.parent.joinpath(REPLACED_NAME).mkdir(exist_ok=True)
-        path.replace(path.parent / REPLACED_NAME / path.name)
+    set_aside(stale)
     for directory in sorted({path.parent for path in stale}):
         _log.warning("files that the merged ranges make stale were moved to %s", directory / REPLACED_NAME)

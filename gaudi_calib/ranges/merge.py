@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import stage_files
+from gaudi_calib.files import REPLACED_NAME, set_aside, stage_files
 from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
 from gaudi_calib.ranges.background import BackgroundWriter
 from gaudi_calib.ranges.evidence import find_evidence, settle_expert_parallel
@@ -21,9 +21,6 @@ from gaudi_calib.ranges.table import Inventory, tabulate_ranges
 from gaudi_calib.scales.recompute import Recipe, find_methods, find_recipe, read_scaled_names, recompute_scales
 
 _log = logging.getLogger(__name__)
-
-# Where scale files go that do not fit the ranges now in place.
-_REPLACED = "replaced"
 
 
 class Conversion(NamedTuple):
@@ -254,7 +251,5 @@ def set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) ->
     ]
     if not changed or not old:
         return
-    (out / _REPLACED).mkdir(exist_ok=True)
-    for path in old:
-        path.replace(out / _REPLACED / path.name)
-    _log.warning("%d scale files of earlier ranges were moved to %s", len(old), out / _REPLACED)
+    set_aside(old)
+    _log.warning("%d scale files of earlier ranges were moved to %s", len(old), out / REPLACED_NAME)
