@@ -48,12 +48,12 @@ def settle_engine(options: RunOptions) -> RunOptions:
         CalibrationError: see `detect_apart`.
     """
     if options.engine == "torch":
-        return options
+        return _without_vllm(options)
     from gaudi_calib.engines.vllm_runner.platforms import detect_apart
 
     platform = detect_apart()
     if options.engine == "auto" and platform.name != "hpu":
-        return replace(options, engine="torch")
+        return _without_vllm(options)
     if find_spec("vllm") is None:
         raise CalibrationError(
             "vLLM is not installed",
@@ -74,6 +74,15 @@ def settle_engine(options: RunOptions) -> RunOptions:
     if options.devices != (name,):
         _log.warning("Measured on %s: only its files are written. --engine torch writes those of both", name)
     return replace(settled, devices=(name,))
+
+
+def _without_vllm(options: RunOptions) -> RunOptions:
+    from gaudi_calib.engines.vllm_runner.phases import EngineOptions
+
+    given = options.engine_options
+    if given is not None and replace(given, enforce_eager=False) != EngineOptions():
+        _log.warning("Options of the vllm engine have no effect: the torch engine measures")
+    return replace(options, engine="torch")
 
 
 def computes_scales(options: RunOptions) -> bool:
@@ -161,7 +170,7 @@ def _describe_target(run: Run) -> "Target":
         run.options.world,
         run.plan.family,
         expert_parallel=run.expert_parallel,
-        is_quantized="quantization_config" in model,
+        quantization=run.plan.checkpoint.quantization or None,
         modules=run.plan.node_names,
         context=context if isinstance(context, int) else None,
     )

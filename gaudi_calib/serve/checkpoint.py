@@ -28,18 +28,22 @@ class ServedModel:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def method(self) -> str | None:
-        """Quantization method that the checkpoint brings along (`awq`, `gptq`, `fp8`, ...), None for BF16.
-
-        >>> ServedModel("m", None, {"quantization_config": {"quant_method": "compressed-tensors"}}).method
-        'compressed-tensors'
-        """
+    def quantization(self) -> Mapping[str, Any] | None:
+        """How the weights are stored, None where they are plain BF16."""
         text = self.config.get("text_config")
         nested = text.get("quantization_config") if isinstance(text, Mapping) else None
         found = self.config.get("quantization_config") or self.config.get("compression_config") or nested
-        if not isinstance(found, Mapping):
-            return None
-        return str(found.get("quant_method", "compressed-tensors")).lower()
+        return found if isinstance(found, Mapping) else None
+
+    @property
+    def method(self) -> str | None:
+        """Quantization method that the checkpoint brings along (`awq`, `gptq`, `fp8`, ...), None for BF16.
+
+        >>> ServedModel("m", None, {"quantization_config": {"quant_method": "awq"}}).method
+        'awq'
+        """
+        found = self.quantization
+        return None if found is None else str(found.get("quant_method", "compressed-tensors")).lower()
 
     @property
     def can_requantize(self) -> bool:

@@ -172,7 +172,7 @@ def _plan_calibrated(options: ServeOptions, model: ServedModel, platform: Platfo
         world=options.world,
         family=model.family,
         expert_parallel=shares,
-        is_quantized=model.method is not None,
+        quantization=model.quantization,
         modules=calibration.list_modules(options.world),
     )
     return settings, [_describe(calibration, platform)]

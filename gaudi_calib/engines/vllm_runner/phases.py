@@ -71,7 +71,7 @@ class Target:
         model: directory of the checkpoint.
         world, expert_parallel: ranks, and whether they hold whole experts.
         family: its facts.
-        is_quantized: the checkpoint has a quantization method of its own.
+        quantization: `quantization_config` of the checkpoint, where it has one.
         modules: nodes of the model.
         context: tokens of a sequence the model can take, None where it does not say.
     """
@@ -80,7 +80,7 @@ class Target:
     world: int
     family: Family
     expert_parallel: bool = False
-    is_quantized: bool = False
+    quantization: Mapping[str, object] | None = None
     modules: Sequence[str] = ()
     context: int | None = None
 
@@ -160,6 +160,10 @@ def plan_phase(
     Raises:
         DataError: a prompt is too long. UsageError: see `choose_executor`.
     """
+    if "QUANT_CONFIG" in options.env:
+        raise UsageError(
+            "--env QUANT_CONFIG", why="each phase has its own", fix="use --config-measure and --config-quant"
+        )
     if name == "quantize":
         prompts, new = [list(prompts[0][:_PROOF_PROMPT])], min(_PROOF_NEW, options.max_new_tokens)
         facts, default = target.family.quantize_args, _PROOF_LENGTH
@@ -175,7 +179,7 @@ def plan_phase(
         world=target.world,
         family=target.family,
         expert_parallel=target.expert_parallel,
-        is_quantized=target.is_quantized,
+        quantization=target.quantization,
         modules=target.modules,
     ).with_args(
         dtype="bfloat16",

@@ -65,7 +65,7 @@ def plan_settings(
     world: int,
     family: Family | None = None,
     expert_parallel: bool = False,
-    is_quantized: bool = False,
+    quantization: Mapping[str, object] | None = None,
     modules: Iterable[str] = (),
 ) -> Settings:
     """Return how to start vLLM so that the ranks obey `config`.
@@ -74,8 +74,8 @@ def plan_settings(
         platform: what runs now, `hpu`, `cuda` or `cpu`.
         quant_config: file of `config`; QUANT_CONFIG is set to it.
         family: of the model, for what it needs on a Gaudi; None where nobody described it.
-        is_quantized: the checkpoint has a quantization method of its own, which it keeps: on
-            a Gaudi QUANT_CONFIG alone turns INC on then.
+        quantization: `quantization_config` of the checkpoint, where it has one. It keeps that
+            method then, and on a Gaudi QUANT_CONFIG alone turns INC on.
         modules: nodes of the model, or those that `_mod_list.json` lists; where no cache among them is
             quantized, they stay in BF16. Nothing where they are not known.
     """
@@ -85,7 +85,9 @@ def plan_settings(
         shared["enable_expert_parallel"] = True
     if platform != "hpu":
         return Settings({"quantization": EMULATION_METHOD, "enforce_eager": True, "dtype": "bfloat16", **shared}, env)
-    args: dict[str, object] = {} if is_quantized else {"quantization": INC_METHOD}
+    args: dict[str, object] = {} if quantization else {"quantization": INC_METHOD}
+    if quantization and quantization.get("weight_block_size"):
+        env["VLLM_HPU_FORCE_CHANNEL_FP8"] = "0"
     if config.mode != "MEASURE" and _quantizes_caches(config, modules):
         args["kv_cache_dtype"] = INC_CACHE_DTYPE
     if world > 1:
