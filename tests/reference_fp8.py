@@ -28,7 +28,8 @@ def compute_logprobs(
     prompts: Sequence[int],
     scales: Scales | None,
     device: Device,
-    dtype: torch.dtype = torch.float32,
+    *,
+    dynamic: bool = False,
 ) -> list[np.ndarray]:
     """Return the log-probabilities of the next token at every position, float32 of shape (tokens, vocabulary).
 
@@ -36,12 +37,15 @@ def compute_logprobs(
         sequences: token ids.
         prompts: how many tokens of each are its prompt; later ones are decoded.
         scales: by vLLM's module names; nodes that are not there stay as they are. None: nothing is rounded.
+        dynamic: every token that enters a linear layer has a scale of its own.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
     AttentionInterface.register("fp8_reference", _attend)
     AttentionMaskInterface.register("fp8_reference", lambda *args, **kwargs: None)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="fp8_reference").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="fp8_reference"
+    ).eval()
     state = {"decoded_from": 0}
     for name, module in model.named_modules():
         if name.endswith("self_attn"):
@@ -49,7 +53,7 @@ def compute_logprobs(
         elif name.endswith("mlp.experts"):
             _patch_experts(module, name, scales or {}, device)
         elif isinstance(module, nn.Linear):
-            _patch_linear(module, name, scales or {}, device)
+            _patch_linear(module, name, scales or {}, device, dynamic=dynamic)
     found = []
     with torch.inference_mode():
         for tokens, state["decoded_from"] in zip(sequences, prompts, strict=True):
@@ -66,7 +70,13 @@ def round_fp8(x: torch.Tensor, scale: float | torch.Tensor | None, device: Devic
     return (rounded * scale).to(x.dtype)
 
 
-def _patch_linear(module: nn.Linear, name: str, scales: Scales, device: Device) -> None:
+def scale_tokens(x: torch.Tensor, device: Device) -> torch.Tensor:
+    """One power of two per token, shape (..., 1), in bfloat16 arithmetic; its range is used in full."""
+    largest = x.abs().amax(-1, keepdim=True).bfloat16()
+    return torch.exp2(torch.log2(largest / device.fullscale).ceil()).float()
+
+
+def _patch_linear(module: nn.Linear, name: str, scales: Scales, device: Device, *, dynamic: bool) -> None:
     parent, _, last = name.rpartition(".")
     node = scales.get(f"{parent}.{FUSED.get(last, last)}" if parent else last)
     if node is None:
@@ -74,7 +84,12 @@ def _patch_linear(module: nn.Linear, name: str, scales: Scales, device: Device) 
     module.weight = nn.Parameter(
         round_fp8(module.weight, _weight_scale(node, module, last), device), requires_grad=False
     )
-    module.register_forward_pre_hook(lambda module, args: (round_fp8(args[0], node.inputs[0], device),))
+
+    def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        scale = scale_tokens(args[0], device) if dynamic else node.inputs[0]
+        return (round_fp8(args[0], scale, device),)
+
+    module.register_forward_pre_hook(enter)
 
 
 def _weight_scale(node: ScaleNode, module: nn.Linear, last: str) -> float | torch.Tensor:

@@ -14,11 +14,12 @@ from reference_fp8 import compute_logprobs
 from tiny import make_tiny_model
 
 from gaudi_calib.config import measure_config, quant_config, write_quant_config
+from gaudi_calib.config_methods import get_scale_method
 from gaudi_calib.engines.base import ModelPlan, plan_model
 from gaudi_calib.engines.torch_stream import measure_channels
 from gaudi_calib.fp8 import get_device
 from gaudi_calib.ranges.expert_channels import Topology
-from gaudi_calib.ranges.merge import unify_dir
+from gaudi_calib.ranges.merge import Conversion, unify_dir
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.ranges.reshard import derive_world
 from gaudi_calib.ranges.store import read_world_dir, write_rank_set
@@ -140,7 +141,7 @@ def test_one_rank_measures_what_the_torch_engine_measures(one_rank, case: str, t
     """Nodes, their order, modules never run, and every range, over prefill and decode; weights exactly."""
     measured = one_rank[case]
     assert list(compare_ranges(measured.found[0], measured.expected[0], tolerance)) == []
-    assert measured.found[0].num_samples
+    assert measured.found[0].num_samples == 4  # forward calls: one prefills all prompts, three decode
 
 
 @pytest.mark.parametrize("case", ["llama", "mixtral", "mixtral-ep"])
@@ -160,7 +161,8 @@ def test_every_rank_measures_its_own_part(two_ranks, case: str):
 @pytest.mark.parametrize("case", ["llama", "mixtral", "mixtral-ep"])
 def test_two_ranks_unify_to_what_one_rank_measures(one_rank, two_ranks, tmp_path: Path, case: str):
     """All but the sums of which each rank has a part, which one rank alone does not see."""
-    unify_dir(two_ranks[case].directory, 1, tmp_path, expert_parallel=case.endswith("-ep") or None)
+    conversion = Conversion(expert_parallel=case.endswith("-ep"))
+    unify_dir(two_ranks[case].directory, 1, tmp_path, conversion=conversion)
     alone = one_rank[case.removesuffix("-ep")].found[0]
     unified = read_world_dir(tmp_path, 1)[0]
     different = list(compare_ranges(_drop_partial_sums(unified), _drop_partial_sums(alone), BF16_STEP))
@@ -194,18 +196,22 @@ class Quantized:
         self.model, self.device, self.prompts = model, get_device(device), prompts
         directory = root / device
         directory.mkdir(parents=True)
-        config = quant_config(plan.family, directory / "inc_output", method, **NOTHING_BLOCKED)
+        self.dynamic = get_scale_method(method).is_dynamic_only
+        lists = {} if self.dynamic else NOTHING_BLOCKED  # INC cannot quantize attention dynamically
+        config = quant_config(plan.family, directory / "inc_output", method, **lists)
         path = root / f"maxabs_quant_{device}.json"
         write_quant_config(path, config)
         one = Topology(1)
         ranks = derive_world(measure_channels(model, prompts, worlds=[1]), one, self.device, config)[0]
-        write_rank_set(directory, ranks)
+        if not self.dynamic:
+            write_rank_set(directory, ranks)
         scales = compute_scales(ranks, method, self.device, weights=lambda name: plan.read_rank_weight(name, 0, one))
         nodes = {name: _spoil(name, node, factor) for name, node in scales.nodes.items()}
         if writes_scales:
             write_rank_set(directory, replace(scales, nodes=nodes), method=method.upper())
-        # Routers are of a class that INC does not patch.
-        self.scales = {name: node for name, node in nodes.items() if not name.endswith("block_sparse_moe.gate")}
+        # Routers are of a class that INC does not patch, and the fused op is never dynamic.
+        left = ("block_sparse_moe.gate", *(["scaled_dot_product_attention"] if self.dynamic else []))
+        self.scales = {name: node for name, node in nodes.items() if not name.endswith(left)}
         self.task = EngineTask(str(model), str(path), prompts, engine=FLOAT32)
         self.answer: Answer | None = None
 
@@ -214,7 +220,8 @@ class Quantized:
         assert self.answer is not None
         sequences = [p + g[:-1] for p, g in zip(self.prompts, self.answer.generated, strict=True)]
         lengths = [len(prompt) for prompt in self.prompts]
-        return compute_logprobs(self.model, sequences, lengths, self.scales if quantized else None, self.device)
+        scales = self.scales if quantized else None
+        return compute_logprobs(self.model, sequences, lengths, scales, self.device, dynamic=self.dynamic)
 
 
 def _spoil(name: str, node: ScaleNode, factor: float) -> ScaleNode:
@@ -238,6 +245,7 @@ def quantized(models, prompts, tmp_path_factory: pytest.TempPathFactory) -> dict
         "experts": make("experts", "mixtral", "g2", "maxabs_hw"),
         "per channel": make("per channel", "qwen3", "g2", pcs, writes_scales=True),
         "tied": make("tied", "llama-tied", "g2", "maxabs_pow2"),
+        "dynamic": make("dynamic", "llama", "g3", "maxabs_pcs_pow2"),
     }
     for case, answer in zip(cases.values(), run_engines([case.task for case in cases.values()]), strict=True):
         case.answer = answer
@@ -249,11 +257,19 @@ def find_distance(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -
     return float(np.mean([np.abs(one - two).mean() for one, two in zip(found, expected, strict=True)]))
 
 
-@pytest.mark.parametrize("case", ["scale files", "wrong scales", "experts", "per channel", "tied"])
+@pytest.mark.parametrize("case", ["scale files", "wrong scales", "experts", "per channel", "tied", "dynamic"])
 def test_quantized_logprobs_are_those_of_a_plain_computation(quantized, case: str):
-    """Prefill and decode, over the whole vocabulary; unquantized ones are far away."""
+    """Prefill and decode, over the whole vocabulary, bit for bit at most positions; unquantized ones are far away.
+
+    Where additions in another order push a value over a rounding boundary, its position and
+    some later ones differ a little.
+    """
     run = quantized[case]
-    assert find_distance(run.answer.logprobs, run.predict()) < 1e-3
+    expected = run.predict()
+    largest = [np.abs(one - two).max(-1) for one, two in zip(run.answer.logprobs, expected, strict=True)]
+    assert np.median(np.concatenate(largest)) < 1e-4
+    assert np.median([one[-3:] for one in largest]) < 1e-4  # decoded
+    assert find_distance(run.answer.logprobs, expected) < 0.02
     assert find_distance(run.answer.logprobs, run.predict(quantized=False)) > 0.1
 
 

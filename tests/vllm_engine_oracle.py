@@ -29,7 +29,7 @@ class EngineTask:
         prompts: token ids.
         world: ranks.
         max_tokens: how many tokens to generate for each prompt, greedily.
-        saves: whether to write ranges at the end.
+        saves: whether to write ranges at the end; then another prompt runs before, and is to be forgotten.
         engine: further engine arguments.
     """
 
@@ -105,6 +105,9 @@ def _run_task(task: EngineTask) -> list[Any]:
     sampling = SamplingParams(
         temperature=0.0, max_tokens=task.max_tokens, ignore_eos=True, logprobs=-1, prompt_logprobs=-1
     )
+    if task.saves:
+        llm.generate(TokensPrompt(prompt_token_ids=[9] * 100), sampling, use_tqdm=False)
+        llm.collective_rpc("reset_ranges")
     outputs = llm.generate([TokensPrompt(prompt_token_ids=one) for one in task.prompts], sampling, use_tqdm=False)
     size = llm.llm_engine.model_config.get_vocab_size()
     rows = [[_to_row(row, size) for row in [*one.prompt_logprobs[1:], *one.outputs[0].logprobs]] for one in outputs]

@@ -171,7 +171,7 @@ def weigh(query: torch.Tensor, key: torch.Tensor, ranges: AttentionRanges, scori
     ranges.observe("probability", largest.amax(-1))
     # The largest term of a softmax is exp(0) over the sum.
     ranges.observe("softmax_sum", largest.amin(-1).reciprocal())
-    ranges.observe("weight", torch.ones(heads))
+    ranges.observe("weight", torch.ones(heads, device=scores.device))
     return probabilities.to(query.dtype)
 
 

@@ -68,9 +68,9 @@ class ObservedAttention:
         sinks = getattr(impl, "sinks", None)
         if self.session.device is not GAUDI2 and sinks is None:
             # Every sequence begins with a token that sees itself alone: the largest probability is 1.
-            observe_bound(self.ranges, query.shape[1], 1)
+            observe_bound(self.ranges, query[0], 1)
         elif sequences.slots is None or getattr(impl, "alibi_slopes", None) is not None:
-            observe_bound(self.ranges, query.shape[1], max(sequences.lengths))
+            observe_bound(self.ranges, query[0], max(sequences.lengths))
         else:
             self._history.store(key, sequences.slots[: sequences.tokens])
             block_size = self._cache_config.block_size

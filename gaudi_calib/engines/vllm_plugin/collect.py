@@ -36,7 +36,8 @@ def collect_ranges(model: nn.Module, plan: ModelPlan, session: Session, rank: in
     found = {**_collect_linears(modules, plan, experts), **_collect_attention(modules, plan, session), **experts}
     names = tuple(name for name in plan.node_names if name in found or not is_expert_matmul(name))
     nodes = {name: found[name] for name in names if name in found}
-    samples = max((peaks.calls for peaks in _find_peaks(modules)), default=0)
+    # The output projection may run more often than the model, for the prompt's log-probabilities.
+    samples = min((peaks.calls for peaks in _find_peaks(modules) if peaks.calls), default=0)
     if not samples:
         raise RangeError(
             "nothing was measured",

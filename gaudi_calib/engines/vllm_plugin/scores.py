@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gaudi_calib.engines.attention import AttentionRanges, Scoring, weigh
+from gaudi_calib.errors import ConfigError
 
 # Bounds the memory of the score matrix: heads x queries x keys values at a time.
 _MAX_SCORES = 2**22
@@ -34,7 +35,18 @@ class Sequences:
 
     @classmethod
     def from_metadata(cls, metadata: Any) -> "Sequences":
-        """Read what the backends of vLLM have in common."""
+        """Read what most backends of vLLM have in common.
+
+        Raises:
+            ConfigError: this one says nothing about sequences.
+        """
+        if not (hasattr(metadata, "query_start_loc") and hasattr(metadata, "seq_lens")):
+            raise ConfigError(
+                "this attention backend is not supported by quantization gaudi_fp8",
+                where=type(metadata).__name__,
+                why="its metadata does not tell where sequences begin",
+                fix="choose another, for example --attention-backend FLASH_ATTN or TRITON_ATTN",
+            )
         return cls(
             metadata.query_start_loc.tolist(),
             metadata.seq_lens.tolist(),
@@ -107,7 +119,7 @@ def observe_scores(
             continue
         slots, length = sequences.find_slots(index, block_size), sequences.lengths[index]
         if slots is None:
-            observe_bound(ranges, heads, length)
+            observe_bound(ranges, query[0], length)
             continue
         keys = history.fetch(slots).float()
         rows = max(1, _MAX_SCORES // (heads * length))
@@ -117,8 +129,9 @@ def observe_scores(
             weigh(query[first:last].transpose(0, 1).float(), seen, ranges, scoring)
 
 
-def observe_bound(ranges: AttentionRanges, heads: int, keys: int) -> None:
-    """Take in what no softmax over `keys` keys exceeds."""
-    ranges.observe("probability", torch.ones(heads))
-    ranges.observe("weight", torch.ones(heads))
-    ranges.observe("softmax_sum", torch.full((heads,), float(keys)))
+def observe_bound(ranges: AttentionRanges, query: torch.Tensor, keys: int) -> None:
+    """Take in what no softmax over `keys` keys exceeds, for a query of shape (heads, dim)."""
+    ones = torch.ones(query.shape[0], device=query.device)
+    ranges.observe("probability", ones)
+    ranges.observe("weight", ones)
+    ranges.observe("softmax_sum", ones * keys)
