@@ -1,5 +1,6 @@
 """Experts and latent attention in the torch engine: whole models, every rank of every topology, streaming."""
 
+import shutil
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from reference_ranks import Seen, WholeModel, record_whole_model
+from safetensors.torch import load_file, save_file
 from tiny import MOE_CHECKPOINTS
 
 from gaudi_calib.engines import experts as engine
@@ -19,7 +21,7 @@ from gaudi_calib.engines.torch_stream import measure_channels
 from gaudi_calib.errors import TopologyError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device
 from gaudi_calib.ranges.channel_file import read_channel_ranges, write_channel_ranges
-from gaudi_calib.ranges.expert_channels import Topology
+from gaudi_calib.ranges.expert_channels import ExpertChannels, Topology
 from gaudi_calib.ranges.node import Node
 from gaudi_calib.ranges.shard import ChannelRanges, derive_rank
 
@@ -284,3 +286,28 @@ def test_no_more_experts_are_in_memory_than_the_cache_holds(
     assert most == held if held == experts else held < most <= held + 2, most
     assert sum(reads.count(one) == 1 for one in set(reads)) >= layers * held
     assert max(reads.count(one) for one in set(reads)) == (1 if held == experts else 3)
+
+
+def test_sinks_that_dominate_leave_keys_less_than_one(tmp_path: Path, tiny_model: Callable[[str], Path]):
+    """Where a sink always is the largest term, what multiplies the values in decode stays below 1."""
+    shutil.copytree(tiny_model("gpt_oss"), tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("sinks")]:
+        tensors[name] += 20.0
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    nodes = derive_rank(measure_channels(tmp_path, PROMPTS[:2]), 0, Topology(4), GAUDI2).nodes
+    expected = record_whole_model(tmp_path, PROMPTS[:2], torch.float32).slice_rank(0, Topology(4), GAUDI2)
+    compare_nodes(nodes, expected, BF16_STEP)
+    assert min(seen.inputs[0] for name, seen in expected.items() if name.endswith("matmul_av")) < 1
+
+
+@pytest.mark.parametrize("topology", [Topology(1), Topology(2), Topology(2, expert_parallel=True)], ids=str)
+def test_a_bound_counts_routing_and_bias(topology: Topology):
+    """No token gets more than all routing weights times the largest output of one expert, its bias included."""
+    intermediate = np.array([[1.0, 2.0], [3.0, 0.5]], np.float32)
+    tokens = np.ones(2, np.int64)
+    experts = ExpertChannels(intermediate, intermediate, intermediate, tokens, 0 * tokens, routing=2.5, bias=4.0)
+    truth = {"tp1": [9.25], "tp2": [9.0, 4.0], "ep2": [5.0, 9.25]}[topology.key]
+    for rank, largest in enumerate(truth):
+        assert experts.output(rank, topology) == pytest.approx(2.5 * (largest + 4.0), rel=0.01)
+        assert experts.output(rank, topology) >= 2.5 * (largest + 4.0)
