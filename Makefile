@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
 MODEL := demo/tiny-llama
+SERVED := demo/out/tiny-llama/maxabs_quant_g3.json
 SOURCES := gaudi_calib tests scripts examples docs benchmarks
 
 export HF_HUB_OFFLINE := 1
@@ -16,10 +17,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check style types docs bench clean
+.PHONY: help venv demo demo-serve test check style types docs bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 venv: $(VENV)/run.stamp ## build .venv with what calibration needs
 
@@ -48,6 +49,12 @@ demo: $(MODEL)/config.json ## train a tiny Llama, calibrate it, show what to run
 	@echo; echo "The model is in $(MODEL), its calibration in demo/out/ ($$(find demo/out -type f | wc -l) files)."
 	@echo "Copy both to the same paths on a Gaudi and run its two lines; under other paths,"
 	@echo "change dump_stats_path in maxabs_quant_*.json as well."
+
+demo-serve: $(SERVED) $(VENV)/test.stamp ## serve what `make demo` made, on this CPU, and chat with it over HTTP
+	$(BIN)/python examples/chat_over_http.py $(MODEL) $(SERVED)
+
+$(SERVED):
+	$(MAKE) demo
 
 $(MODEL)/config.json: examples/train_tiny_llama.py | $(VENV)/run.stamp
 	$(BIN)/python examples/train_tiny_llama.py $(MODEL).new
