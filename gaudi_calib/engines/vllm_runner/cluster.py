@@ -8,6 +8,7 @@ Asked in a process of its own: connecting starts threads and changes the process
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from gaudi_calib.errors import CalibrationError, UsageError
 # Ray's name of an accelerator, by platform.
 RESOURCES = {"hpu": "HPU", "cuda": "GPU"}
 _TIMEOUT_S = 120
+_CONNECT_S = 10
 
 
 def require_cluster(platform: str, world: int) -> None:
@@ -65,8 +67,12 @@ def main(resource: str) -> int:
     """Print how much of `resource` is free."""
     import ray
 
+    address = os.environ.get("RAY_ADDRESS", "auto")
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level=logging.ERROR)
+        host, colon, port = address.rpartition(":")
+        if colon and port.isdecimal() and "//" not in host:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         answer: dict[str, object] = {"available": int(ray.available_resources().get(resource, 0))}
     except Exception as error:  # Ray raises many unrelated types
         answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
