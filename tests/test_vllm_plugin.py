@@ -22,7 +22,7 @@ from gaudi_calib.ranges.expert_channels import Topology
 from gaudi_calib.ranges.merge import Conversion, unify_dir
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.ranges.reshard import derive_world
-from gaudi_calib.ranges.store import read_world_dir, write_rank_set
+from gaudi_calib.ranges.store import read_world_dir, write_rank_set, write_rank_sets
 from gaudi_calib.scales.compute import compute_scales
 
 pytest.importorskip("vllm")
@@ -190,8 +190,12 @@ class Quantized:
         *,
         writes_scales: bool = False,
         factor: float = 1.0,
+        world: int = 1,
     ):
-        """Measure `model` and compute its scales; those of qkv_proj's inputs are multiplied with `factor`."""
+        """Measure `model` and compute its scales; those of qkv_proj's inputs are multiplied with `factor`.
+
+        All ranks get the ranges of one, so that one computation predicts what they do together.
+        """
         plan = plan_model(model)
         self.model, self.device, self.prompts = model, get_device(device), prompts
         directory = root / device
@@ -204,7 +208,7 @@ class Quantized:
         one = Topology(1)
         ranks = derive_world(measure_channels(model, prompts, worlds=[1]), one, self.device, config)[0]
         if not self.dynamic:
-            write_rank_set(directory, ranks)
+            write_rank_sets(directory, [replace(ranks, rank=rank, world=world) for rank in range(world)])
         scales = compute_scales(ranks, method, self.device, weights=lambda name: plan.read_rank_weight(name, 0, one))
         nodes = {name: _spoil(name, node, factor) for name, node in scales.nodes.items()}
         if writes_scales:
@@ -212,7 +216,7 @@ class Quantized:
         # Routers are of a class that INC does not patch, and the fused op is never dynamic.
         left = ("block_sparse_moe.gate", *(["scaled_dot_product_attention"] if self.dynamic else []))
         self.scales = {name: node for name, node in nodes.items() if not name.endswith(left)}
-        self.task = EngineTask(str(model), str(path), prompts, engine=FLOAT32)
+        self.task = EngineTask(str(model), str(path), prompts, world=world, engine=FLOAT32)
         self.answer: Answer | None = None
 
     def predict(self, *, quantized: bool = True) -> list[np.ndarray]:
@@ -249,7 +253,9 @@ def quantized(models, prompts, tmp_path_factory: pytest.TempPathFactory) -> dict
     }
     for case, answer in zip(cases.values(), run_engines([case.task for case in cases.values()]), strict=True):
         case.answer = answer
-    return cases
+    parallel = make("two ranks", "llama", "g2", "maxabs_hw", world=2)
+    (parallel.answer,) = run_engines([parallel.task])
+    return cases | {"two ranks": parallel}
 
 
 def find_distance(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
@@ -257,7 +263,9 @@ def find_distance(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -
     return float(np.mean([np.abs(one - two).mean() for one, two in zip(found, expected, strict=True)]))
 
 
-@pytest.mark.parametrize("case", ["scale files", "wrong scales", "experts", "per channel", "tied", "dynamic"])
+@pytest.mark.parametrize(
+    "case", ["scale files", "wrong scales", "experts", "per channel", "tied", "dynamic", "two ranks"]
+)
 def test_quantized_logprobs_are_those_of_a_plain_computation(quantized, case: str):
     """Prefill and decode, over the whole vocabulary, bit for bit at most positions; unquantized ones are far away.
 
