@@ -166,6 +166,24 @@ def test_reshard_in_place_sets_stale_scales_aside(options, capsys):
     capsys.readouterr()
 
 
+def test_merged_runs_are_resharded_and_quantized(options, tmp_path: Path):
+    """What `merge` makes of two runs is a run like any other: its blocklist is that of the runs."""
+    for seed in (1, 2):
+        data = {**options().dataset, "limit": 4, "seed": seed}
+        measure(options("mixtral", out=tmp_path / str(seed), dataset=data, world=2, expert_parallel=True))
+    name = options("mixtral").layout.model_name
+    words = ["merge", str(tmp_path / "1" / name), str(tmp_path / "2" / name), "-o", str(tmp_path / "both" / name)]
+    assert main(words) == 0
+    reshard_dir(tmp_path / "both" / name, 4)
+    quantize(options("mixtral", out=tmp_path / "both", world=4))
+    (first, *_) = read_world_dir(tmp_path / "both" / name / "g3", 4)
+    one = read_world_dir(tmp_path / "1" / name / "g3", 2)[0]
+    assert not any("self_attn" in module for module in first.modules)
+    assert len([module for module in one.modules if "w13" in module]) == 2 * len(
+        [module for module in first.modules if "w13" in module]
+    )
+
+
 def test_names_of_an_older_vllm(options, tmp_path: Path):
     """Before 0.24 the fused op hangs below `experts` itself; the choice is kept for worlds that come later."""
     root = measure(options("mixtral", world=2, vllm="0.11")).root

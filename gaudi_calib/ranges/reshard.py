@@ -10,7 +10,7 @@ from gaudi_calib.config_model import QuantConfig
 from gaudi_calib.errors import FileError, TopologyError, UsageError
 from gaudi_calib.files import stage_files
 from gaudi_calib.fp8 import DEVICES, Device, get_device
-from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, RunLayout
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME
 from gaudi_calib.manifest import Manifest, read_manifest
 from gaudi_calib.ranges.channel_file import read_channel_ranges
 from gaudi_calib.ranges.expert_channels import Topology
@@ -120,7 +120,7 @@ def reshard_dir(
         manifest = _read_manifest(run / name)
         topology = Topology(world, _choose_sharing(run, manifest, channels, world, expert_parallel))
         version = vllm or (manifest.notes.get(VLLM_NOTE) if manifest else None)
-        ranks = derive_world(channels, topology, get_device(name), _read_config(run, name), version)
+        ranks = derive_world(channels, topology, get_device(name), _read_config(run, name, manifest), version)
         results[name] = topology, ranks
         if not channels.is_measured(topology):
             _log.warning(
@@ -149,20 +149,23 @@ def _find_run(run: Path, devices: Sequence[str] | None) -> tuple[Path, Sequence[
             why="only the torch engine writes it; rank files alone cannot be resharded exactly",
             fix="give the run directory (OUT/<model>), or use `gaudi-calib expand`, whose ranges are upper bounds",
         )
-    found = devices or [name for name in DEVICES if RunLayout(run.parent, run.name).measure_config(name).is_file()]
+    found = devices or [name for name in DEVICES if (run / name).is_dir()]
     return run, found or list(DEVICES)
 
 
-def _read_config(run: Path, device: str) -> QuantConfig:
+def _read_config(run: Path, device: str, manifest: Manifest | None) -> QuantConfig:
     path = run / f"maxabs_measure_{device}.json"
-    if not path.is_file():
+    if path.is_file():
+        return read_quant_config(path)
+    recorded = manifest.config.get("measure") if manifest else None  # all there is of runs that were merged
+    if recorded is None:
         raise FileError(
             f"no {path.name}",
             where=path,
             why="it says which nodes are blocked",
             fix=f"copy it beside {CHANNEL_RANGES_NAME}, or measure for {device}",
         )
-    return read_quant_config(path)
+    return QuantConfig.model_validate(recorded)
 
 
 def _read_manifest(directory: Path) -> Manifest | None:
