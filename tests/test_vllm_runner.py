@@ -11,7 +11,7 @@ import pytest
 
 from gaudi_calib.config import measure_config, quant_config
 from gaudi_calib.engines.detect import Platform
-from gaudi_calib.engines.vllm_runner import cluster, platforms
+from gaudi_calib.engines.vllm_runner import cluster, platforms, process
 from gaudi_calib.engines.vllm_runner.phases import (
     EngineOptions,
     Phase,
@@ -261,6 +261,33 @@ def test_a_group_is_ended_whole():
     end_group(child.pid, grace_s=0.3)
     child.wait()
     assert list_group(child.pid) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (
+            [
+                "(MainProcess pid=1) WARNING 11-21 13:17:01 [base.py:380] ValueError: Tokenizer not available",
+                "(Worker_TP0 pid=2) ERROR 11-21 13:17:01 [executor.py:1063] RuntimeError: head_dim=16",
+                "vllm.v1.engine.exceptions.EngineDeadError: See stack trace (above) for the root cause.",
+            ],
+            "RuntimeError: head_dim=16",
+        ),
+        (
+            ["(EngineCore pid=3) ERROR [executor.py] Worker proc VllmWorker-0 died unexpectedly (exit code: -9)"],
+            "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)",
+        ),
+        (["all is well"], None),
+    ],
+    ids=["exception", "killed", "none"],
+)  # fmt: skip
+def test_the_error_tells_the_cause(lines, cause):
+    """Not vLLM's last words, nor what it only warns of."""
+    output = process._Output()
+    for line in lines:
+        output.take(line)
+    assert output.cause == cause
 
 
 def test_a_phase_ends_with_its_parent():

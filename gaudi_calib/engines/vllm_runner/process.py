@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,30 @@ _CHILD = "gaudi_calib.engines.vllm_runner.child"
 _TAIL_LINES = 15
 _GRACE_S = 10.0
 
+# What went wrong first; vLLM's last lines only tell that something did. Warnings have tracebacks, too.
+_CAUSE = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): .+|\S* ?proc \S+ died unexpectedly .+")
+_NO_CAUSE = re.compile(r" (?:WARNING|INFO|DEBUG) ")
+
+
+class _Output:
+    """What a phase prints, as far as an error repeats it.
+
+    Attributes:
+        tail: the last lines.
+        cause: the first line that says what went wrong.
+    """
+
+    def __init__(self) -> None:
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self.cause: str | None = None
+
+    def take(self, line: str) -> None:
+        """Take in the next line."""
+        self.tail.append(line)
+        if self.cause is None and not _NO_CAUSE.search(line):
+            found = _CAUSE.search(line)
+            self.cause = found and found[0]
+
 
 def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
     """Run `phase` and return what its process reports (see child.py).
@@ -43,10 +68,10 @@ def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="gaudi-calib-") as scratch:
         spec, result = Path(scratch) / "spec.json", Path(scratch) / "result.json"
         write_json(spec, _to_spec(phase), indent=None)
-        code, tail = _run_child([str(spec), str(result)], phase, log)
+        code, output = _run_child([str(spec), str(result)], phase, log)
         report = json.loads(result.read_text()) if result.is_file() else {}
     if code != 0 or "error" in report or not report:
-        raise _explain_failure(phase, log, code, report.get("error"), tail)
+        raise _explain_failure(phase, log, code, output.cause or report.get("error"), output.tail)
     return report
 
 
@@ -61,9 +86,9 @@ def _to_spec(phase: Phase) -> dict[str, Any]:
     }
 
 
-def _run_child(arguments: list[str], phase: Phase, log: Path) -> tuple[int, list[str]]:
-    """Return the exit code and the last lines of the output."""
-    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+def _run_child(arguments: list[str], phase: Phase, log: Path) -> tuple[int, _Output]:
+    """Return the exit code and the output."""
+    output = _Output()
     child = subprocess.Popen(
         [sys.executable, "-m", _CHILD, *arguments],
         env={**os.environ, "PYTHONUNBUFFERED": "1", **phase.settings.env},
@@ -75,7 +100,7 @@ def _run_child(arguments: list[str], phase: Phase, log: Path) -> tuple[int, list
     assert child.stdout is not None
     with log.open("w", encoding="utf-8") as file:
         file.write(f"# {phase.name}: {phase.settings.env}\n# {dict(phase.settings.args)}\n")
-        reader = threading.Thread(target=_mirror, args=(child.stdout, file, tail), daemon=True)
+        reader = threading.Thread(target=_mirror, args=(child.stdout, file, output), daemon=True)
         reader.start()
         try:
             code = child.wait()
@@ -83,17 +108,17 @@ def _run_child(arguments: list[str], phase: Phase, log: Path) -> tuple[int, list
             end_group(child.pid)
             child.wait()
             reader.join(_GRACE_S)
-    return code, list(tail)
+    return code, output
 
 
-def _mirror(source: IO[bytes], file: IO[str], tail: deque[str]) -> None:
+def _mirror(source: IO[bytes], file: IO[str], output: _Output) -> None:
     for raw in source:
         line = raw.decode(errors="replace")
         with contextlib.suppress(ValueError):  # closed: a process that left the group still holds the pipe
             file.write(line)
             file.flush()
         sys.stderr.write(line)
-        tail.append(line.rstrip())
+        output.take(line.rstrip())
 
 
 def end_group(group: int, grace_s: float = _GRACE_S) -> None:
@@ -121,10 +146,10 @@ def list_group(group: int) -> list[int]:
     return found
 
 
-def _explain_failure(phase: Phase, log: Path, code: int, error: str | None, tail: Iterable[str]) -> CalibrationError:
+def _explain_failure(phase: Phase, log: Path, code: int, cause: str | None, tail: Iterable[str]) -> CalibrationError:
     how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
     lines = "".join(f"\n    {line}" for line in tail)
-    reason = f"{error.splitlines()[0]}; " if error else ""
+    reason = f"{cause.splitlines()[0]}; " if cause else ""
     return CalibrationError(
         f"the {phase.name} phase failed ({how})",
         where=log,
