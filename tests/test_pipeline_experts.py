@@ -252,7 +252,7 @@ def test_reshard_asks_how_experts_are_shared(options):
 
 
 def test_the_language_model_of_a_larger_model(options, tiny_model: Callable[[str], Path], tmp_path: Path):
-    """Of a model with a vision tower the text part is measured, under the names it has there; the rest stays blocked."""
+    """Of a model with a vision tower the text part is measured, under its names there; the rest is blocked."""
     from safetensors.torch import load_file, save_file
 
     source, directory = tiny_model("llama4_text"), tmp_path / "model"

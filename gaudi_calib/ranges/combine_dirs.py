@@ -284,6 +284,9 @@ def _gather_facts(
     for name in ("device", "platform", "engine"):
         values = {getattr(one, name) for one in manifests}
         facts[name] = values.pop() if len(values) == 1 else None
+    configs = [one.config["measure"] for one in manifests if "measure" in one.config]
+    if configs and all(one.get("blocklist") == configs[0].get("blocklist") for one in configs):
+        facts["config"] = {"measure": configs[0]}  # which nodes are blocked, for worlds that are derived later
     measured = {one.topology.measured_world for one in manifests}
     facts["topology"] = Topology(
         measured_world=measured.pop() if len(measured) == 1 else None,
