@@ -87,6 +87,20 @@ def test_the_command(device, platform, world, flags, env, run):
     assert command.env == {"QUANT_CONFIG": str(run.config(device)), **env}
 
 
+def test_sixteen_ranks_span_two_nodes(tmp_path):
+    """Beyond one node Ray holds the ranks, and gets the variables that vLLM would not hand on by itself."""
+    config = tmp_path / "quant.json"
+    config.write_text(json.dumps({"mode": "QUANTIZE", "scale_method": "unit_scale"}))
+    command = plan_serve(ServeOptions(str(MODEL), config, world=16), HPU2)
+    flags = "--quantization inc --kv-cache-dtype fp8_inc --tensor-parallel-size 16 --distributed-executor-backend ray"
+    assert list(command.argv) == ["vllm", "serve", str(MODEL), *flags.split(), "--port", "8000"]
+    assert command.env == {
+        "QUANT_CONFIG": str(config),
+        "PT_HPU_ENABLE_LAZY_COLLECTIVES": "true",
+        "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY": "QUANT_CONFIG,PT_HPU_ENABLE_LAZY_COLLECTIVES",
+    }
+
+
 def test_elsewhere_it_says_that_it_emulates(run):
     """Nobody takes the emulation's speed for the Gaudi's."""
     (note,) = run.plan("g2", CPU).notes
@@ -300,7 +314,17 @@ def test_no_such_model():
     """A path that is not there is no hub name."""
     with pytest.raises(ModelError, match="no model directory"):
         find_model("./no/such/model")
-    assert find_model("nobody/has-this").directory is None
+
+
+def test_a_hub_model_that_is_not_downloaded(tiny_model, tmp_path, monkeypatch, caplog):
+    """Its config.json says how to serve it; where not even that can be had, the manifest does, and it is said."""
+    made = expert_run(tiny_model, "granitemoehybrid", tmp_path)
+    environment = {"QUANT_CONFIG": str(made.config("g3")), "VLLM_CONTIGUOUS_PA": "false"}
+    assert made.plan(model="nobody/has-this").env == environment
+    assert "nobody/has-this cannot be had" in caplog.text
+    assert "is not downloaded: whether it is the model that was measured is not checked" in caplog.text
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(made.model / "config.json"))
+    assert find_model("nobody/has-this").directory == made.model
 
 
 def test_a_port_in_use(run):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gaudi_calib import pipeline
+from gaudi_calib.cli.main import main
 from gaudi_calib.config import measure_config, quant_config
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.engines.vllm_runner import cluster, platforms, process
@@ -25,6 +27,7 @@ from gaudi_calib.engines.vllm_runner.settings import bind_cpus, plan_settings
 from gaudi_calib.errors import CalibrationError, DataError, UsageError
 from gaudi_calib.families import find_family
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
+from gaudi_calib.pipeline import RunResult
 from gaudi_calib.pipeline_options import RunOptions
 from gaudi_calib.pipeline_vllm import computes_scales, settle_engine
 
@@ -178,6 +181,27 @@ def test_static_per_channel_scales_need_a_variable():
     config = quant_config(family, "/data/g3/inc_output", "act_maxabs_hw_weights_pcs_maxabs_pow2")
     settings = plan_settings("hpu", config, quant_config=Path("/q.json"), world=1, family=family)
     assert settings.env == {"QUANT_CONFIG": "/q.json", "RUNTIME_SCALE_PATCHING": "0"}
+
+
+def test_the_command_line_reaches_the_engine(monkeypatch):
+    """Every option of the vllm engine arrives; --engine-arg takes JSON values, --env plain text."""
+    runs = []
+    monkeypatch.setattr(pipeline, "measure", lambda options: runs.append(options) or RunResult(Path(), (), {}, ()))
+    words = "measure -m m -d builtin -o out -t 2 --engine vllm -e --max-new-tokens 3 --max-model-len 64 --executor mp"
+    more = "--gpu-memory-utilization 0.5 --engine-arg block-size=128 --engine-arg dtype=auto --env A=1=2 --env B="
+    assert main([*words.split(), *more.split()]) == 0
+    (run,) = runs
+    assert (run.engine, run.world) == ("vllm", 2)
+    assert run.engine_options == EngineOptions(
+        max_new_tokens=3,
+        enforce_eager=True,
+        max_model_len=64,
+        gpu_memory_utilization=0.5,
+        executor="mp",
+        args={"block_size": 128, "dtype": "auto"},
+        env={"A": "1=2", "B": ""},
+    )
+    assert main([*words.split(), "--env", "A"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from gaudi_calib.config import describe_scaling, read_quant_config
 from gaudi_calib.config_model import QuantConfig, get_scales_device
 from gaudi_calib.errors import ConfigError, FileError, ModelError, TopologyError
+from gaudi_calib.families import Family, find_family
 from gaudi_calib.files import read_json
 from gaudi_calib.fingerprint import fingerprint_model
 from gaudi_calib.fp8 import DEVICES, Device
@@ -42,6 +43,15 @@ class Calibration:
         """The device the files are for: what the manifest says, else the directory's name."""
         name = (self.manifest and self.manifest.device) or self.directory.name
         return DEVICES.get(name)
+
+    @property
+    def family(self) -> Family | None:
+        """Family of the model that was measured, as far as the manifest tells."""
+        model = self.manifest and self.manifest.model
+        try:
+            return find_family(model.model_type) if model and model.model_type else None
+        except ModelError:
+            return None
 
     def name_file(self, rank: int, world: int, *, method: str | None = None) -> str:
         """Name of the file that INC reads for one rank."""

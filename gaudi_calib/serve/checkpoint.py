@@ -1,5 +1,6 @@
 """What a checkpoint is, from its config.json alone."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 from gaudi_calib.errors import ModelError
 from gaudi_calib.families import Family, find_family
 from gaudi_calib.files import read_json
+
+_log = logging.getLogger(__name__)
 
 # Methods whose weights INC can quantize again: it dequantizes them first.
 _FP8_METHODS = ("fp8",)
@@ -19,8 +22,8 @@ class ServedModel:
 
     Attributes:
         name: directory or hub name, as given.
-        directory: where it is, or None for a hub name that is not downloaded yet.
-        config: config.json, empty where there is no directory.
+        directory: where it is, or None for a hub name whose weights are not downloaded yet.
+        config: config.json, empty where the hub cannot be reached.
     """
 
     name: str
@@ -60,7 +63,7 @@ class ServedModel:
 
 
 def find_model(model: str) -> ServedModel:
-    """Return what is known of `model` without downloading anything.
+    """Return what is known of `model`, asking the hub for no more than config.json.
 
     Raises:
         ModelError: a path that is no checkpoint.
@@ -73,17 +76,20 @@ def find_model(model: str) -> ServedModel:
                 where=path.resolve(),
                 fix="give the directory that holds config.json, or a hub name such as organisation/model",
             )
-        cached = _find_cached(model)
-        if cached is None:
-            return ServedModel(model, None)
-        path = cached
+        return _find_on_hub(model)
     if not (path / "config.json").is_file():
         raise ModelError("no config.json in the model directory", where=path, fix="give a checkpoint's directory")
     return ServedModel(model, path, read_json(path / "config.json"))
 
 
-def _find_cached(model: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
+def _find_on_hub(model: str) -> ServedModel:
+    from huggingface_hub import hf_hub_download
 
-    found = try_to_load_from_cache(model, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    try:
+        config = Path(hf_hub_download(model, "config.json"))
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = str(error).splitlines()[0]
+        _log.warning("config.json of %s cannot be had, so what it needs is not known: %s", model, reason)
+        return ServedModel(model, None)
+    is_downloaded = any(config.parent.glob("*.safetensors"))
+    return ServedModel(model, config.parent if is_downloaded else None, read_json(config))

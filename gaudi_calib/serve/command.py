@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from gaudi_calib.engines.detect import Platform
-from gaudi_calib.engines.vllm_runner.settings import EMULATION_METHOD, Settings, bind_cpus, plan_settings, to_shell
+from gaudi_calib.engines.vllm_runner.settings import (
+    EMULATION_METHOD,
+    NODE_CARDS,
+    Settings,
+    bind_cpus,
+    forward_to_ray,
+    plan_settings,
+    to_shell,
+)
 from gaudi_calib.errors import CalibrationError, ModelError, UsageError
 from gaudi_calib.fp8 import get_device
 from gaudi_calib.serve.calibration import Calibration, open_calibration, require_fit
@@ -89,14 +97,9 @@ def plan_serve(options: ServeOptions, platform: Platform) -> ServeCommand:
             contradict each other.
     """
     _refuse_own_flags(options.extra)
-    model = find_model(options.model)
-    if options.quant_config is None:
-        settings, notes = _plan_own_method(options, model)
-    else:
-        settings, notes = _plan_calibrated(options, model, platform)
-    env = {**_plan_environment(options, platform), **settings.env}
+    settings, notes = plan_engine(options, platform)
     argv = [*_name_program(platform), options.model, *settings.flags, "--port", str(options.port), *options.extra]
-    return ServeCommand(tuple(argv), env, tuple(notes))
+    return ServeCommand(tuple(argv), settings.env, tuple(notes))
 
 
 def _name_program(platform: Platform) -> list[str]:
@@ -116,12 +119,15 @@ def _has_distribution(name: str) -> bool:
 
 
 def plan_engine(options: ServeOptions, platform: Platform) -> tuple[Settings, list[str]]:
-    """Return how an engine is started inside Python for the same `options` (`port` and `extra` do not matter)."""
+    """Return how an engine is started for `options`, in Python, too, and what the user should know about it."""
     model = find_model(options.model)
     settings, notes = (
         _plan_own_method(options, model) if options.quant_config is None else _plan_calibrated(options, model, platform)
     )
-    return Settings(settings.args, {**_plan_environment(options, platform), **settings.env}), notes
+    settings = Settings(settings.args, {**_plan_environment(options, platform), **settings.env})
+    if platform.name == "hpu" and options.world > NODE_CARDS:
+        settings = forward_to_ray(settings.with_args(distributed_executor_backend="ray"))
+    return settings, notes
 
 
 def _refuse_own_flags(extra: tuple[str, ...]) -> None:
@@ -136,10 +142,10 @@ def _refuse_own_flags(extra: tuple[str, ...]) -> None:
 def _plan_own_method(options: ServeOptions, model: ServedModel) -> tuple[Settings, list[str]]:
     """Settings of a checkpoint that needs no QUANT_CONFIG, because it, or the caller, names a method."""
     asked = any(word.partition("=")[0] in _METHOD_FLAGS for word in options.extra)
-    if model.directory is not None and model.method is None and not asked:
+    if model.config and model.method is None and not asked:
         raise UsageError(
             "no --quant-config, and the checkpoint is not quantized",
-            where=model.directory,
+            where=model.directory or model.name,
             fix="give the maxabs_quant_<device>.json of its calibration, or `-- --quantization fp8` to quantize "
             "without one",
         )
@@ -170,7 +176,7 @@ def _plan_calibrated(options: ServeOptions, model: ServedModel, platform: Platfo
         calibration.config,
         quant_config=calibration.path,
         world=options.world,
-        family=model.family,
+        family=model.family or calibration.family,
         expert_parallel=shares,
         quantization=model.quantization,
         modules=calibration.list_modules(options.world),

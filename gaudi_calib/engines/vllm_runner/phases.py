@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from gaudi_calib.config_model import QuantConfig
-from gaudi_calib.engines.vllm_runner.settings import Settings, bind_cpus, plan_settings
+from gaudi_calib.engines.vllm_runner.settings import NODE_CARDS, Settings, bind_cpus, forward_to_ray, plan_settings
 from gaudi_calib.errors import DataError, UsageError
 from gaudi_calib.families import Family
 
@@ -20,13 +20,6 @@ WORKER_EXTENSION = "gaudi_calib.engines.vllm_plugin.worker.WorkerExtension"
 
 PhaseName = Literal["measure", "quantize"]
 Saving = Literal["ask", "shutdown", "none"]
-
-# Cards of one Gaudi node.
-NODE_CARDS = 8
-
-# vLLM copies variables with its own prefixes to Ray's workers, and those that this one names.
-_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
-_RAY_PREFIXES = ("VLLM_", "HF_", "NCCL_")
 
 # A worker writes its ranges while it shuts down; vLLM kills those that take longer.
 _SHUTDOWN_S = "1800"
@@ -196,7 +189,7 @@ def plan_phase(
     settings = settings.with_env(_plan_environment(platform, target.world)).with_args(**options.args)
     settings = settings.with_env(options.env)
     if settings.args["distributed_executor_backend"] == "ray":
-        settings = _forward_to_ray(settings)
+        settings = forward_to_ray(settings)
     return Phase(
         name,
         target.model,
@@ -218,13 +211,6 @@ def _plan_environment(platform: str, world: int) -> dict[str, str]:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
     return bind_cpus(world, os.environ) if platform == "cpu" else {}
-
-
-def _forward_to_ray(settings: Settings) -> Settings:
-    """Have vLLM copy to Ray's workers what it would not copy by itself, QUANT_CONFIG first of all."""
-    asked = os.environ.get(_RAY_COPIES, "").split(",")
-    names = [*asked, *(name for name in settings.env if not name.startswith(_RAY_PREFIXES))]
-    return settings.with_env({_RAY_COPIES: ",".join(dict.fromkeys(name for name in names if name))})
 
 
 def _require_length(prompts: Sequence[Sequence[int]], limit: int) -> None:

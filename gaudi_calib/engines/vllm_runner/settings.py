@@ -19,6 +19,13 @@ INC_METHOD = "inc"
 INC_CACHE_DTYPE = "fp8_inc"
 EMULATION_METHOD = "gaudi_fp8"
 
+# Cards of one Gaudi node; more ranks need Ray.
+NODE_CARDS = 8
+
+# vLLM copies variables with its own prefixes to Ray's workers, and those that this one names.
+_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+_RAY_PREFIXES = ("VLLM_", "HF_", "NCCL_")
+
 # Stands for all caches where no list of nodes is at hand.
 _ANY_CACHE = "model.layers.0.self_attn.attn.impl.k_cache"
 
@@ -114,6 +121,13 @@ def bind_cpus(world: int, environ: Mapping[str, str]) -> dict[str, str]:
         parts = [[cores[(rank * share + i) % len(cores)] for i in range(share)] for rank in range(world)]
         env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, part)) for part in parts)
     return {name: environ.get(name, value) for name, value in env.items()}
+
+
+def forward_to_ray(settings: Settings) -> Settings:
+    """Have vLLM copy to Ray's workers what it would not copy by itself, QUANT_CONFIG first of all."""
+    asked = os.environ.get(_RAY_COPIES, "").split(",")
+    names = [*asked, *(name for name in settings.env if not name.startswith(_RAY_PREFIXES))]
+    return settings.with_env({_RAY_COPIES: ",".join(dict.fromkeys(name for name in names if name))})
 
 
 def to_shell(argv: Iterable[str], env: Mapping[str, str]) -> str:
