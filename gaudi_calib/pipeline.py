@@ -197,7 +197,8 @@ def _load_ranges(run: Run) -> None:
                     f"no ranges for {world} ranks on {device.name}",
                     where=directory,
                     why=f"neither rank files (with experts shared as they are to be served) nor {CHANNEL_RANGES_NAME}",
-                    fix=f"run `gaudi-calib measure -m MODEL -d DATASET -o OUT -t {world}` first",
+                    fix=f"run `gaudi-calib measure -m MODEL -d DATASET -o OUT -t {world}`, or make them of ranks "
+                    "that are there: `gaudi-calib unify -r N`, `gaudi-calib expand -w N`",
                 )
             channels = read_channel_ranges(run.layout.channel_ranges)
             config = run.measure_configs[device.name]

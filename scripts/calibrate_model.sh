@@ -16,7 +16,7 @@ Measures a model, computes its FP8 scales and prints the QUANT_CONFIG path and t
   -l COUNT    number of samples taken from the dataset (default: all)
   -t SIZE     tensor parallel size to calibrate for (default: 1)
   -r RANKS    also unify to this many ranks; must divide -t
-  -u          expert parallelism: unify experts by its rules; give -r as well
+  -u          expert parallelism: ranks hold whole experts
   -e          enforce eager execution
   -h          show this help
 

@@ -11,8 +11,13 @@ from configured_run import add_device_option, find_configured_run, note_idle_fla
 
 from gaudi_calib.cli.main import report_errors
 
-IDLE = ("--max-num-prefill-seqs", "--block-quant", "--max-tokens", "--distributed-executor-backend")
-IDLE += ("--gpu-memory-utilization",)
+IDLE = ("--max-num-prefill-seqs", "--block-quant")
+# Names of the reference's flags for vLLM -> ours.
+ENGINE_FLAGS = {
+    "max_tokens": "--max-new-tokens",
+    "distributed_executor_backend": "--executor",
+    "gpu_memory_utilization": "--gpu-memory-utilization",
+}
 
 
 def main() -> int:
@@ -29,6 +34,9 @@ def main() -> int:
     if options.max_dataset_samples:
         words += ["-l", str(options.max_dataset_samples)]
     words += ["-u"] * options.expert_parallel + ["-e"] * options.enforce_eager
+    for name, flag in ENGINE_FLAGS.items():
+        if getattr(options, name) is not None:
+            words += [flag, str(getattr(options, name))]
     verbose = ["-v"] * options.verbose
     return run.execute([*verbose, *words, "--config-measure", str(run.config)], options.model, reads_ranges=False)
 
@@ -48,12 +56,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-model-len", type=int, default=2048, help="cut prompts to this many tokens (%(default)s)")
     parser.add_argument("-v", "--verbose", action="store_true", help="log details")
     add_device_option(parser)
-    vllm = parser.add_argument_group("taken and without effect with the torch engine")
-    vllm.add_argument("--max-num-prefill-seqs", type=int)
-    vllm.add_argument("--block-quant", action="store_true")
-    vllm.add_argument("--max-tokens", type=int, default=1024)
-    vllm.add_argument("--distributed-executor-backend", choices=["mp", "ray"], default="mp")
-    vllm.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    vllm = parser.add_argument_group("for vLLM (on a Gaudi)")
+    vllm.add_argument("--max-tokens", type=int, help="tokens to generate after each prompt (16)")
+    vllm.add_argument("--distributed-executor-backend", choices=["mp", "ray"])
+    vllm.add_argument("--gpu-memory-utilization", type=float)
+    idle = parser.add_argument_group("taken and without effect")
+    idle.add_argument("--max-num-prefill-seqs", type=int)
+    idle.add_argument("--block-quant", action="store_true")
     return parser
 
 

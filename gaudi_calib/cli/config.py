@@ -82,9 +82,7 @@ def presets(as_json: bool) -> None:
         return
     families = [_family_row(family) for family in described["families"]]
     methods = [_method_row(method) for method in described["scale_methods"]]
-    click.echo(
-        _format_table(["family", "model types", "left in BF16", "scale format", "runs with"], families)
-    )
+    click.echo(_format_table(["family", "model types", "left in BF16", "scale format", "runs with"], families))
     click.echo()
     click.echo(_format_table(["scale method", "weight", "activation", "ranges"], methods))
 
