@@ -24,7 +24,7 @@ def expand(measurements: Path, world: int, out: Path | None, source_world: int, 
     """Give the ranges of one rank to every rank of a larger world.
 
     For ranges that were measured on a Gaudi. They are upper bounds for each rank; where
-    `measure` left channel_ranges.safetensors, `quantize -t` gives each rank its own. Scales,
+    `measure` left channel_ranges.safetensors, `reshard` gives each rank its own. Scales,
     where there are any, are computed anew.
     """
     options = make_conversion(conversion)
