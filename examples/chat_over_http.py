@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 START_S = 300
 
@@ -25,14 +27,19 @@ def main() -> int:
     parser.add_argument("quant_config")
     parser.add_argument("--port", type=int, default=0, help="where the server listens  [a free one]")
     parser.add_argument("--say", default="What is a list?", help="what to ask  [%(default)s]")
+    parser.add_argument("--log", help="file for the server's log  [a temporary one]")
     options = parser.parse_args()
     port = options.port or find_free_port()
-    with run_server(options.model, options.quant_config, port) as address:
+    log = Path(options.log or Path(tempfile.mkdtemp()) / "serve.log")
+    print(f"Starting a server; its log is {log}", flush=True)
+    with run_server(options.model, options.quant_config, port, log) as address:
         request = {
             "model": "demo",
             "messages": [{"role": "user", "content": options.say}],
             "max_tokens": 48,
-            "temperature": 0,
+            "temperature": 0.8,
+            "frequency_penalty": 1.0,  # a model of the demo's size repeats itself
+            "seed": 0,
         }
         answer = post(f"{address}/v1/chat/completions", request)
     print(f"\nPOST {address}/v1/chat/completions")
@@ -43,14 +50,15 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def run_server(model: str, quant_config: str, port: int) -> Iterator[str]:
+def run_server(model: str, quant_config: str, port: int, log: Path) -> Iterator[str]:
     """Yield the address of a server that answers; it is stopped afterwards."""
     words = ["serve", "-m", model, "--quant-config", quant_config, "--port", str(port)]
     words += ["--", "--host", "127.0.0.1", "--served-model-name", "demo", "--max-model-len", "256"]
-    server = subprocess.Popen([sys.executable, "-m", "gaudi_calib", *words])
+    with log.open("w") as output:
+        server = subprocess.Popen([sys.executable, "-m", "gaudi_calib", *words], stdout=output, stderr=output)
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_until_ready(server, f"{address}/health")
+        wait_until_ready(server, f"{address}/health", log)
         yield address
     finally:
         server.send_signal(signal.SIGINT)
@@ -60,7 +68,7 @@ def run_server(model: str, quant_config: str, port: int) -> Iterator[str]:
             server.kill()
 
 
-def wait_until_ready(server: subprocess.Popen, url: str) -> None:
+def wait_until_ready(server: subprocess.Popen, url: str, log: Path) -> None:
     """Return when `url` answers.
 
     Raises:
@@ -69,6 +77,7 @@ def wait_until_ready(server: subprocess.Popen, url: str) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
+            print("\n".join(log.read_text().splitlines()[-20:]), file=sys.stderr)
             raise SystemExit(server.returncode or 1)
         with contextlib.suppress(urllib.error.URLError, OSError):
             urllib.request.urlopen(url, timeout=5).close()
