@@ -27,7 +27,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         FileError: the disk is full or the directory cannot be written; `path` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{_TOKEN}-{next(_numbers)}")
+    temporary = path.with_name(f".{path.name}.{_name_temporary()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
@@ -73,6 +73,26 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
+def scratch_directory(directory: Path) -> Iterator[Path]:
+    """Yield an empty hidden directory in `directory`; it is removed at the end, or after a kill by the next call.
+
+    Raises:
+        FileError: the disk is full or `directory` cannot be written.
+    """
+    scratch = directory / f".staging.{_name_temporary()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(directory)
+        scratch.mkdir()
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+    try:
+        yield scratch
+    finally:
+        _remove_tree(scratch)
+
+
+@contextlib.contextmanager
 def stage_files(directory: Path) -> Iterator[Path]:
     """Yield an empty directory; when the block succeeds, rename its files into `directory`.
 
@@ -81,14 +101,7 @@ def stage_files(directory: Path) -> Iterator[Path]:
     Raises:
         FileError: the disk is full or `directory` cannot be written.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(directory)
-        staging = directory / f".staging-{os.getpid()}-{_TOKEN}-{next(_numbers)}"
-        staging.mkdir()
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
-    try:
+    with scratch_directory(directory) as staging:
         yield staging
         try:
             for source in sorted(path for path in staging.rglob("*") if path.is_file()):
@@ -97,14 +110,25 @@ def stage_files(directory: Path) -> Iterator[Path]:
                 os.replace(source, target)
         except OSError as error:
             raise _cannot_write(directory, error) from error
-    finally:
-        _remove_tree(staging)
+
+
+def _name_temporary() -> str:
+    return f"partial-{os.getpid()}-{_TOKEN}-{next(_numbers)}"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or directory of that name is one that is not finished.
+
+    >>> is_temporary(".staging.partial-7-0a1b2c3d-0")
+    True
+    """
+    return name.startswith(".") and ".partial-" in name
 
 
 def _remove_abandoned(directory: Path) -> None:
-    """Delete staging directories of processes that were killed."""
-    for path in directory.glob(".staging-*-*"):
-        process, token = path.name.split("-")[1:3]
+    """Delete what processes that were killed had not finished."""
+    for path in directory.glob(".*.partial-*-*-*"):
+        process, token = path.name.rpartition(".partial-")[2].split("-")[:2]
         if process == str(os.getpid()) and token != _TOKEN:
             _remove_tree(path)
             continue
@@ -116,13 +140,13 @@ def _remove_abandoned(directory: Path) -> None:
             continue  # alive, and somebody else's
 
 
-def _remove_tree(directory: Path) -> None:
+def _remove_tree(path: Path) -> None:
     with contextlib.suppress(OSError):  # empty after success: no need to load shutil
-        directory.rmdir()
+        path.rmdir() if path.is_dir() else path.unlink()
         return
     import shutil
 
-    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(paths: Iterable[Path]) -> None:

@@ -5,8 +5,6 @@ computes the scales, for that as well. What a phase wrote is read back and check
 """
 
 import logging
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +17,7 @@ import numpy as np
 from gaudi_calib.config import write_quant_config
 from gaudi_calib.config_model import QuantConfig, find_idle_patterns, with_dump_stats_path
 from gaudi_calib.errors import CalibrationError, FileError, RangeError, UsageError
+from gaudi_calib.files import scratch_directory
 from gaudi_calib.fp8 import Device
 from gaudi_calib.layout import DUMP_NAME, RankFile
 from gaudi_calib.pipeline_options import RunOptions
@@ -154,8 +153,8 @@ def _staged_config(run: Run, name: str, device: Device, config: QuantConfig) -> 
     directory = run.staging / device.name
     directory.mkdir(exist_ok=True)
     staged = with_dump_stats_path(config, directory / DUMP_NAME)
-    with tempfile.TemporaryDirectory(dir=run.layout.root, prefix=f".staging-{os.getpid()}-") as scratch:
-        path = Path(scratch) / f"maxabs_{name}_{device.name}.json"
+    with scratch_directory(run.layout.root) as scratch:
+        path = scratch / f"maxabs_{name}_{device.name}.json"
         write_quant_config(path, staged)
         yield path, staged
 

@@ -322,12 +322,12 @@ def test_a_killed_run_keeps_the_last_result(stop: signal.Signals, dataset: Path)
     run.send_signal(stop)
     run.communicate()
     assert run.returncode != 0
-    after = {name: content for name, content in snapshot(out).items() if ".staging-" not in name}
+    after = {name: content for name, content in snapshot(out).items() if ".staging." not in name}
     assert after == before
     manifest = read_manifest(out / "model/g3/calibration_manifest.json")
     assert manifest.status == ("running" if stop == signal.SIGKILL else "failed") and manifest.good.status == "ok"
     calibrate(options(dataset))
-    assert not list(out.rglob(".staging-*"))
+    assert not list(out.rglob(".staging.*"))
 
 
 def test_paths_count_from_the_callers_directory(dataset: Path):
@@ -345,9 +345,11 @@ def test_what_a_killed_process_of_the_same_number_left_is_removed(tmp_path: Path
     """In a container process numbers come back; their abandoned files must neither stay nor be in the way."""
     from gaudi_calib.files import stage_files
 
-    abandoned = tmp_path / f".staging-{os.getpid()}-0000-0"
+    abandoned = tmp_path / f".staging.partial-{os.getpid()}-0000-0"
     abandoned.mkdir()
     (abandoned / "half").write_text("x")
+    (tmp_path / f".notes.json.partial-{os.getpid()}-0000-1").write_text("x")
+    (tmp_path / ".notes.json.partial-4194305-0000-1").write_text("x")  # no process can have that number
     with stage_files(tmp_path) as staging:
         (staging / "whole").write_text("y")
         with stage_files(tmp_path) as inner:

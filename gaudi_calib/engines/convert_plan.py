@@ -14,7 +14,7 @@ from gaudi_calib.engines.checkpoint import Checkpoint
 from gaudi_calib.engines.dequantize import find_input
 from gaudi_calib.engines.halving import LARGEST_OF_GAUDI2, count_codes, find_largest
 from gaudi_calib.errors import FileError, ModelError, UsageError
-from gaudi_calib.files import read_json
+from gaudi_calib.files import is_temporary, read_json
 
 RECORD_NAME = "gaudi2_conversion.json"
 # Of the downloading tools, not of the model.
@@ -194,7 +194,7 @@ def _check_output(plan: ConversionPlan) -> None:
                 why=f"not of {plan.source}",
                 fix="choose another -o",
             )
-    elif plan.out.exists() and any(not path.name.startswith(".staging-") for path in plan.out.iterdir()):
+    elif plan.out.exists() and any(not is_temporary(path.name) for path in plan.out.iterdir()):
         raise FileError(
             "the output directory is not empty",
             where=plan.out,
