@@ -104,7 +104,8 @@ class Run:
         self.options, self.layout, self.serves, self.fresh = options, options.layout, serves, fresh
         self.devices = [get_device(name) for name in options.devices]
         self.plan: ModelPlan = plan_model(resolve_model(options.model), options.dtype)
-        self._refuse_useless_sharing()
+        if options.expert_parallel and not self.plan.experts:
+            self.warn("-u/--expert-parallel has no effect: the model has no experts")
         for world in options.worlds:
             self.plan.require_topology(self.topology(world))
         self.measure_configs = {device.name: self._measure_config(device) for device in self.devices}
@@ -130,12 +131,9 @@ class Run:
             path = self.layout.manifest(device.name)
             good = read_manifest(path).good if path.is_file() else None
             if good is not None and good.topology.worlds:
-                return good.topology.expert_parallel
+                noted = good.notes.get(SHARING_NOTE, {})
+                return noted.get(str(self.options.world), good.topology.expert_parallel)
         return self.plan.family.expert_parallel
-
-    def _refuse_useless_sharing(self) -> None:
-        if self.options.expert_parallel and not self.plan.experts:
-            self.warnings.append("-u/--expert-parallel has no effect: the model has no experts")
 
     def topology(self, world: int) -> RankTopology:
         """How `world` ranks share the model."""

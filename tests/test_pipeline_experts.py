@@ -163,6 +163,8 @@ def test_reshard_in_place_sets_stale_scales_aside(options, capsys):
     assert len(list((root / "g3/replaced").iterdir())) == 4
     quantize(options("mixtral", world=2))
     assert check_scales_fresh(find_manifest(root), root / "g3") == []
+    op = "model.layers.0.block_sparse_moe.experts.routed_experts.moe_op"
+    assert [len(read_world_dir(root / "g3", world)[0].nodes[op].outputs) for world in (2, 4)] == [5, 2]
     capsys.readouterr()
 
 

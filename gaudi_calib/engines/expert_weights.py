@@ -17,7 +17,6 @@ class ExpertWeights:
     Attributes:
         checkpoint: which holds them.
         node: name of the fused op's node.
-        module: Hugging Face's name of the experts module.
         facts: how the family stores them.
         layer: prefix of the layer's tensors in the checkpoint.
         count: number of experts.
@@ -27,7 +26,6 @@ class ExpertWeights:
 
     checkpoint: Checkpoint
     node: str
-    module: str
     facts: Experts
     layer: str
     count: int
@@ -106,7 +104,7 @@ def find_expert_weights(
     shape = checkpoint.shapes[names[0]]
     _check_count(checkpoint, count, {router: checkpoint.shapes[router]} | ({names[0]: shape} if is_stacked else {}))
     rows = shape[2 if facts.transposed else 1] // 2 if is_stacked else shape[0]
-    return ExpertWeights(checkpoint, node, f"{layer}.{facts.module}", facts, layer, count, rows, dtype)
+    return ExpertWeights(checkpoint, node, facts, layer, count, rows, dtype)
 
 
 def _name_each(facts: Experts, count: int) -> list[str]:

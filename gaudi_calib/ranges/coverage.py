@@ -5,7 +5,7 @@ whatever the router sends there when serving.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,10 +47,11 @@ class Coverage:
     layers: Sequence[LayerCoverage]
     min_tokens: int
     total_tokens: int
-    cold_count: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "cold_count", sum(len(layer.cold) for layer in self.layers))
+    @property
+    def cold_count(self) -> int:
+        """Number of cold experts."""
+        return sum(len(layer.cold) for layer in self.layers)
 
     @property
     def fewest(self) -> int:

@@ -39,6 +39,7 @@ def read_pickle(path: Path) -> bytes:
         FileError: the file is damaged, or holds something else than one object.
     """
     try:
+        # An entry compressed in a way that zipfile does not know is a NotImplementedError.
         with zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as member:
             version = np.lib.format.read_magic(member)
             read_header = (

@@ -8,11 +8,13 @@ when it is asked for.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from gaudi_calib.ranges.node import Node, ScaleNode
+
+N = TypeVar("N", Node, ScaleNode)
 
 
 class RangeShape(NamedTuple):
@@ -108,7 +110,22 @@ class Inventory:
         return self.names[node], "weight"
 
 
-class RangeTable(Mapping[str, Node]):
+class _Table(Mapping[str, N]):
+    """What `RangeTable` and `ScaleTable` share: the order and number of nodes."""
+
+    inventory: Inventory
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inventory.names)
+
+    def __len__(self) -> int:
+        return len(self.inventory.names)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class RangeTable(_Table[Node]):
     """Ranges of all nodes of a rank.
 
     Attributes:
@@ -128,17 +145,8 @@ class RangeTable(Mapping[str, Node]):
         weight = None if shape.weight is None else parts.pop()
         return Node(tuple(parts[:count]), None if shape.outputs is None else tuple(parts[count:]), weight)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.inventory.names)
 
-    def __len__(self) -> int:
-        return len(self.inventory.names)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
-class ScaleTable(Mapping[str, ScaleNode]):
+class ScaleTable(_Table[ScaleNode]):
     """Scales of all nodes of a rank.
 
     Attributes:
@@ -159,15 +167,6 @@ class ScaleTable(Mapping[str, ScaleNode]):
         scales = self.numbers[start : start + shape.size].tolist()
         weight = scales.pop() if shape.weight else None
         return ScaleNode(tuple(scales[: shape.inputs]), tuple(scales[shape.inputs :]), weight)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.inventory.names)
-
-    def __len__(self) -> int:
-        return len(self.inventory.names)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 def tabulate_ranges(nodes: Mapping[str, Node]) -> RangeTable:

@@ -101,16 +101,6 @@ class Phase:
     saving: Saving
 
 
-def name_phases(platform: str, *, serves: bool) -> tuple[PhaseName, ...]:
-    """Return the phases of a calibration in order.
-
-    Args:
-        platform: `hpu`, `cuda` or `cpu`.
-        serves: whether scales are wanted.
-    """
-    return ("measure", "quantize") if platform == "hpu" and serves else ("measure",)
-
-
 def choose_executor(asked: str | None, world: int, platform: str) -> str:
     """Return the executor for `world` ranks.
 
