@@ -28,9 +28,9 @@ import numpy as np
 from gaudi_calib.fp8 import GAUDI2
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import RankSet
-from gaudi_calib.ranges.npz import pack_value
-from gaudi_calib.ranges.store import write_rank_set
 from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable
+from gaudi_calib.rankfiles.npz import pack_value
+from gaudi_calib.rankfiles.store import write_rank_set
 from gaudi_calib.scales.compute import compute_scales
 
 BASELINE = Path(__file__).with_name("nested_lists.py")

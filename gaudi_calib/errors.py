@@ -1,4 +1,6 @@
-"""Errors that a user can act on: what happened, where, why, and how to fix it."""
+"""Errors and findings that a user can act on: what happened, where, why, and how to fix it."""
+
+from dataclasses import dataclass
 
 
 class CalibrationError(Exception):
@@ -53,3 +55,24 @@ class RangeError(CalibrationError, ValueError):
 
 class TopologyError(CalibrationError, ValueError):
     """A tensor cannot be split or merged over the requested ranks."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know about a QUANT_CONFIG.
+
+    Attributes:
+        where: the attribute concerned (dotted where it is nested).
+        what: what is wrong, or what INC does with it.
+        why: the reason.
+        fix: what to write instead.
+    """
+
+    where: str
+    what: str
+    why: str | None = None
+    fix: str | None = None
+
+    def __str__(self) -> str:
+        rows = [("where", self.where), ("why", self.why), ("fix", self.fix)]
+        return "\n".join([self.what] + [f"  {name + ':':<6} {text}" for name, text in rows if text])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_tiny_model
+
+from tests.support.tiny import make_tiny_model
 
 
 @pytest.fixture(scope="session")

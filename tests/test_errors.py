@@ -9,7 +9,7 @@ import pytest
 
 import gaudi_calib
 from gaudi_calib import errors
-from gaudi_calib.config import read_quant_config
+from gaudi_calib.config.presets import read_quant_config
 from gaudi_calib.data.sources import read_rows
 from gaudi_calib.errors import CalibrationError
 from gaudi_calib.files import read_json

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gaudi_calib.engines.fp8_cast import pass_through, quantize
+from gaudi_calib.engines.observe.fp8_cast import pass_through, quantize
 from gaudi_calib.errors import UsageError
 from gaudi_calib.fp8 import DEVICES, GAUDI2, GAUDI3, Device, get_device
 from gaudi_calib.scales.cast import cast_to_fp8

@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from gaudi_calib.errors import FileError, ModelError
-from gaudi_calib.fingerprint import fingerprint_model
 from gaudi_calib.manifest import (
     DatasetFacts,
     ModelFacts,
@@ -26,7 +24,9 @@ from gaudi_calib.manifest import (
     record_run,
     start_manifest,
 )
+from gaudi_calib.models.fingerprint import fingerprint_model
 from gaudi_calib.redaction import redact_command, redact_environment
+from tests.support import paths
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_killed_run_stays_running_and_keeps_the_last_good(path):
         "import sys, time\nfrom pathlib import Path\nfrom gaudi_calib.manifest import record_run\n"
         f"with record_run(Path({str(path)!r})):\n    print('started', flush=True)\n    time.sleep(60)\n"
     )
-    root = Path(__file__).parents[1]
+    root = paths.ROOT
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root) as process:
         assert process.stdout and process.stdout.readline() == b"started\n"
         process.send_signal(signal.SIGKILL)
@@ -144,7 +144,7 @@ def test_versions_are_read_without_importing():
         "import sys\nfrom gaudi_calib.manifest import read_versions\nprint(read_versions()['gaudi_calib'])\n"
         "assert not {'torch', 'transformers', 'vllm', 'neural_compressor'} & set(sys.modules)"
     )
-    root = Path(__file__).parents[1]
+    root = paths.ROOT
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert result.stdout.strip() == read_versions()["gaudi_calib"]
 

@@ -19,7 +19,7 @@ def calibrate(as_json: bool, dry_run: bool, **arguments: Any) -> None:
     One measurement gives the files of both devices and of every tensor-parallel size
     asked for (-t, -r); `quantize -t` adds others later.
     """
-    from gaudi_calib import pipeline
+    from gaudi_calib.runs import calibrate as pipeline
 
     options = make_run_options(arguments)
     if dry_run:

@@ -29,7 +29,7 @@ def show(model: Path | None, family_name: str | None, output: Path, device: str,
     Example:
       gaudi-calib config show -m models/my-llama --device g3
     """
-    from gaudi_calib.config import choose_family, plan_configs, to_content
+    from gaudi_calib.config.presets import choose_family, plan_configs, to_content
     from gaudi_calib.layout import RunLayout
 
     family = choose_family(model, family_name)
@@ -53,7 +53,7 @@ def validate(files: tuple[Path, ...], device: str | None, as_json: bool) -> int:
     Example:
       gaudi-calib config validate --device g3 my_quant.json
     """
-    from gaudi_calib.config import validate_file
+    from gaudi_calib.config.presets import validate_file
 
     reports = {path: validate_file(path, device) for path in files}
     if as_json:
@@ -74,7 +74,7 @@ def presets(as_json: bool) -> None:
     Example:
       gaudi-calib config presets --json
     """
-    from gaudi_calib.config import describe_presets
+    from gaudi_calib.config.presets import describe_presets
 
     described = describe_presets()
     if as_json:
@@ -95,7 +95,7 @@ def schema() -> None:
     Example:
       gaudi-calib config schema > quant_config.schema.json
     """
-    from gaudi_calib.config import describe_schema
+    from gaudi_calib.config.presets import describe_schema
 
     click.echo(json.dumps(describe_schema(), indent=2))
 

@@ -24,9 +24,9 @@ def convert_weights(model: str, out: Path, dry_run: bool, as_json: bool) -> None
     as it is. Each file is compared with its source before it is put in place. A second
     call goes on where a stopped one was.
     """
-    from gaudi_calib.engines import convert_weights as conversion
-    from gaudi_calib.engines.checkpoint import resolve_model
-    from gaudi_calib.engines.convert_plan import plan_conversion
+    from gaudi_calib.checkpoints import convert_weights as conversion
+    from gaudi_calib.checkpoints.checkpoint import resolve_model
+    from gaudi_calib.checkpoints.convert_plan import plan_conversion
 
     plan = plan_conversion(resolve_model(model), out)
     click.echo(conversion.describe_plan(plan, is_full=dry_run), err=as_json)

@@ -28,7 +28,7 @@ def expand(measurements: Path, world: int, out: Path | None, source_world: int, 
     where there are any, are computed anew.
     """
     options = make_conversion(conversion)
-    from gaudi_calib.ranges.merge import expand_dir
+    from gaudi_calib.runs.unify import expand_dir
 
     for path in expand_dir(measurements, world, out or measurements, source_world=source_world, conversion=options):
         click.echo(path)

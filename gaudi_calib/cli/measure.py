@@ -13,7 +13,7 @@ from gaudi_calib.cli.run_options import make_run_options, measuring_options, pri
 @dataset_options
 def measure(as_json: bool, **arguments: Any) -> None:
     """Measure ranges: what every tensor that will be quantized reaches on the prompts."""
-    from gaudi_calib import pipeline
+    from gaudi_calib.runs import calibrate as pipeline
 
     options = make_run_options(arguments)
     print_result(pipeline.measure(options), options, as_json=as_json)

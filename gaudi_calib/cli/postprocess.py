@@ -15,7 +15,7 @@ def postprocess(measurements: Path, out: Path | None) -> None:
     `measure` and `calibrate` do so already; this is for ranges measured by vLLM on a
     Gaudi. Scales computed before it are stale: run `quantize` afterwards.
     """
-    from gaudi_calib.ranges.kvcache import postprocess_dir
+    from gaudi_calib.runs.postprocess import postprocess_dir
 
     for path in postprocess_dir(measurements, out or measurements):
         click.echo(path)

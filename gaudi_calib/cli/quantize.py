@@ -15,7 +15,7 @@ def quantize(as_json: bool, **arguments: Any) -> None:
 
     A tensor-parallel size that was not measured is derived from the per-channel ranges.
     """
-    from gaudi_calib import pipeline
+    from gaudi_calib.runs import calibrate as pipeline
 
     options = make_run_options(arguments)
     print_result(pipeline.quantize(options), options, as_json=as_json)

@@ -42,7 +42,7 @@ def reshard(
 
     Needs neither the model nor the data. `quantize -t` computes the scales.
     """
-    from gaudi_calib.ranges.reshard import reshard_dir
+    from gaudi_calib.runs.reshard import reshard_dir
 
     devices = None if device == "all" else [device]
     for path in reshard_dir(run, world, expert_parallel=expert_parallel, devices=devices, out=out, vllm=vllm):

@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from gaudi_calib.engines.vllm_runner.phases import EngineOptions
-    from gaudi_calib.pipeline import RunOptions, RunResult
+    from gaudi_calib.runs.calibrate import RunOptions, RunResult
 
 _DATASET_ARGUMENTS = (
     "dataset",
@@ -139,7 +139,7 @@ def _add(function: Callable[..., Any], options: tuple[Callable[..., Any], ...]) 
 
 def make_run_options(arguments: dict[str, Any]) -> "RunOptions":
     """Turn the arguments of a command into `RunOptions`."""
-    from gaudi_calib.pipeline import RunOptions
+    from gaudi_calib.runs.calibrate import RunOptions
 
     given = dict(arguments)
     dataset = {name: given.pop(name) for name in _DATASET_ARGUMENTS if name in given}

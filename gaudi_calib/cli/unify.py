@@ -21,7 +21,7 @@ def unify(measurements: Path, world: int, out: Path | None, source_world: int | 
     Ranges are merged; scales, where there are any, are computed anew from the merged ranges.
     """
     options = make_conversion(conversion)
-    from gaudi_calib.ranges.merge import unify_dir
+    from gaudi_calib.runs.unify import unify_dir
 
     for path in unify_dir(measurements, world, out or measurements, source_world=source_world, conversion=options):
         click.echo(path)

@@ -1,1 +1,12 @@
-"""Ranges as NumPy values: nodes, their file form, slicing and merging over ranks."""
+"""Ranges as NumPy values; no file is read or written here.
+
+node, layer_types   one measured module; what it computes, and the class of its module in vLLM
+table               all nodes of a rank as flat arrays
+bf16                bfloat16 arithmetic
+topology, channels  how ranks share a model; a whole model's ranges per channel
+derive              what each rank of a topology sees of them
+experts             where a rank's experts are, and which of them another rank gets
+unify, merge        ranks into fewer or more ranks; several runs into one
+kvcache             cache ranges into the attention matmuls
+coverage            how many tokens each expert saw
+"""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gaudi_calib.ranges.shard import ChannelRanges
+from gaudi_calib.ranges.channels import ChannelRanges
 
 # At least so much more data is suggested where an expert saw none.
 _LEAST_FACTOR = 4

@@ -116,6 +116,11 @@ def find_named_layers(names: Sequence[str]) -> dict[str, ExpertLayer]:
     return layers
 
 
+def list_children(experts: int) -> list[str]:
+    """Names of a fused op's children, in module order, e.g. `w13_list.0`."""
+    return [f"{part}.{index}" for part in LISTS for index in range(experts)]
+
+
 def choose_joined(size: int) -> Choose:
     """Line up the experts of `size` ranks: bank 1 is the first rank, bank 0 what they share."""
 

@@ -6,13 +6,8 @@ scales, which spares a re-quantization between cache and matmul.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
-from gaudi_calib.errors import FileError
-from gaudi_calib.files import stage_files
-from gaudi_calib.ranges.background import BackgroundWriter
 from gaudi_calib.ranges.node import Node, RankSet
-from gaudi_calib.ranges.store import list_worlds, read_world_files, render_rank_sets
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
 
 _CACHES = {"matmul_qk": ("k_cache", "latent_cache_k"), "matmul_av": ("v_cache", "latent_cache_k")}
@@ -41,24 +36,3 @@ def apply_kv_cache(rank_set: RankSet[Node]) -> RankSet[Node]:
         start = int(inventory.starts[inventory.index[name]]) + len(node.inputs[0])
         numbers[start : start + len(node.inputs[1])] = node.inputs[1]
     return replace(rank_set, nodes=RangeTable(inventory, numbers))
-
-
-def postprocess_dir(directory: Path, out: Path) -> list[Path]:
-    """Apply `apply_kv_cache` to every rank of every world in `directory`.
-
-    Args:
-        out: where the results go; may be `directory` itself.
-
-    Returns:
-        The files written.
-
-    Raises:
-        FileError: no ranges in `directory`, or one is malformed; nothing is written.
-    """
-    worlds = list_worlds(directory).values()
-    if not worlds:
-        raise FileError("no ranges to postprocess", where=directory, fix="run `gaudi-calib measure` first")
-    rank_sets = [apply_kv_cache(one) for ranks in worlds for one in read_world_files(list(ranks.values()))]
-    with stage_files(out) as staging, BackgroundWriter() as writer:
-        written = render_rank_sets(staging, rank_sets, writer)
-    return [out / path.name for path in written]

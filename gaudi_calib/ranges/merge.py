@@ -1,255 +1,277 @@
-"""Directories of ranks into fewer ranks, or into more. Ranges are merged, scales never: they are computed anew."""
+"""Several runs of one model into one, as values: elementwise maxima of what each saw.
 
-import gc
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import NamedTuple
+The same model may have been measured on different data, or its ranks on different
+machines. Combining is commutative, associative and idempotent, so it does not matter
+how the work was split: maxima of ranges and of counts, equality of what belongs to the
+model (weights, ops, axes), and only those topologies' sums that every run measured.
+"""
 
-from gaudi_calib.errors import FileError
-from gaudi_calib.files import REPLACED_NAME, set_aside, stage_files
-from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
-from gaudi_calib.ranges.background import BackgroundWriter
-from gaudi_calib.ranges.evidence import find_evidence, settle_expert_parallel
-from gaudi_calib.ranges.experts import Choose, choose_joined, choose_part, rename_modules
-from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
-from gaudi_calib.ranges.provenance import note_scales, record_conversion
-from gaudi_calib.ranges.ranks import expand_ranks, gather_world, unify_ranks
-from gaudi_calib.ranges.store import list_worlds, read_world_dir, render_rank_sets
-from gaudi_calib.ranges.table import Inventory, tabulate_ranges
-from gaudi_calib.scales.recompute import Recipe, find_methods, find_recipe, read_scaled_names, recompute_scales
+import heapq
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Real
+from typing import Any, NoReturn, TypeVar
 
-_log = logging.getLogger(__name__)
+import numpy as np
 
+from gaudi_calib.errors import ModelError, RangeError, TopologyError
+from gaudi_calib.layout import DUMP_NAME
+from gaudi_calib.ranges.channels import ChannelRanges
+from gaudi_calib.ranges.node import Node, Op, RankSet, find_op
+from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
 
-class Conversion(NamedTuple):
-    """How a directory is turned into another world.
+T = TypeVar("T")
 
-    Attributes:
-        expert_parallel: as the user says, None to find out.
-        model: checkpoint whose config.json tells the number of experts, or None.
-        device: the device that will serve, where neither manifest nor directory tells.
-        skips_scales: leave out the scales.
-    """
-
-    expert_parallel: bool | None = None
-    model: Path | None = None
-    device: str | None = None
-    skips_scales: bool = False
+# Fields that the model decides, whatever data it sees.
+_OF_THE_MODEL = {"op", "axis", "weight", "gate_up", "down", "bias"}
 
 
-class _Result(NamedTuple):
-    """Ranks of the new world.
+@dataclass(frozen=True)
+class _Place:
+    """What is being combined, for errors.
 
     Attributes:
-        source: the world they come from.
-        inventory: nodes of its ranks.
-        ranks: in rank order.
-        choose: which experts a rank has of those of its source rank, None where all are the same.
-        expert_parallel: how experts are split, None without experts.
+        node: its name.
+        rank: ` on rank 1 of 2`, or nothing.
+        sources: where each of the values comes from.
     """
 
-    source: int
-    inventory: Inventory
-    ranks: list[RankSet[Node]]
-    choose: Choose | None
-    expert_parallel: bool | None
-
-    def equals(self, other: "_Result") -> bool:
-        tables = [[tabulate_ranges(rank.nodes) for rank in one.ranks] for one in (self, other)]
-        return all(
-            left.inventory.equals(right.inventory) and (left.numbers == right.numbers).all()
-            for left, right in zip(*tables, strict=True)
-        )
+    node: str
+    rank: str
+    sources: Sequence[object]
 
 
-@contextmanager
-def pause_collector() -> Iterator[None]:
-    """Keep Python's cycle collector from walking the many small objects of a rank again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@pause_collector()
-def unify_dir(
-    directory: Path, world: int, out: Path, *, source_world: int | None = None, conversion: Conversion | None = None
-) -> list[Path]:
-    """Unify the ranks in `directory`, and write them and their scales to `out`.
+def combine_ranks(runs: Sequence[RankSet[Node]], sources: Sequence[object]) -> RankSet[Node]:
+    """Combine what several runs measured on the same rank.
 
     Args:
-        world: ranks that remain.
-        out: where the results go; may be `directory` itself.
-        source_world: the world to merge; None takes the only one larger than
-            `world` that `world` divides, else the measured one, else any where all give the same.
+        runs: at least one; nodes that only some runs reached are kept.
+        sources: where each comes from, to name in errors.
 
     Returns:
-        The files written.
+        Nodes in module order, `num_samples` the largest. A row-parallel layer's second
+        output is, at world 1, uninitialised memory; the first one replaces it.
 
     Raises:
-        FileError: a rank is missing or malformed, or several worlds could be meant; nothing is written.
-        TopologyError, RangeError: see `gather_world`, `settle_expert_parallel`, `unify_ranks`.
+        TopologyError: the runs are of different ranks, or a node has another number of
+            inputs, outputs or channels.
+        ModelError: a weight range differs.
+        RangeError: NaN or infinity; names node, rank and source.
     """
-    conversion = conversion or Conversion()
-    sources = [source_world] if source_world else _find_sources(directory, world)
-    result, *others = [_unify_world(directory, source, world, conversion) for source in sources]
-    if not all(other.equals(result) for other in others):
-        raise FileError(
-            f"several measurements could be unified into {world}: world sizes {', '.join(map(str, sources))}",
-            where=directory,
-            why="they give different ranges",
-            fix="say which with --from-world N",
-        )
-    return _write_result(directory, out, result, conversion)
+    first = runs[0]
+    for run, source in zip(runs, sources, strict=True):
+        if (run.rank, run.world) != (first.rank, first.world):
+            raise TopologyError(
+                f"cannot combine rank {run.rank} of {run.world} with rank {first.rank} of {first.world}",
+                where=source,
+                fix="combine the same rank of each run",
+            )
+    nodes: list[Mapping[str, Node]] = [run.nodes if run.world > 1 else _without_garbage(run.nodes) for run in runs]
+    samples = [run.num_samples for run in runs if run.num_samples is not None]
+    modules = join_names([run.modules for run in runs])
+    combined = _combine_alike([tabulate_ranges(one) for one in nodes])
+    if combined is None:
+        combined = _combine_nodes(nodes, modules, sources, f" on rank {first.rank} of {first.world}")
+    return RankSet(
+        first.rank,
+        first.world,
+        combined,
+        modules,
+        max(samples, default=None),
+        first.dump if {run.dump for run in runs} == {first.dump} else DUMP_NAME,
+    )
 
 
-@pause_collector()
-def expand_dir(
-    directory: Path, world: int, out: Path, *, source_world: int = 1, conversion: Conversion | None = None
-) -> list[Path]:
-    """Expand the ranks of `source_world` in `directory` to `world` ranks; write those and their scales to `out`.
+def combine_channels(runs: Sequence[ChannelRanges], sources: Sequence[object]) -> ChannelRanges:
+    """Combine the per-channel measurements of several runs.
+
+    Args:
+        runs, sources: as for `combine_ranks`.
 
     Returns:
-        The files written.
+        Maxima per channel. Partial sums of topologies that some run did not measure are
+        left out, and are bounded where they are needed. Token counts are the largest.
 
     Raises:
-        FileError: a rank of `source_world` is missing or malformed; nothing is written.
-        TopologyError, RangeError: see `gather_world`, `settle_expert_parallel`, `expand_ranks`.
+        TopologyError, ModelError, RangeError: as `combine_ranks`.
     """
-    conversion = conversion or Conversion()
-    ranks = gather_world(_read_ranks(directory, source_world))
-    evidence = find_evidence(directory, ranks, conversion.model)
-    if source_world == 1 and conversion.expert_parallel is not None:
-        evidence = []  # one rank has all experts; how they are dealt out is free to choose
-    split = settle_expert_parallel(ranks, conversion.expert_parallel, evidence)
-    expanded = expand_ranks(ranks, world, expert_parallel=split)
-    choose = choose_part(world // source_world, 0) if split else None
-    result = _Result(source_world, ranks.inventory, expanded, choose, split if ranks.layers else None)
-    return _write_result(directory, out, result, conversion)
+    modules = join_names([run.modules for run in runs])
+    nodes = _combine_nodes([run.nodes for run in runs], modules, sources, "")
+    return ChannelRanges(nodes, modules, max(run.num_samples for run in runs))
 
 
-def _unify_world(directory: Path, source: int, world: int, conversion: Conversion) -> _Result:
-    ranks = gather_world(_read_ranks(directory, source))
-    split = source > 1 and settle_expert_parallel(
-        ranks, conversion.expert_parallel, find_evidence(directory, ranks, conversion.model)
-    )
-    merged = unify_ranks(ranks, world, expert_parallel=split)
-    return _Result(
-        source,
-        ranks.inventory,
-        merged,
-        choose_joined(source // world) if split else None,
-        split if ranks.layers else None,
-    )
+def join_names(orders: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Return all names, each list's order kept; the result does not depend on the order of the lists.
+
+    Names that no list puts in order, and those two lists put in opposite order, are sorted
+    with numbers by value.
+
+    >>> join_names([["layers.2", "head"], ["layers.2", "layers.10", "head"]])
+    ('layers.2', 'layers.10', 'head')
+    """
+    distinct = {tuple(order) for order in orders}
+    if len(distinct) == 1:
+        return next(iter(distinct))
+    followers: dict[str, set[str]] = {name: set() for order in distinct for name in order}
+    for order in distinct:
+        for name, following in itertools.pairwise(order):
+            followers[name].add(following)
+    before = dict.fromkeys(followers, 0)
+    for name in (one for names in followers.values() for one in names):
+        before[name] += 1
+    ready = [_sort_key(name) for name, count in before.items() if count == 0]
+    heapq.heapify(ready)
+    joined: list[str] = []
+    while ready:
+        joined.append(heapq.heappop(ready)[-1])
+        for name in followers[joined[-1]]:
+            before[name] -= 1
+            if before[name] == 0:
+                heapq.heappush(ready, _sort_key(name))
+    return tuple(joined) if len(joined) == len(followers) else tuple(sorted(followers, key=_sort_key))
 
 
-def _read_ranks(directory: Path, world: int) -> list[RankSet[Node]]:
-    """Read a world, unless two sets of files could be it."""
-    names = [(path.name, parse_rank_file(path.name)) for path in sorted(directory.iterdir())]
-    firsts = [
-        name
-        for name, file in names
-        if file and (file.method, file.is_mod_list, file.extension) == (None, False, "json")
-        if file.observer == "maxabs" and (file.rank or 0, file.world or 1) == (0, world)
-    ]
-    if len(firsts) > 1:
-        raise FileError(
-            f"several files are rank 0 of {world}: {', '.join(firsts)}",
-            where=directory,
-            why="they are of different measurements",
-            fix="move one of the measurements to a directory of its own",
+def _sort_key(name: str) -> tuple[list[str | int], str]:
+    parts: list[str | int] = re.split(r"(\d+)", name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
+
+
+def _without_garbage(nodes: Mapping[str, Node]) -> dict[str, Node]:
+    cleaned = dict(nodes)
+    for name, node in nodes.items():
+        if node.outputs is not None and find_op(name, node) is Op.ROW_PARALLEL_LINEAR:
+            cleaned[name] = replace(node, outputs=(node.outputs[0], node.outputs[0]))
+    return cleaned
+
+
+def _combine_alike(tables: Sequence[RangeTable]) -> Mapping[str, Node] | None:
+    """Combine runs with the same nodes at once; None where they differ, or something is wrong."""
+    inventory = tables[0].inventory
+    if not all(table.inventory.equals(inventory) for table in tables):
+        return None
+    numbers = np.stack([table.numbers for table in tables])
+    weights = np.array([getattr(shape, "weight", None) or 0 for shape in inventory.shapes], dtype=np.int64)
+    ends = inventory.starts + inventory.sizes
+    is_weight = np.arange(inventory.size) >= np.repeat(ends - weights, inventory.sizes)
+    if not np.isfinite(numbers).all() or (numbers != numbers[0])[:, is_weight].any():
+        return None
+    return RangeTable(inventory, np.maximum.reduce(numbers))
+
+
+def _combine_nodes(
+    runs: Sequence[Mapping[str, T]], modules: Iterable[str], sources: Sequence[object], rank: str
+) -> dict[str, T]:
+    order = join_names([tuple(modules), *(tuple(run) for run in runs)])
+    combined = {}
+    for name in order:
+        having = [(run[name], source) for run, source in zip(runs, sources, strict=True) if name in run]
+        if having:
+            place = _Place(name, rank, [source for _, source in having])
+            combined[name] = _combine("", [node for node, _ in having], place, equal=False)
+    return combined
+
+
+def _combine(part: str, values: Sequence[Any], place: _Place, *, equal: bool) -> Any:
+    """Combine one part of a node; `equal` where the runs must agree."""
+    first = values[0]
+    if any(_kind(value) is not _kind(first) for value in values):
+        _refuse_structure(part, values, place)
+    if first is None:
+        return None
+    if isinstance(first, np.ndarray):
+        return _combine_arrays(part, values, place, equal=equal)
+    if is_dataclass(first) and not isinstance(first, type):
+        return replace(
+            first,
+            **{
+                field.name: _combine(
+                    f"{part} {field.name}".strip(),
+                    [getattr(value, field.name) for value in values],
+                    place,
+                    equal=equal or field.name in _OF_THE_MODEL,
+                )
+                for field in fields(first)
+                if field.init
+            },
         )
-    return read_world_dir(directory, world)
-
-
-def _find_sources(directory: Path, world: int) -> list[int]:
-    """Return the worlds that may be meant: one, or several that have to give the same."""
-    worlds = list(list_worlds(directory))
-    candidates = [one for one in worlds if one > world and one % world == 0]
-    if not candidates:
-        raise FileError(
-            f"nothing to unify into {world}: the directory holds world sizes {', '.join(map(str, worlds)) or 'none'}",
-            where=directory,
-            fix="measure with a larger -t that the target divides, or check the directory",
+    if isinstance(first, Sequence):
+        if any(len(value) != len(first) for value in values):
+            _refuse_structure(part, values, place)
+        return tuple(
+            _combine(f"{part}[{i}]", [value[i] for value in values], place, equal=equal) for i in range(len(first))
         )
-    if len(candidates) > 1 and (directory / MANIFEST_NAME).is_file():
-        from gaudi_calib.manifest import read_manifest
-
-        manifest = read_manifest(directory / MANIFEST_NAME).good
-        if manifest is not None and manifest.topology.measured_world in candidates:
-            return [manifest.topology.measured_world]
-    return candidates[::-1]
-
-
-def _write_result(directory: Path, out: Path, result: _Result, conversion: Conversion) -> list[Path]:
-    """Write ranges, scales and manifest; everything that can fail for its content has been computed before."""
-    scales = [] if conversion.skips_scales else _recompute(directory, result, conversion.device)
-    world = len(result.ranks)
-    with ExitStack() as stack:
-        record = stack.enter_context(record_conversion(directory, out, world, expert_parallel=result.expert_parallel))
-        with stage_files(out) as staging:
-            with BackgroundWriter() as writer:
-                written = render_rank_sets(staging, result.ranks, writer)
-                for recipe, rank_sets in scales:
-                    written += render_rank_sets(staging, rank_sets, writer, method=recipe.tag)
-            set_aside_scales(out, staging, world, {path.name for path in written})
-        if record is not None:
-            for recipe, rank_sets in scales:
-                note_scales(record, out, _name_origins(rank_sets, recipe.tag), recipe.settings)
-    return [out / path.name for path in written]
+    if isinstance(first, Mapping):
+        shared = [key for key in sorted(first) if all(key in value for value in values)]
+        return {key: _combine(f"{part}[{key}]", [value[key] for value in values], place, equal=equal) for key in shared}
+    if equal:
+        differing = next((i for i, value in enumerate(values) if value != first), None)
+        return first if differing is None else _refuse_model(part, values, differing, place)
+    for value, source in zip(values, place.sources, strict=True):
+        if not math.isfinite(value):
+            _refuse_number(part, value, place, source)
+    return max(values)
 
 
-def _recompute(directory: Path, result: _Result, device: str | None) -> list[tuple[Recipe, list[RankSet[ScaleNode]]]]:
-    """Compute scales of the new ranks for every method the old ones have."""
-    computed = []
-    for tag in find_methods(directory, result.source):
-        recipe = find_recipe(directory, tag, device)
-        if recipe is None:
-            continue
-        count = len(result.ranks)
-        sources = [rank * result.source // count for rank in range(count)]
-        named = read_scaled_names(directory, result.source, tag, sorted(set(sources)))
-        names = [named[source] for source in sources]
-        if result.choose is not None:
-            tables = [tabulate_ranges(rank.nodes) for rank in result.ranks]
-            names = [
-                rename_modules(one, result.inventory, table.inventory, result.choose)
-                for one, table in zip(names, tables, strict=True)
-            ]
-        computed.append((recipe, recompute_scales(result.ranks, recipe, names)))
-    return computed
+def _kind(value: Any) -> type:
+    """The type that values must share to be combined."""
+    return next((kind for kind in (Mapping, Sequence, Real) if isinstance(value, kind)), type(value))
 
 
-def _name_origins(rank_sets: Sequence[RankSet[ScaleNode]], tag: str) -> dict[str, str]:
-    """Return the range file by scale file."""
-    origins = {}
-    for one in rank_sets:
-        ranges = RankFile(dump=one.dump, rank=one.rank, world=one.world, extension="npz").name
-        for extension in ("json", "npz"):
-            scale = RankFile(dump=one.dump, method=tag, rank=one.rank, world=one.world, extension=extension)
-            origins[scale.name] = ranges
-    return origins
+def _combine_arrays(part: str, values: Sequence[np.ndarray], place: _Place, *, equal: bool) -> np.ndarray:
+    first = values[0]
+    if any(value.shape != first.shape for value in values):
+        _refuse_structure(part, values, place)
+    for value, source in zip(values, place.sources, strict=True):
+        finite = np.isfinite(value)
+        if not finite.all():
+            _refuse_number(part, value[~finite][0], place, source)
+    if not equal:
+        return np.maximum.reduce(values)
+    differing = next((i for i, value in enumerate(values) if not np.array_equal(value, first)), None)
+    return first if differing is None else _refuse_model(part, values, differing, place)
 
 
-def set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -> None:
-    """Move scale files of ranges that are about to change out of INC's sight: it would go on using them."""
-    changed = any(
-        not (out / name).is_file() or (out / name).read_bytes() != (staging / name).read_bytes()
-        for name in written
-        if (file := parse_rank_file(name)) and file.method is None and name.endswith(".npz")
+def _refuse_number(part: str, value: float, place: _Place, source: object) -> NoReturn:
+    raise RangeError(
+        f"{part} of {place.node} is not finite{place.rank}",
+        where=source,
+        why=f"the range is {value}",
+        fix="find the sample that overflows (measure with -b 1) and measure this run again, or leave it out",
     )
-    old = [
-        path
-        for path in sorted(out.iterdir())
-        if (file := parse_rank_file(path.name)) and file.method and (file.world or 1) == world
-        if path.name not in written
-    ]
-    if not changed or not old:
-        return
-    set_aside(old)
-    _log.warning("%d scale files of earlier ranges were moved to %s", len(old), out / REPLACED_NAME)
+
+
+def _refuse_structure(part: str, values: Sequence[Any], place: _Place) -> NoReturn:
+    described = [_describe(value) for value in values]
+    other = next(i for i, text in enumerate(described) if text != described[0])
+    raise TopologyError(
+        f"{part} of {place.node} has another form in different runs{place.rank}",
+        where=place.sources[other],
+        why=f"{described[other]} here, {described[0]} in {place.sources[0]}: the runs are of different models, "
+        "topologies or observers",
+        fix="merge only runs of one model, measured with the same config and the same number of ranks",
+    )
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "absent"
+    if isinstance(value, np.ndarray):
+        return f"shape {value.shape}"
+    return f"{len(value)} entries" if isinstance(value, Sequence) else type(value).__name__
+
+
+def _refuse_model(part: str, values: Sequence[Any], differing: int, place: _Place) -> NoReturn:
+    ours, theirs = values[differing], values[0]
+    if isinstance(ours, np.ndarray):
+        channel = tuple(np.argwhere(ours != theirs)[0])
+        ours, theirs = ours[channel], theirs[channel]
+    raise ModelError(
+        f"{part} of {place.node} differs between the runs{place.rank}",
+        where=place.sources[differing],
+        why=f"{ours} here, {theirs} in {place.sources[0]}: another checkpoint, or its weights in another format",
+        fix="merge only runs of the same checkpoint",
+    )

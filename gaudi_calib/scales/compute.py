@@ -22,13 +22,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gaudi_calib.config_methods import MethodTable, ScaleMethod, TensorScaling, get_scale_method
+from gaudi_calib.config.methods import MethodTable, ScaleMethod, TensorScaling, get_scale_method
 from gaudi_calib.errors import ConfigError, RangeError
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges import bf16
+from gaudi_calib.ranges.layer_types import find_layer_type, is_expert_matmul
 from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, RankSet, ScaleNode, classify
 from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, ScaleShape, ScaleTable, tabulate_ranges
-from gaudi_calib.scales.layer_types import find_layer_type, is_expert_matmul
 from gaudi_calib.scales.optimal import choose_tensor_scale
 from gaudi_calib.scales.rounding import round_scales
 from gaudi_calib.scales.tensor import scale_channels, scale_ranges

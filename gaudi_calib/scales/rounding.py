@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gaudi_calib.config_methods import Rounding
+from gaudi_calib.config.methods import Rounding
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges import bf16
 

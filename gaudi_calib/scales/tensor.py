@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gaudi_calib.config_methods import TensorScaling
+from gaudi_calib.config.methods import TensorScaling
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges import bf16
 from gaudi_calib.scales.optimal import choose_channel_scales
@@ -20,7 +20,7 @@ def scale_ranges(ranges: np.ndarray, method: TensorScaling, device: Device) -> n
         float32 holding bfloat16 values, same shape.
 
     >>> from gaudi_calib.fp8 import GAUDI2
-    >>> from gaudi_calib.config_methods import get_scale_method
+    >>> from gaudi_calib.config.methods import get_scale_method
     >>> scale_ranges(np.array([1.0, 30.0, 0.0]), get_scale_method("maxabs_hw").activation, GAUDI2).tolist()
     [0.0625, 1.0, 0.00390625]
     """

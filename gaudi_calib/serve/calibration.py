@@ -4,17 +4,17 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from gaudi_calib.config import describe_scaling, read_quant_config
-from gaudi_calib.config_model import QuantConfig, get_scales_device
+from gaudi_calib.config.model import QuantConfig, get_scales_device
+from gaudi_calib.config.presets import describe_scaling, read_quant_config
 from gaudi_calib.errors import ConfigError, FileError, ModelError, TopologyError
-from gaudi_calib.families import Family, find_family
 from gaudi_calib.files import read_json
-from gaudi_calib.fingerprint import fingerprint_model
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
 from gaudi_calib.manifest import Manifest, check_scales_fresh, read_manifest
-from gaudi_calib.ranges.evidence import NOTE as SHARING_NOTE
-from gaudi_calib.serve.checkpoint import ServedModel
+from gaudi_calib.models.families import Family, find_family
+from gaudi_calib.models.fingerprint import fingerprint_model
+from gaudi_calib.models.source import ServedModel
+from gaudi_calib.runs.evidence import NOTE as SHARING_NOTE
 
 _log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from gaudi_calib.engines.vllm_runner.settings import (
 )
 from gaudi_calib.errors import CalibrationError, ModelError, UsageError
 from gaudi_calib.fp8 import get_device
+from gaudi_calib.models.source import ServedModel, find_model
 from gaudi_calib.serve.calibration import Calibration, open_calibration, require_fit
-from gaudi_calib.serve.checkpoint import ServedModel, find_model
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.attention import Attention
 
-from gaudi_calib.engines.attention import AttentionRanges, Scoring, max_magnitude
+from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, max_magnitude
 from gaudi_calib.engines.vllm_plugin.scores import KeyHistory, Sequences, observe_bound, observe_scores
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.fp8 import GAUDI2

@@ -6,18 +6,18 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gaudi_calib.engines.base import LinearPlan, ModelPlan
-from gaudi_calib.engines.nodes import attention_nodes
+from gaudi_calib.checkpoints.plan import LinearPlan, ModelPlan
+from gaudi_calib.engines.observe.nodes import attention_nodes
 from gaudi_calib.engines.vllm_plugin.attention import OBSERVED
 from gaudi_calib.engines.vllm_plugin.experts import MeasuredExpertsMethod
 from gaudi_calib.engines.vllm_plugin.observer import Peak
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import ModelError, RangeError
-from gaudi_calib.ranges.expert_channels import Topology
+from gaudi_calib.ranges.channels import ChannelNode, ChannelRanges
+from gaudi_calib.ranges.derive import derive_rank, select_nodes
+from gaudi_calib.ranges.layer_types import is_expert_matmul
 from gaudi_calib.ranges.node import Node, RankSet
-from gaudi_calib.ranges.reshard import select_nodes
-from gaudi_calib.ranges.shard import ChannelNode, ChannelRanges, derive_rank
-from gaudi_calib.scales.layer_types import is_expert_matmul
+from gaudi_calib.ranges.topology import Topology
 
 
 def collect_ranges(model: nn.Module, plan: ModelPlan, session: Session, rank: int, world: int) -> RankSet[Node]:

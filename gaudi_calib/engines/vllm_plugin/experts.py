@@ -19,8 +19,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from gaudi_calib.engines.vllm_plugin.observer import Peak
 from gaudi_calib.engines.vllm_plugin.session import Session
+from gaudi_calib.ranges.experts import list_children
 from gaudi_calib.ranges.node import Node
-from gaudi_calib.ranges.shard import list_children
 
 
 class ExpertsMethod(FusedMoEMethodBase):

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaudi_calib.engines.fp8_cast import quantize
+from gaudi_calib.engines.observe.fp8_cast import quantize
 from gaudi_calib.engines.vllm_plugin.experts import ExpertsMethod
 from gaudi_calib.engines.vllm_plugin.fp8_linear import read_weight, scale_tokens, to_weight_scale
 from gaudi_calib.engines.vllm_plugin.scales import ScaleSource, stand_in
+from gaudi_calib.ranges.experts import list_children
 from gaudi_calib.ranges.node import ScaleNode
-from gaudi_calib.ranges.shard import list_children
 
 
 class QuantizedExpertsMethod(ExpertsMethod):

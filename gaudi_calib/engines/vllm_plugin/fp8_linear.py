@@ -15,8 +15,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from gaudi_calib.config_methods import TensorScaling
-from gaudi_calib.engines.fp8_cast import quantize
+from gaudi_calib.config.methods import TensorScaling
+from gaudi_calib.engines.observe.fp8_cast import quantize
 from gaudi_calib.engines.vllm_plugin.scales import ScaleSource, stand_in
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.node import PerChannelWeight, ScaleNode

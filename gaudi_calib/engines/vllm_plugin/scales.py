@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gaudi_calib.config import convert_backoffs, get_scales_device
+from gaudi_calib.config.presets import convert_backoffs, get_scales_device
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import FileError, RangeError
 from gaudi_calib.fp8 import Device
 from gaudi_calib.layout import RankFile
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
-from gaudi_calib.ranges.store import list_worlds, read_ranges, read_scales
+from gaudi_calib.rankfiles.store import list_worlds, read_ranges, read_scales
 from gaudi_calib.scales.compute import compute_scales
 
 WeightReader = Callable[[str], "np.ndarray | None"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gaudi_calib.engines.attention import AttentionRanges, Scoring, weigh
+from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, weigh
 from gaudi_calib.errors import ConfigError
 
 # Bounds the memory of the score matrix: heads x queries x keys values at a time.

@@ -33,10 +33,10 @@ class WorkerExtension:
             RangeError: nothing was measured, or a range is not finite; nothing is written.
             ModelError: vLLM names a module otherwise than expected.
         """
-        from gaudi_calib.engines.base import plan_model
-        from gaudi_calib.engines.checkpoint import resolve_model
+        from gaudi_calib.checkpoints.checkpoint import resolve_model
+        from gaudi_calib.checkpoints.plan import plan_model
         from gaudi_calib.engines.vllm_plugin.collect import collect_ranges
-        from gaudi_calib.ranges.store import write_rank_set
+        from gaudi_calib.rankfiles.store import write_rank_set
 
         session = _find_session(self.vllm_config)
         plan = plan_model(resolve_model(self.vllm_config.model_config.model))

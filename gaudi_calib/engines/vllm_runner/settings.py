@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gaudi_calib.config_model import QuantConfig
-from gaudi_calib.families import Family
+from gaudi_calib.config.model import QuantConfig
+from gaudi_calib.models.families import Family
+from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import Op, classify
-from gaudi_calib.scales.layer_types import find_layer_type
 
 INC_METHOD = "inc"
 INC_CACHE_DTYPE = "fp8_inc"

@@ -1,0 +1,126 @@
+"""The weights of one layer's routed experts, read from the checkpoint one expert at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from gaudi_calib.checkpoints.checkpoint import Checkpoint
+from gaudi_calib.errors import ModelError
+from gaudi_calib.models.modules import Experts
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Where a layer's expert weights are.
+
+    Attributes:
+        checkpoint: which holds them.
+        node: name of the fused op's node.
+        facts: how the family stores them.
+        layer: prefix of the layer's tensors in the checkpoint.
+        count: number of experts.
+        channels: intermediate channels of each.
+        dtype: what the model is served in.
+    """
+
+    checkpoint: Checkpoint
+    node: str
+    facts: Experts
+    layer: str
+    count: int
+    channels: int
+    dtype: torch.dtype
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the checkpoint holds one tensor for all experts."""
+        return bool(self.facts.stacked) and f"{self.layer}.{self.facts.stacked[0]}" in self.checkpoint.files
+
+    def read_gate_up(self, expert: int) -> torch.Tensor:
+        """Return gate and up rows in the order they are stored, shape (2 * channels, hidden size), served dtype."""
+        if self.stacked:
+            return self._read_stacked(self.facts.stacked[0], expert)
+        gate, up, _ = self.facts.each
+        return torch.cat([self._read_each(gate, expert), self._read_each(up, expert)])
+
+    def read_down(self, expert: int) -> torch.Tensor:
+        """Return the down projection, shape (hidden size, channels), served dtype."""
+        return (
+            self._read_stacked(self.facts.stacked[1], expert)
+            if self.stacked
+            else self._read_each(self.facts.each[2], expert)
+        )
+
+    def read_biases(self, expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the biases of gate and up, shape (2 * channels,), and of down, (hidden size,), or None."""
+        if not self.facts.biased:
+            return None
+        names = [f"{self.layer}.{name}_bias" for name in self.facts.stacked]
+        gate_up, down = (self.checkpoint.read_part(name, expert).to(self.dtype) for name in names)
+        return gate_up, down
+
+    def order_gate_up(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return stored rows (or row maxima) with those of gate and up apart, shape (2, channels, ...)."""
+        if self.facts.interleaved:
+            return gate_up.unflatten(0, (self.channels, 2)).transpose(0, 1)
+        return gate_up.unflatten(0, (2, self.channels))
+
+    def _read_stacked(self, name: str, expert: int) -> torch.Tensor:
+        weight = self.checkpoint.read_part(f"{self.layer}.{name}", expert).to(self.dtype)
+        return weight.T if self.facts.transposed else weight
+
+    def _read_each(self, name: str, expert: int) -> torch.Tensor:
+        name = f"{self.layer}.{name.format(expert)}"
+        return self.checkpoint.read([name])[name].to(self.dtype)
+
+
+def find_expert_weights(
+    checkpoint: Checkpoint, facts: Experts, node: str, layer: str, router: str | None, dtype: torch.dtype
+) -> ExpertWeights | None:
+    """Return where the experts of `layer` (its prefix in the checkpoint) are, or None where it has none.
+
+    Args:
+        router: name of its router's weight; a layer without a router has no experts.
+
+    Raises:
+        ModelError: experts are missing, or not as many as config.json says.
+    """
+    if router is None:
+        return None
+    count = next(int(checkpoint.config[name]) for name in COUNT_NAMES if checkpoint.config.get(name))
+    is_stacked = not facts.each or any(f"{layer}.{name}" in checkpoint.files for name in facts.stacked)
+    names = [f"{layer}.{name}" for name in (facts.stacked if is_stacked else _name_each(facts, count))]
+    if facts.biased:
+        names += [f"{name}_bias" for name in names]
+    missing = next((name for name in names if name not in checkpoint.files), None)
+    if missing is not None:
+        raise ModelError(
+            f"the checkpoint has no tensor {missing!r}",
+            where=checkpoint.directory,
+            why=f"config.json calls for {count} experts",
+            fix="check that config.json belongs to these weights and that all shards are there",
+        )
+    shape = checkpoint.shapes[names[0]]
+    _check_count(checkpoint, count, {router: checkpoint.shapes[router]} | ({names[0]: shape} if is_stacked else {}))
+    rows = shape[2 if facts.transposed else 1] // 2 if is_stacked else shape[0]
+    return ExpertWeights(checkpoint, node, facts, layer, count, rows, dtype)
+
+
+def _name_each(facts: Experts, count: int) -> list[str]:
+    return [part.format(expert) for expert in range(count) for part in facts.each]
+
+
+def _check_count(checkpoint: Checkpoint, count: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if shape[0] != count:
+            raise ModelError(
+                f"{name!r} is of {shape[0]} experts",
+                where=checkpoint.directory,
+                why=f"config.json calls for {count}",
+                fix="check that config.json belongs to these weights",
+            )
+
+
+# config.json's names of the number of experts.
+COUNT_NAMES = ("n_routed_experts", "num_local_experts", "num_experts")

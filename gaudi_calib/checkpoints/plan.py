@@ -1,0 +1,374 @@
+"""What will be measured: the nodes of a model, from its configuration and headers alone."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gaudi_calib.checkpoints.checkpoint import Checkpoint
+from gaudi_calib.checkpoints.expert_weights import ExpertWeights, find_expert_weights
+from gaudi_calib.errors import ModelError, TopologyError
+from gaudi_calib.models.families import Family, count_kv_heads, find_family
+from gaudi_calib.models.modules import Attention, Experts, Layout, Linear, Split, Unmeasured
+from gaudi_calib.ranges.experts import list_children
+from gaudi_calib.ranges.node import Op
+from gaudi_calib.ranges.topology import Axis, Segment, Topology
+
+# vLLM pads the vocabulary so that ranks get equal shares.
+VOCABULARY_PADDING = 64
+
+# The modules of one attention implementation, in vllm-gaudi's module order. Softmax is
+# patched but never runs: prefill is fused and decode works block by block.
+ATTENTION_OPS = {
+    "matmul_qk": Op.MATMUL,
+    "softmax": Op.SOFTMAX,
+    "matmul_av": Op.MATMUL,
+    "batch2block_matmul": Op.B2B_MATMUL,
+    "block2batch_matmul": Op.B2B_MATMUL,
+    "k_cache": Op.KV_CACHE,
+    "v_cache": Op.KV_CACHE,
+    "fused_scaled_dot_product_attention": Op.FUSED_SDPA,
+}
+# The same with one latent cache for all heads.
+LATENT_ATTENTION_OPS = {
+    "latent_cache_k" if op == "k_cache" else op: kind for op, kind in ATTENTION_OPS.items() if op != "v_cache"
+}
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear node and where its weight comes from.
+
+    Attributes:
+        node: vLLM's module name.
+        modules: Hugging Face module names, in the order of fusion; empty for the output projection.
+        weights: names of their weight tensors in the checkpoint, same order.
+        split: the tensor-parallel rule.
+        out_axis, in_axis: how ranks split the weight's rows and columns.
+        padding: rows of zeros vLLM appends.
+        reduces: partial products are summed over the ranks at once (row parallel only).
+    """
+
+    node: str
+    modules: tuple[str, ...]
+    weights: tuple[str, ...]
+    split: Split
+    out_axis: Axis
+    in_axis: Axis
+    padding: int = 0
+    reduces: bool = True
+
+    @property
+    def op(self) -> Op:
+        return Op.ROW_PARALLEL_LINEAR if self.split is Split.ROW else Op.LINEAR
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """All nodes of one model.
+
+    Attributes:
+        checkpoint, family: what and which.
+        heads, kv_heads, head_dim: of the attention layers.
+        layers: Hugging Face names of the decoder layers.
+        linears: by node name, in vLLM's module order.
+        node_names: every module INC patches, in vLLM's module order.
+        experts: by name of the fused op's node.
+        attention_layers: indices of the layers that have attention.
+        dtype: what the model is served in; weights are rounded to it.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: tuple[str, ...]
+    linears: dict[str, LinearPlan]
+    node_names: tuple[str, ...]
+    experts: dict[str, ExpertWeights] = field(default_factory=dict)
+    attention_layers: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def layout(self) -> Layout:
+        return self.family.layout
+
+    @property
+    def head_axis(self) -> Axis:
+        return Axis((Segment(self.heads, self.heads),))
+
+    @property
+    def kv_axis(self) -> Axis:
+        if self.layout.attention.latent:  # expanded to one per query head
+            return self.head_axis
+        return Axis((Segment(self.kv_heads, self.kv_heads, replicates=True),))
+
+    @property
+    def attention_ops(self) -> dict[str, Op]:
+        """What an attention implementation computes, by name, in module order."""
+        return LATENT_ATTENTION_OPS if self.layout.attention.latent else ATTENTION_OPS
+
+    def node_name(self, layer: int, path: str) -> str:
+        """vLLM's name of what lies at `path` inside a layer, e.g. `model.layers.0.self_attn.o_proj`."""
+        return f"{self.layout.vllm_layers or self.layout.layers}.{layer}.{path}"
+
+    def attention_node(self, layer: int, op: str) -> str:
+        """Name of an attention op's node, e.g. `model.layers.0.self_attn.attn.impl.k_cache`."""
+        return self.node_name(layer, f"{self.layout.attention.name}.impl.{op}")
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """Nodes that INC patches and no engine here measures; they must stay blocked."""
+        suffixes = tuple(f".{module.name}" for module in self.layout.modules if isinstance(module, Unmeasured))
+        layers = [name for name in self.node_names if suffixes and name.endswith(suffixes)]
+        return [*self.layout.others, *layers]
+
+    def divides(self, world: int) -> bool:
+        """Whether every tensor outside the experts divides over `world` ranks."""
+        axes = [*self._split_axes(), self.head_axis, self.kv_axis]
+        segments = [segment for axis in axes for segment in axis.segments]
+        return all(
+            segment.units % world == 0 or (segment.replicates and world % segment.units == 0) for segment in segments
+        )
+
+    def divides_experts(self, topology: Topology) -> bool:
+        """Whether the experts, or their intermediate channels, divide over the ranks."""
+        sizes = [one.count if topology.expert_parallel else one.channels for one in self.experts.values()]
+        return all(size % topology.world == 0 for size in sizes)
+
+    def require_topology(self, topology: Topology) -> None:
+        """Raise TopologyError unless the model divides over the ranks."""
+        world = topology.world
+        if not self.divides(world):
+            raise TopologyError(
+                f"the model does not divide over {world} ranks",
+                where=self.checkpoint.directory,
+                why=f"it has {self.heads} attention heads, {self.kv_heads} KV heads, and linear layers of "
+                + ", ".join(sorted({f"{axis.segments[0].channels}" for axis in self._split_axes()}, key=int)),
+                fix="choose a tensor-parallel size (-t, -r) that divides them; KV heads may also divide it",
+            )
+        if not self.divides_experts(topology):
+            experts = next(iter(self.experts.values()))
+            raise TopologyError(
+                f"the experts do not divide over {world} ranks",
+                where=self.checkpoint.directory,
+                why=f"it has {experts.count} experts of {experts.channels} intermediate channels, and ranks get "
+                + ("whole experts" if topology.expert_parallel else "channels of every expert"),
+                fix="choose another number of ranks, or the other way of sharing (-u or --no-expert-parallel)",
+            )
+
+    def _split_axes(self) -> list[Axis]:
+        axes = [axis for linear in self.linears.values() for axis in (linear.out_axis, linear.in_axis)]
+        return [axis for axis in axes if axis.segments]
+
+    def canonical_rows(self, linear: LinearPlan) -> np.ndarray | None:
+        """Order that brings stored output rows to (q, k, v), or None where they are so already."""
+        if linear.split is not Split.QKV_GROUPED:
+            return None
+        rows = np.arange((self.heads + 2 * self.kv_heads) * self.head_dim)
+        grouped = rows.reshape(self.kv_heads, self.heads // self.kv_heads + 2, self.head_dim)
+        return np.concatenate([grouped[:, :-2].ravel(), grouped[:, -2].ravel(), grouped[:, -1].ravel()])
+
+    def served(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a weight in the dtype it is served in."""
+        return tensor.to(self.dtype)
+
+    def read_weight(self, node: str) -> torch.Tensor:
+        """Return a linear node's whole weight as vLLM fuses it, shape (out, in), in the served dtype."""
+        linear = self.linears[node]
+        tensors = self.checkpoint.read(linear.weights)
+        weight = self.served(torch.cat([tensors[name] for name in linear.weights]))
+        order = self.canonical_rows(linear)
+        if order is not None:
+            weight = weight[torch.from_numpy(order)]
+        if linear.padding:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, linear.padding))
+        return weight
+
+    def read_rank_weight(self, node: str, rank: int, topology: Topology) -> np.ndarray:
+        """Return the rows and columns of a linear node's weight that `rank` holds, float32."""
+        if node not in self.linears:
+            return self._read_expert_weight(node, rank, topology).float().numpy()
+        linear, weight = self.linears[node], self.read_weight(node)
+        weight = torch.cat([weight[part] for part in linear.out_axis.slices(rank, topology.world)])
+        weight = torch.cat([weight[:, part] for part in linear.in_axis.slices(rank, topology.world)], dim=1)
+        return weight.float().numpy()
+
+    def _read_expert_weight(self, node: str, rank: int, topology: Topology) -> torch.Tensor:
+        op, part, index = node.rsplit(".", 2)
+        # Older vLLM has no `routed_experts` in the path.
+        experts = next(one for name, one in self.experts.items() if op in (name, name.replace(".routed_experts", "")))
+        size = experts.channels // topology.world
+        channels, expert = slice(rank * size, (rank + 1) * size), int(index)
+        if topology.expert_parallel:
+            channels, expert = slice(None), rank * (experts.count // topology.world) + expert
+        if part == "w2_list":
+            return experts.read_down(expert)[:, channels]
+        return experts.order_gate_up(experts.read_gate_up(expert))[:, channels].flatten(0, 1)
+
+
+def plan_model(model_dir: Path, dtype: str = "bfloat16") -> ModelPlan:
+    """Work out a model's nodes without loading a weight.
+
+    Args:
+        dtype: what the model is served in (`--dtype` of vLLM).
+
+    Raises:
+        ModelError: the checkpoint is incomplete, or of a family the torch engine does not run.
+    """
+    checkpoint = Checkpoint(model_dir)
+    family = find_family(str(checkpoint.config.get("model_type")))
+    if family.layout.text_prefix:
+        checkpoint.narrow(family.layout.text_prefix)
+    config = checkpoint.config
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    layers = tuple(f"{family.layout.layers}.{i}" for i in range(int(config["num_hidden_layers"])))
+    served = getattr(torch, dtype)
+    plan = ModelPlan(checkpoint, family, heads, count_kv_heads(config), head_dim, layers, {}, (), dtype=served)
+    nodes = dict(_walk_nodes(plan))
+    return replace(
+        plan,
+        linears={name: one for name, one in nodes.items() if isinstance(one, LinearPlan)},
+        experts={name: one for name, one in nodes.items() if isinstance(one, ExpertWeights)},
+        attention_layers=tuple(
+            index for index in range(len(layers)) if plan.attention_node(index, "matmul_qk") in nodes
+        ),
+        node_names=tuple(nodes),
+    )
+
+
+def _walk_nodes(plan: ModelPlan) -> Iterator[tuple[str, LinearPlan | ExpertWeights | None]]:
+    layout = plan.layout
+    names = WeightNames(plan.checkpoint, layout)
+    yield from ((name, None) for name in layout.others)
+    outer = [linear for linear in layout.outer if names.has(linear.parts[0] + ".weight")]
+    for linear in outer:
+        yield linear.name, _plan_linear(plan, linear, linear.name, "", names)
+    for index, layer in enumerate(plan.layers):
+        yield from _walk_layer(plan, index, layer, names)
+    if layout.vllm_lm_head is not None:
+        yield layout.vllm_lm_head, _plan_lm_head(plan, names)
+
+
+def _walk_layer(
+    plan: ModelPlan, index: int, layer: str, names: "WeightNames"
+) -> Iterator[tuple[str, LinearPlan | ExpertWeights | None]]:
+    for module in plan.layout.modules:
+        node = plan.node_name(index, module.name)
+        if isinstance(module, Linear):
+            if module.where is None or names.has(f"{layer}.{module.where}.weight"):
+                yield node, _plan_linear(plan, module, node, layer + ".", names)
+        elif isinstance(module, Experts):
+            router = f"{layer}.{module.router}.weight"
+            found = names.find(router) if names.has(router) else None
+            experts = find_expert_weights(plan.checkpoint, module, node, layer, found, plan.dtype)
+            if experts is not None:
+                yield node, experts
+                yield from ((f"{node}.{child}", None) for child in list_children(experts.count))
+        elif names.has_module(f"{layer}.{module.module}"):
+            yield from ((name, None) for name in _list_idle(plan, index, module, node))
+
+
+def _list_idle(plan: ModelPlan, index: int, module: Attention | Unmeasured, node: str) -> list[str]:
+    """Names of the nodes that have no weight of their own."""
+    if isinstance(module, Unmeasured):
+        return [node]
+    ops = [plan.attention_node(index, op) for op in plan.attention_ops]
+    # vLLM's latent attention module has a second set of ops, which it never calls.
+    return ops + [f"{node}.{op}" for op in ATTENTION_OPS] if module.latent else ops
+
+
+def _split_names(names: Iterable[str]) -> Iterator[list[str]]:
+    return (name.split(".") for name in names)
+
+
+class WeightNames:
+    """Finds tensors under the names that checkpoints of different ages give them."""
+
+    def __init__(self, checkpoint: Checkpoint, layout: Layout):
+        self._checkpoint, self._renames = checkpoint, layout.renames
+        self._modules = {".".join(parts[:i]) for parts in _split_names(checkpoint.files) for i in range(len(parts))}
+
+    def has_module(self, name: str) -> bool:
+        """Whether any tensor lies below the module path `name`."""
+        return name in self._modules or name.partition(".")[2] in self._modules
+
+    def has(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def find(self, name: str) -> str:
+        """Return the checkpoint's name of the module tensor `name`.
+
+        Raises:
+            ModelError: no such tensor.
+        """
+        found = self._find(name)
+        if found is None:
+            raise ModelError(
+                f"the checkpoint has no tensor {name!r}",
+                where=self._checkpoint.directory,
+                why="config.json calls for it",
+                fix="check that config.json belongs to these weights and that all shards are there",
+            )
+        return found
+
+    def _find(self, name: str) -> str | None:
+        # A checkpoint of the bare decoder lacks the first component ("model.", "transformer.").
+        renamed = name
+        for ours, theirs in self._renames:
+            renamed = renamed.replace(ours, theirs)
+        for candidate in (name, renamed, name.partition(".")[2], renamed.partition(".")[2]):
+            if candidate in self._checkpoint.files:
+                return candidate
+        return None
+
+
+def _plan_linear(plan: ModelPlan, linear: Linear, node: str, prefix: str, names: WeightNames) -> LinearPlan:
+    modules = tuple(prefix + part for part in linear.parts)
+    weights = tuple(names.find(f"{module}.weight") for module in modules)
+    shapes = [plan.checkpoint.shapes[name] for name in weights]
+    out_axis, in_axis = Axis(), Axis()
+    if linear.split in (Split.QKV, Split.QKV_GROUPED, Split.QKV_INTERLEAVED):
+        width, kv_width = plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim
+        _check_rows(node, sum(shape[0] for shape in shapes), width + 2 * kv_width)
+        kv_segment = Segment(kv_width, plan.kv_heads, replicates=True)
+        out_axis = Axis((Segment(width, plan.heads), kv_segment, kv_segment))
+        if linear.split is Split.QKV_INTERLEAVED:
+            out_axis = Axis((Segment(3 * width, plan.heads),))
+    elif linear.split is Split.COLUMN:
+        out_axis = Axis(tuple(_column_segments(linear, shapes)))
+    elif linear.split is Split.ROW:
+        columns = shapes[0][1]
+        in_axis = Axis((Segment(columns, plan.heads if linear.by_head else columns),))
+    return LinearPlan(node, modules, weights, linear.split, out_axis, in_axis, reduces=linear.reduces)
+
+
+def _column_segments(linear: Linear, shapes: list[tuple[int, ...]]) -> list[Segment]:
+    if len(linear.parts) == 1 and linear.name.endswith(("gate_up_proj", "input_linear")):  # stored fused
+        half = shapes[0][0] // 2
+        return [Segment(half, half), Segment(half, half)]
+    return [Segment(shape[0], shape[0]) for shape in shapes]
+
+
+def _check_rows(name: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise ModelError(
+            f"{name} has {found} output rows, the configuration calls for {expected}",
+            why="num_attention_heads, num_key_value_heads or head_dim in config.json do not fit the weights",
+            fix="check that config.json belongs to these weights",
+        )
+
+
+def _plan_lm_head(plan: ModelPlan, names: WeightNames) -> LinearPlan:
+    layout = plan.layout
+    assert layout.vllm_lm_head is not None
+    stored = [f"{name}.weight" for name in layout.lm_head if f"{name}.weight" in plan.checkpoint.files]
+    weight = stored[0] if stored else names.find(f"{layout.embedding}.weight")  # tied to the embedding
+    rows = plan.checkpoint.shapes[weight][0]
+    padding = -rows % VOCABULARY_PADDING
+    axis = Axis((Segment(rows + padding, rows + padding),))
+    return LinearPlan(layout.vllm_lm_head, (), (weight,), Split.COLUMN, axis, Axis(), padding)

@@ -1,0 +1,189 @@
+"""Checking the content of a QUANT_CONFIG: from a JSON value to a config or to findings."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from gaudi_calib.config.method_form import (
+    MethodEntry,
+    MethodForm,
+    RuleError,
+    ScaleCandidates,
+    StrictModel,
+    TensorEntry,
+    build_table,
+)
+from gaudi_calib.config.methods import MethodTable
+from gaudi_calib.config.model import NodeFilter, QuantConfig, ScaleMethodField, ScaleParams
+from gaudi_calib.errors import ConfigError, Finding
+
+_OLD_NAMES = {"whitelist": "allowlist", "blacklist": "blocklist"}
+_SET_BY_INC = ("device_type", "local_rank", "global_rank", "world_size", "mod_dict")
+_TRUTHY_STRINGS = ("seperate_measure_files", "row_parallel_linear_allreduce_quantization")
+_MODELS: dict[str, type[StrictModel]] = {
+    "allowlist": NodeFilter,
+    "blocklist": NodeFilter,
+    "scale_params": ScaleParams,
+    "scale_method": MethodForm,
+    "weight": TensorEntry,
+    "activation": TensorEntry,
+    "params": ScaleCandidates,
+}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything to say about the content of a QUANT_CONFIG.
+
+    Attributes:
+        config: the config, or None where there are errors.
+        errors: why it cannot be used.
+        warnings: what INC or vllm-gaudi silently changes or ignores.
+    """
+
+    config: QuantConfig | None
+    errors: tuple[Finding, ...] = ()
+    warnings: tuple[Finding, ...] = ()
+
+    def to_rows(self) -> list[dict[str, str | None]]:
+        """Return the findings as JSON objects, errors first."""
+        levels = [("error", self.errors), ("warning", self.warnings)]
+        return [{"level": level, **vars(finding)} for level, findings in levels for finding in findings]
+
+    def __str__(self) -> str:
+        counts = [_count(len(self.errors), "error") if self.errors else "ok"]
+        counts += [_count(len(self.warnings), "warning")] if self.warnings else []
+        lines = [f"Error: {finding}" for finding in self.errors] + [f"Warning: {finding}" for finding in self.warnings]
+        return "\n".join([", ".join(counts), *lines])
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
+def inspect_quant_config(content: object) -> Inspection:
+    """Check the JSON value `content` and return every finding."""
+    if not isinstance(content, Mapping):
+        return Inspection(None, (Finding("", "a QUANT_CONFIG is a JSON object", fix='start with {"mode": ...'),))
+    twice = [old for old, new in _OLD_NAMES.items() if old in content and new in content]
+    if twice:
+        errors = tuple(
+            Finding(old, f"{old} and {_OLD_NAMES[old]} are both given", fix=f"remove {old}") for old in twice
+        )
+        return Inspection(None, errors)
+    notes = _note_spelling(content)
+    try:
+        config = QuantConfig.model_validate({_OLD_NAMES.get(key, key): value for key, value in content.items()})
+    except ValidationError as error:
+        return Inspection(None, tuple(_list_findings(error)), notes)
+    return Inspection(config, (), (*notes, *config.warnings))
+
+
+def parse_quant_config(content: object, *, where: object = "QUANT_CONFIG") -> QuantConfig:
+    """Return the config that the JSON value `content` describes.
+
+    Args:
+        where: file or option, for the error.
+
+    Raises:
+        ConfigError: an unknown key, a bad value or an impossible combination.
+
+    >>> parse_quant_config({"mode": "measure", "dump_stats_path": "out/inc_output"}).mode
+    'MEASURE'
+    """
+    inspection = inspect_quant_config(content)
+    if inspection.config is None:
+        raise _to_error(inspection.errors, where=where)
+    return inspection.config
+
+
+class _MethodOnly(StrictModel):
+    scale_method: ScaleMethodField
+
+
+def parse_scale_method(value: object) -> MethodTable:
+    """Return the scale method of every node for the `scale_method` value of a QUANT_CONFIG.
+
+    Args:
+        value: a published name in any case, or the dict form.
+
+    Raises:
+        ConfigError: an unknown name, key or value, no `default`, or an entry that is no
+            published combination.
+
+    >>> parse_scale_method("maxabs_hw").file_tag
+    'MAXABS_HW'
+    """
+    try:
+        return build_table(_MethodOnly.model_validate({"scale_method": value}).scale_method)
+    except ValidationError as error:
+        raise _to_error(tuple(_list_findings(error)), where="QUANT_CONFIG") from None
+
+
+def _to_error(errors: tuple[Finding, ...], *, where: object) -> ConfigError:
+    """Return the first of `errors` as an exception that counts the others."""
+    first, others = errors[0], len(errors) - 1
+    what = first.what + (f" (and {others} more: `gaudi-calib config validate` lists all)" if others else "")
+    place = f"{where}, key {first.where}" if first.where else where
+    return ConfigError(what, where=place, why=first.why, fix=first.fix)
+
+
+def _note_spelling(content: Mapping[str, Any]) -> tuple[Finding, ...]:
+    old = [
+        Finding(key, f"{key} is the old name of {new}", fix=f"rename it to {new}")
+        for key, new in _OLD_NAMES.items()
+        if key in content
+    ]
+    truthy = [
+        Finding(key, f'INC takes the string "{content[key]}" of {key} for true', fix=f'write "{key}": false')
+        for key in _TRUTHY_STRINGS
+        if isinstance(content.get(key), str) and content[key].lower() == "false"
+    ]
+    return (*old, *truthy)
+
+
+def _list_findings(error: ValidationError) -> list[Finding]:
+    findings: list[Finding] = []
+    for detail in error.errors():
+        location = [str(part) for part in detail["loc"]]
+        if location[:1] == ["scale_method"] and location[1:2] in (["table"], ["name"]):
+            del location[1]
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, RuleError):
+            findings += cause.findings
+        else:
+            findings.append(_describe(detail, location))
+    return findings
+
+
+def _describe(detail: Any, location: list[str]) -> Finding:
+    key = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        return _describe_unknown_key(location)
+    if detail["type"] == "missing":
+        return Finding(key, f"{key} is missing", fix="a scale_method dict needs a default with weight and activation")
+    if location[-1] == "[key]":
+        return Finding(".".join(location[:-2]), f"{location[-2]!r} is no layer number", fix='use "0", "1", ...')
+    remedy = detail["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+    remedy = "use an object" if detail["type"] in ("model_type", "dict_type") else remedy
+    return Finding(key, f"{key} cannot be {json.dumps(detail['input'], default=str)[:80]}", fix=remedy)
+
+
+def _describe_unknown_key(location: list[str]) -> Finding:
+    *parents, key = location
+    if not parents and key in _SET_BY_INC:
+        return Finding(key, f"{key} is set by INC itself", "a value in the file breaks it", "remove it")
+    model = _MODELS.get(parents[-1], MethodEntry) if parents else QuantConfig
+    known = [*model.model_fields]
+    near = get_close_matches(key.lower(), known, n=1)
+    inside = f" in {'.'.join(parents)}" if parents else ""
+    return Finding(
+        ".".join(location),
+        f"unknown key {key!r}{inside}" + (f"; did you mean {near[0]!r}?" if near else ""),
+        why="INC ignores keys it does not know",
+        fix=f"rename it to {near[0]!r}" if near else "known keys: " + ", ".join(known),
+    )

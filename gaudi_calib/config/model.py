@@ -1,0 +1,273 @@
+"""The attributes of a QUANT_CONFIG, their values, and what follows from them.
+
+Source: INC `Fp8cfg.parse`, fp8_quant/_quant_common/quant_config.py (3.10), and
+`should_quantize`, fp8_quant/_core/utils.py.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, field_serializer, model_validator
+
+from gaudi_calib.config.method_form import (
+    MethodForm,
+    OneOf,
+    PositiveFloat,
+    RuleError,
+    StrictModel,
+    build_table,
+    with_backoffs,
+)
+from gaudi_calib.config.methods import SCALE_METHODS, MethodTable
+from gaudi_calib.config.rules import find_errors, find_warnings
+from gaudi_calib.errors import ConfigError, Finding
+from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device, get_device
+
+
+def _read_flag(value: object) -> object:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, bool):
+        return value
+    raise ValueError("use true or false")
+
+
+def _read_count(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _refuse_null(value: object) -> object:
+    if value is None:
+        raise ValueError("leave the key out")
+    return value
+
+
+def _refuse_bare_list(value: object) -> object:
+    if isinstance(value, str | list | tuple):
+        raise ValueError('use an object such as {"types": [], "names": ["lm_head"]}')
+    return value
+
+
+Flag = Annotated[
+    bool, BeforeValidator(_read_flag), WithJsonSchema({"enum": [True, False, "true", "false", "True", "False"]})
+]
+
+
+class NodeFilter(StrictModel):
+    """`allowlist` or `blocklist`.
+
+    Attributes:
+        types: class names of modules, compared as a whole.
+        names: regular expressions searched in node names.
+    """
+
+    types: list[str] = Field(default_factory=list)
+    names: list[str] = Field(default_factory=list)
+
+
+class ScaleParams(StrictModel):
+    """The documented way to change backoffs, which INC ignores since 3.5."""
+
+    input_backoff: Annotated[PositiveFloat | None, BeforeValidator(_refuse_null)] = None
+    weight_backoff: Annotated[PositiveFloat | None, BeforeValidator(_refuse_null)] = None
+
+
+Filter = Annotated[NodeFilter, BeforeValidator(_refuse_bare_list)]
+ScaleMethodField = Annotated[
+    Annotated[str, OneOf(*SCALE_METHODS), Tag("name")] | Annotated[MethodForm, Tag("table")],
+    Discriminator(lambda value: "table" if isinstance(value, dict | MethodForm) else "name"),
+]
+
+
+class QuantConfig(StrictModel):
+    """A valid QUANT_CONFIG. Make one with `parse_quant_config` of config.py.
+
+    Defaults are INC's. The order of the fields is that of the file. Upper case inside
+    (`MAXABS_HW`), the reference's spelling in the file (`maxabs_hw`).
+    """
+
+    method: Annotated[str, OneOf("HOOKS")] = "HOOKS"
+    mode: Annotated[str, OneOf("NONE", "QUANTIZE", "MEASURE", "SHAPE", "LOAD")] = "QUANTIZE"
+    observer: Annotated[str, OneOf("maxabs", "maxabs_per_channel", "shape", "save", exact_case=True)] = "maxabs"
+    scale_method: ScaleMethodField = "MAXABS_HW"
+    scale_format: Annotated[str, OneOf("CONST", "SCALAR")] = "SCALAR"
+    dynamic_quantization: Flag = False
+    allowlist: Filter = NodeFilter()
+    blocklist: Filter = NodeFilter()
+    quantize_weight: Flag = True
+    dump_stats_path: str = "stats"
+    calibration_sample_interval: Annotated[int, BeforeValidator(_read_count), Field(ge=0)] = 0
+    measure_exclude: Annotated[str, OneOf("NONE", "INPUT", "OUTPUT", "PARAMS", "ALL")] = "OUTPUT"
+    use_qdq: Flag = False
+    fake_quant: Flag = False
+    ignore_modules_wo_measures: Flag = False
+    recalc_scales: Flag = False
+    scale_params: ScaleParams = ScaleParams()
+    device_for_scales: Annotated[str | None, OneOf("GAUDI2", "GAUDI3")] = None
+    fp8_config: Annotated[str, OneOf("E4M3", "E5M2")] = "E4M3"
+    hp_dtype: Annotated[str, OneOf("BF16", "FP16", "FP32")] = "BF16"
+    measure_on_hpu: Flag = True
+    seperate_measure_files: Flag = True  # INC's spelling
+    row_parallel_linear_allreduce_quantization: Flag = False
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> "QuantConfig":
+        if findings := find_errors(self):
+            raise RuleError(findings)
+        return self
+
+    @field_serializer("scale_method")
+    def _write_scale_method(self, value: str | MethodForm) -> Any:
+        return value.model_dump(exclude_unset=True) if isinstance(value, MethodForm) else value.lower()
+
+    @field_serializer("scale_format")
+    def _write_scale_format(self, value: str) -> str:
+        return "scalar" if value == "SCALAR" else value
+
+    @field_serializer("allowlist", "blocklist")
+    def _write_filter(self, value: NodeFilter) -> dict[str, list[str]]:
+        return {"types": value.types, "names": value.names}
+
+    @property
+    def method_table(self) -> MethodTable:
+        """The scale method of every node, as INC reads it (without `scale_params`)."""
+        return build_table(self.scale_method)
+
+    @property
+    def uses_stats_files(self) -> bool:
+        """Whether INC reads or writes ranges: not for fixed scales, not for dynamic ones."""
+        fixed = all(method.is_fixed for method in self.method_table.methods)
+        return not ((self.dynamic_quantization or fixed) and self.mode in ("QUANTIZE", "LOAD"))
+
+    @property
+    def required_env(self) -> dict[str, str]:
+        """Environment variables without which serving with this config fails."""
+        static_per_channel = not self.dynamic_quantization and self.method_table.default.is_per_channel
+        return {"RUNTIME_SCALE_PATCHING": "0"} if static_per_channel else {}
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """What INC or vllm-gaudi silently changes or ignores."""
+        return find_warnings(self)
+
+    def is_blocked(self, name: str, class_name: str | None = None) -> bool:
+        """Tell whether INC leaves node `name` alone.
+
+        Args:
+            name: the node's name.
+            class_name: class of its module, to apply the lists of types.
+
+        >>> QuantConfig(blocklist={"names": ["lm_head"]}, dump_stats_path="out/inc").is_blocked("lm_head")
+        True
+        """
+        allow, block = self.allowlist, self.blocklist
+        allowed = not (allow.types or allow.names) or class_name in allow.types or _matches_any(allow.names, name)
+        return not allowed or class_name in block.types or _matches_any(block.names, name)
+
+
+def _matches_any(patterns: Iterable[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def match_patterns(patterns: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the nodes each pattern matches, in the order of `names`.
+
+    >>> match_patterns(["lm_head", "mlp"], ["model.layers.0.mlp.down_proj"])
+    {'lm_head': [], 'mlp': ['model.layers.0.mlp.down_proj']}
+    """
+    nodes = list(names)
+    return {pattern: [name for name in nodes if re.search(pattern, name)] for pattern in patterns}
+
+
+def find_idle_patterns(config: QuantConfig, names: Iterable[str]) -> list[Finding]:
+    """Return a finding for every name pattern of `config` that matches none of `names`.
+
+    Args:
+        names: all node names of the model, blocked ones included.
+    """
+    nodes = list(names)
+    return [
+        Finding(
+            f"{key}.names",
+            f"pattern {pattern!r} matches no node of the model",
+            fix="correct or remove it; `gaudi-calib config show` prints the lists in use",
+        )
+        for key in ("allowlist", "blocklist")
+        for pattern, matched in match_patterns(getattr(config, key).names, nodes).items()
+        if not matched
+    ]
+
+
+def get_scales_device(config: QuantConfig, device: Device) -> Device:
+    """Return the device whose FP8 range and free scales apply when `device` serves.
+
+    Raises:
+        ConfigError: `device_for_scales` asks for something other than Gaudi 2 scales of
+            MAXABS_HW on Gaudi 3.
+    """
+    if config.device_for_scales is None or config.device_for_scales == device.inc_name:
+        return device
+    chosen = get_device(config.device_for_scales)
+    methods = config.method_table.methods
+    if (chosen, device) != (GAUDI2, GAUDI3) or any(method.name != "MAXABS_HW" for method in methods):
+        raise ConfigError(
+            f"device_for_scales {config.device_for_scales} does not work on {device.name}"
+            f" with {config.method_table.file_tag.lower()}",
+            where="device_for_scales",
+            why="INC overrides the device only for Gaudi 2 scales on Gaudi 3, with maxabs_hw",
+            fix="remove device_for_scales",
+        )
+    return chosen
+
+
+def convert_backoffs(config: QuantConfig) -> QuantConfig:
+    """Return `config` with `scale_params` moved into a `scale_method` dict, the form INC obeys.
+
+    Backoffs that the method does not use are dropped; `config.warnings` tells.
+    """
+    content = config.model_dump(exclude_unset=True, exclude={"scale_params"})
+    if isinstance(config.scale_method, str):
+        method, given = config.method_table.default, config.scale_params
+        form = with_backoffs(
+            method.name,
+            input_backoff=given.input_backoff if method.activation.uses_backoff else None,
+            weight_backoff=given.weight_backoff if method.weight.uses_backoff else None,
+        )
+        if form.to_table().default != method:
+            content["scale_method"] = form.model_dump(exclude_unset=True)
+    return QuantConfig.model_validate(content)
+
+
+def with_dump_stats_path(config: QuantConfig, dump_stats_path: str | os.PathLike[str]) -> QuantConfig:
+    """Return `config` with ranges and scales at `dump_stats_path` (made absolute)."""
+    return config.model_copy(update={"dump_stats_path": os.path.abspath(dump_stats_path)})
+
+
+def to_content(config: QuantConfig) -> dict[str, Any]:
+    """Return what stands in the file: given keys only, backoffs in the form INC obeys."""
+    explicit = convert_backoffs(config).model_copy(update={"mode": config.mode})
+    return explicit.model_dump(mode="json", exclude_unset=True)
+
+
+def describe_scaling(config: QuantConfig, device: Device) -> dict[str, Any]:
+    """Return what scales depend on beside ranges and weights, as JSON values.
+
+    The name of a scale file tells only the default method; a manifest records this too.
+
+    Raises:
+        ConfigError: `device` cannot serve with this config.
+    """
+    explicit = convert_backoffs(config)
+    return {
+        "device": get_scales_device(config, device).name,
+        "scale_method": explicit.model_dump(mode="json", include={"scale_method"})["scale_method"],
+        "fp8_config": config.fp8_config,
+        "hp_dtype": config.hp_dtype,
+    }
+
+
+def describe_schema() -> Mapping[str, Any]:
+    """Return the JSON schema of QUANT_CONFIG, for editors."""
+    return QuantConfig.model_json_schema(mode="validation")

@@ -1,0 +1,1 @@
+"""What both engines share: magnitudes, attention, the FP8 cast, and the nodes made of what was seen."""

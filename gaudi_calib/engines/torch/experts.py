@@ -1,0 +1,292 @@
+"""Observing the routed experts of a layer, whose weights are read one expert at a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gaudi_calib.checkpoints.expert_weights import ExpertWeights
+from gaudi_calib.engines.observe.attention import max_magnitude
+from gaudi_calib.engines.torch.linear import chain_worlds, max_weight, require_finite_weight, sum_neighbours
+from gaudi_calib.models.modules import Experts
+from gaudi_calib.ranges.channels import ExpertChannels
+from gaudi_calib.ranges.topology import Topology
+
+# Weights of a layer's experts that stay in memory between batches, in compute dtype.
+_CACHE_BYTES = 2**30
+# Tokens kept per layer for experts that turn out to be cold.
+_SPARE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class ColdPolicy:
+    """What to do with experts that see too few tokens.
+
+    Attributes:
+        min_tokens: fewer tokens than that make an expert cold.
+        fill: send tokens of its layer through a cold expert alone, those the router likes best for it.
+    """
+
+    min_tokens: int = 1
+    fill: bool = False
+
+
+class ObservedExperts:
+    """Runs and observes one layer's experts in place of Hugging Face's experts module.
+
+    Attributes:
+        input: largest magnitude the fused op was given, shape (1,), or None.
+        channels: what was measured, in progress.
+    """
+
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        module: nn.Module,
+        topologies: Sequence[Topology],
+        dtype: torch.dtype,
+        tokens: int,
+    ):
+        """Prepare for `tokens` tokens, in batches of any size."""
+        self.weights, self.module, self.dtype = weights, module, dtype
+        self.input: torch.Tensor | None = None
+        count, channels = weights.count, weights.channels
+        self._intermediate = torch.zeros(count, channels)
+        self._gate_up, self._down = torch.zeros(count, channels), torch.zeros(count, channels)
+        self._tokens = torch.zeros(count, dtype=torch.int64)
+        self._filled = torch.zeros(count, dtype=torch.int64)
+        self._routing, self._bias = 0.0, 0.0
+        late = weights.facts.late_factor
+        self._late_factor = float(weights.checkpoint.config.get(late) or 1.0) if late else 1.0
+        self._slices = [_Sums(group) for group in _chain(topologies, dtype, by_expert=False)]
+        self._wholes = [_Sums(group) for group in _chain(topologies, dtype, by_expert=True)]
+        self._cache: dict[int, _Expert] = {}
+        self._spare: list[torch.Tensor] = []
+        self._step, self._passed = -(-tokens // _SPARE_TOKENS), 0
+
+    def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Route as the model does.
+
+        Args:
+            hidden: shape (tokens, hidden size).
+            index, weights: the experts of every token and their routing weights, shape (tokens, top k).
+
+        Returns:
+            Weighted sum of the experts' outputs, shape (tokens, hidden size).
+        """
+        self._observe_input(hidden)
+        self._routing = max(self._routing, float(weights.float().abs().sum(-1).max()))
+        out = torch.zeros_like(hidden)
+        for sums in (*self._slices, *self._wholes):
+            sums.start(hidden)
+        for expert in index.unique().tolist():
+            tokens, slot = torch.where(index == expert)
+            self._run_expert(expert, hidden[tokens], tokens, weights[tokens, slot, None], out)
+        for sums in (*self._slices, *self._wholes):
+            sums.finish()
+        self._keep_spare(hidden)
+        return out
+
+    def _observe_input(self, hidden: torch.Tensor) -> None:
+        lowest, highest = torch.aminmax(hidden)
+        largest = torch.maximum(highest, -lowest).view(1)
+        self.input = largest if self.input is None else torch.maximum(self.input, largest)
+
+    def _run_expert(
+        self, expert: int, x: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        loaded = self._load(expert)
+        self._tokens[expert] += len(tokens)
+        inner = self._observe_intermediate(expert, loaded, x)
+        slices = [_multiply_slices(inner, loaded, sums.world) for sums in self._slices]
+        # In float32 the product is formed as the sum of the slices' products, at no extra multiplications.
+        whole = slices[0].sum(0) if slices and self.dtype is torch.float32 else loaded.project(inner)
+        served = weights / self._late_factor
+        for sums, parts in zip(self._slices, slices, strict=True):
+            sums.add(slice(None), tokens, parts.mul_(served))
+        for sums in self._wholes:
+            rank = expert * sums.world // self.weights.count
+            sums.add(slice(rank, rank + 1), tokens, (whole * served).unsqueeze(0))
+        if self.weights.facts.scales_input:
+            result = loaded.project(self._observe_intermediate(expert, loaded, x * weights))
+        else:
+            result = whole * weights
+        _add_rows(out.unsqueeze(0), tokens, result.unsqueeze(0))
+
+    def _observe_intermediate(self, expert: int, loaded: "_Expert", x: torch.Tensor) -> torch.Tensor:
+        inner = _gate(self.module, nn.functional.linear(x, loaded.gate_up, loaded.gate_up_bias))
+        self._intermediate[expert] = torch.maximum(self._intermediate[expert], max_magnitude(inner, (0,)).float())
+        return inner
+
+    def find_damaged(self) -> dict[str, torch.Tensor]:
+        """Return the maxima of experts that are not finite, by the node of the layer they enter."""
+        damaged = (~torch.isfinite(self._intermediate).all(1)).nonzero().flatten().tolist()
+        return {f"{self.weights.node}.w2_list.{expert}": self._intermediate[expert] for expert in damaged}
+
+    def _load(self, expert: int) -> "_Expert":
+        if expert in self._cache:
+            return self._cache[expert]
+        loaded = self._read(expert)
+        if (len(self._cache) + 1) * loaded.size_bytes <= _CACHE_BYTES:
+            self._cache[expert] = loaded
+        return loaded
+
+    def _read(self, expert: int) -> "_Expert":
+        gate_up, down = self.weights.read_gate_up(expert), self.weights.read_down(expert)
+        rows = max_weight(gate_up, 1).float()
+        self._gate_up[expert] = self.weights.order_gate_up(rows).amax(0)
+        self._down[expert] = max_weight(down, 0).float()
+        for part, ranges in (("w13_list", self._gate_up), ("w2_list", self._down)):
+            require_finite_weight(f"{self.weights.node}.{part}.{expert}", ranges[expert])
+        biases = self.weights.read_biases(expert)
+        if biases is None:
+            return _Expert(gate_up.to(self.dtype), down.to(self.dtype))
+        self._bias = max(self._bias, float(biases[1].abs().max()))
+        return _Expert(gate_up.to(self.dtype), down.to(self.dtype), *(bias.to(self.dtype) for bias in biases))
+
+    def _keep_spare(self, hidden: torch.Tensor) -> None:
+        # Every so many tokens one, wherever batches end.
+        self._spare.append(hidden[-self._passed % self._step :: self._step].clone())
+        self._passed += len(hidden)
+
+    def fill_cold(self, router: torch.Tensor, policy: ColdPolicy) -> None:
+        """Read the experts no token reached, and send tokens through the cold ones.
+
+        Args:
+            router: the router's weight, shape (experts, hidden size).
+        """
+        spare = torch.cat(self._spare)
+        scores = spare.float() @ router.float().T
+        for expert in range(self.weights.count):
+            missing = policy.min_tokens - int(self._tokens[expert])
+            if missing <= 0:
+                continue
+            loaded = self._load(expert)
+            if policy.fill:
+                chosen = scores[:, expert].topk(min(missing, len(spare))).indices
+                self._observe_intermediate(expert, loaded, spare[chosen])
+                self._filled[expert] = len(chosen)
+
+    def finish(self) -> ExpertChannels:
+        """Return what was measured."""
+        for expert in range(self.weights.count):
+            if not self._gate_up[expert].any():
+                self._read(expert)
+        outputs = {
+            key: values.numpy() for sums in (*self._slices, *self._wholes) for key, values in sums.largest.items()
+        }
+        return ExpertChannels(
+            self._intermediate.numpy(),
+            self._gate_up.numpy(),
+            self._down.numpy(),
+            self._tokens.numpy(),
+            self._filled.numpy(),
+            self._routing / self._late_factor,
+            self._bias,
+            outputs,
+        )
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """One expert's weights: gate_up (2 * channels, hidden size), down (hidden size, channels), biases."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self.gate_up.nbytes + self.down.nbytes
+
+    def project(self, inner: torch.Tensor) -> torch.Tensor:
+        """Down projection of (tokens, channels), shape (tokens, hidden size)."""
+        return nn.functional.linear(inner, self.down, self.down_bias)
+
+
+def _multiply_slices(inner: torch.Tensor, loaded: _Expert, world: int) -> torch.Tensor:
+    """Down projections of every rank's channels, shape (world, tokens, hidden size)."""
+    width = inner.shape[1] // world
+    slices = loaded.down.unflatten(1, (world, width)).permute(1, 2, 0)
+    parts = torch.bmm(inner.unflatten(1, (world, width)).transpose(0, 1), slices)
+    if loaded.down_bias is not None:
+        parts[0] += loaded.down_bias  # vLLM keeps it on the first rank
+    return parts
+
+
+class _Sums:
+    """The sums that each rank computes, over worlds of which each divides the one before.
+
+    Attributes:
+        largest: topology key -> largest magnitude by rank, float32, shape (world,).
+    """
+
+    def __init__(self, topologies: list[Topology]):
+        self.topologies, self.world = topologies, topologies[0].world
+        self.largest = {one.key: torch.zeros(one.world) for one in topologies}
+        self._sums = torch.empty(0)
+
+    def start(self, hidden: torch.Tensor) -> None:
+        self._sums = hidden.new_zeros(self.world, *hidden.shape)
+
+    def add(self, ranks: slice, tokens: torch.Tensor, parts: torch.Tensor) -> None:
+        """Add one expert's parts of some tokens, shape (ranks, tokens, hidden size), to the sums of some ranks."""
+        _add_rows(self._sums[ranks], tokens, parts)
+
+    def finish(self) -> None:
+        """Take in the sums of one batch, and those of coarser worlds."""
+        sums = self._sums
+        for topology in self.topologies:
+            sums = sum_neighbours(sums, topology.world)
+            seen = self.largest[topology.key]
+            torch.maximum(seen, max_magnitude(sums, (1, 2)).float(), out=seen)
+        self._sums = torch.empty(0)
+
+
+def _add_rows(sums: torch.Tensor, rows: torch.Tensor, parts: torch.Tensor) -> None:
+    """Add (n, rows, width) to some rows of (n, all rows, width), in place."""
+    # Of matrices, `index_add_` sorts the rows and shares them out over threads, which takes many times longer.
+    sums.index_add_(1, rows, parts.to(sums.dtype))
+
+
+def _chain(topologies: Sequence[Topology], dtype: torch.dtype, *, by_expert: bool) -> list[list[Topology]]:
+    """Group topologies so that the sums of each follow from those of the one before; one rank goes with the finest."""
+    worlds = [one.world for one in topologies if one.world > 1 and one.expert_parallel == by_expert]
+    # Below float32 sums round, so each is formed on its own, as the devices would.
+    groups = chain_worlds(worlds) if dtype is torch.float32 else [[world] for world in worlds]
+    chains = [[Topology(world, by_expert) for world in group] for group in groups]
+    if by_expert and dtype is torch.float32 and chains:
+        chains[0].append(Topology(1))
+    elif by_expert:
+        chains.append([Topology(1)])
+    return chains
+
+
+def _gate(module: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
+    """Return act(gate) * up in the way of the family, shape (tokens, channels)."""
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(gate_up)  # type: ignore[operator]
+    gate, up = gate_up.chunk(2, dim=-1)
+    return module.act_fn(gate) * up  # type: ignore[operator]
+
+
+def attach_experts(layer: nn.Module, facts: Experts, observed: ObservedExperts) -> Callable[[], None]:
+    """Make `layer` call `observed` for its experts; return what undoes it."""
+    experts = layer.get_submodule(facts.module)
+    if not facts.scales_input:
+        experts.forward = lambda hidden, index, weights: observed(hidden, index, weights)
+        return lambda: experts.__dict__.pop("forward", None)
+    block: Any = layer.get_submodule(facts.module.rpartition(".")[0])
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Hugging Face's own block sends a copy of all tokens to every expert.
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        scores, logits = block.router(flat)
+        weights, index = scores.topk(block.top_k)
+        return block.shared_expert(flat) + observed(flat, index, weights), logits
+
+    block.forward = forward
+    return lambda: block.__dict__.pop("forward", None)

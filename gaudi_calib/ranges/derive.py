@@ -1,0 +1,150 @@
+"""What each rank of a topology sees of a model that was measured per channel."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from gaudi_calib.config.model import QuantConfig
+from gaudi_calib.errors import TopologyError, UsageError
+from gaudi_calib.fp8 import GAUDI2, Device
+from gaudi_calib.ranges.bf16 import round_to_bf16
+from gaudi_calib.ranges.channels import ChannelNode, ChannelRanges, ExpertChannels
+from gaudi_calib.ranges.experts import list_children
+from gaudi_calib.ranges.kvcache import apply_kv_cache
+from gaudi_calib.ranges.layer_types import find_layer_type
+from gaudi_calib.ranges.node import Node, Op, RankSet, find_op
+from gaudi_calib.ranges.topology import Topology
+
+# First vLLM whose fused expert ops are called `...experts.routed_experts.moe_op`; before, `...experts.moe_op`.
+ROUTED_EXPERTS_SINCE = (0, 24)
+
+
+def derive_world(
+    channels: ChannelRanges, topology: Topology, device: Device, config: QuantConfig, vllm: str | None = None
+) -> list[RankSet[Node]]:
+    """Return the ranges of every rank, with the caches' in the attention matmuls and without blocked nodes.
+
+    Args:
+        vllm: version of the vLLM that will serve, which decides what expert ops are called; None: a current one.
+
+    Raises:
+        TopologyError: a tensor does not divide over the ranks; names the node.
+    """
+    ranks = (derive_rank(channels, rank, topology, device) for rank in range(topology.world))
+    derived = [select_nodes(apply_kv_cache(rank_set), config) for rank_set in ranks]
+    return [_rename_experts(one) for one in derived] if parse_vllm_version(vllm) < ROUTED_EXPERTS_SINCE else derived
+
+
+def parse_vllm_version(vllm: str | None) -> tuple[int, ...]:
+    """Return (major, minor) of a version of vLLM; of None, that of a current one.
+
+    Raises:
+        UsageError: it is no version.
+
+    >>> parse_vllm_version("0.11.2")
+    (0, 11)
+    """
+    if vllm is None:
+        return ROUTED_EXPERTS_SINCE
+    parts = vllm.split(".")
+    if len(parts) < 2 or not all(part.isdecimal() for part in parts[:2]):
+        raise UsageError(f"{vllm!r} is not a version of vLLM", fix="give it as MAJOR.MINOR, for example 0.23")
+    return tuple(int(part) for part in parts[:2])
+
+
+def _rename_experts(rank_set: RankSet[Node]) -> RankSet[Node]:
+    """Call fused expert ops as older vLLM does."""
+
+    def rename(name: str) -> str:
+        return name.replace(".routed_experts.moe_op", ".moe_op")
+
+    nodes = {rename(name): node for name, node in rank_set.nodes.items()}
+    return replace(rank_set, nodes=nodes, modules=tuple(map(rename, rank_set.modules)))
+
+
+def select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
+    """Leave out the nodes that `config` blocks."""
+
+    def blocked(name: str) -> bool:
+        node = rank_set.nodes.get(name)
+        layer_type = None if node is None else find_layer_type(name, find_op(name, node))
+        return config.is_blocked(name, layer_type)
+
+    modules = tuple(name for name in rank_set.modules if not blocked(name))
+    nodes = {name: node for name, node in rank_set.nodes.items() if not blocked(name)}
+    return replace(rank_set, nodes=nodes, modules=modules)
+
+
+def derive_rank(channels: ChannelRanges, rank: int, topology: Topology, device: Device) -> RankSet[Node]:
+    """Return what a measurement with `topology` would have recorded on `rank`.
+
+    Args:
+        device: the device that will serve; decides which tensors pass through the
+            block-to-batch matmuls.
+
+    Returns:
+        Ranges of shape (1,), each a bf16 value.
+
+    Raises:
+        TopologyError: a tensor does not divide over the ranks; names the node.
+    """
+    nodes: dict[str, Node] = {}
+    absent: set[str] = set()
+    for name, node in channels.nodes.items():
+        try:
+            nodes[name] = _derive_node(node, rank, topology, device)
+            if node.experts is not None:
+                nodes |= _derive_experts(name, node.experts, rank, topology)
+                local = {f"{name}.{child}" for child in list_children(node.experts.count)} - nodes.keys()
+                absent |= local
+        except TopologyError as error:
+            raise TopologyError(f"{name}: {error.what}", fix=error.fix) from error
+    modules = tuple(name for name in channels.modules if name not in absent)
+    return RankSet(rank, topology.world, nodes, modules, channels.num_samples)
+
+
+def _derive_experts(name: str, experts: ExpertChannels, rank: int, topology: Topology) -> dict[str, Node]:
+    """Nodes of the weights of a rank's experts, numbered from 0; INC gives each a dummy input of 0."""
+    weights = [(gate_up, down) for _, gate_up, down in experts.by_expert(rank, topology)]
+    values = [one[0] for one in weights] + [one[1] for one in weights]
+    names = list_children(len(weights))
+    return {
+        f"{name}.{child}": Node(inputs=(_one(0.0),), weight=_one(value))
+        for child, value in zip(names, values, strict=True)
+    }
+
+
+def _derive_node(node: ChannelNode, rank: int, topology: Topology, device: Device) -> Node:
+    world = topology.world
+    inputs = [one.over_rank(rank, world) for one in node.inputs]
+    outputs = None if node.outputs is None else [one.over_rank(rank, world) for one in node.outputs]
+    if node.op is Op.ROW_PARALLEL_LINEAR and outputs is not None:
+        measured = node.partial_products.get(world)
+        outputs[0] = bound_partial_product(node, world) if measured is None else measured[rank % len(measured)]
+    if node.op is Op.B2B_MATMUL and device is GAUDI2 and node.softmax_sums is not None and outputs is not None:
+        sums = node.softmax_sums.over_rank(rank, world)
+        inputs[1], outputs[0] = max(inputs[1], sums), max(outputs[0], sums)
+    if node.experts is not None:
+        maxima = [intermediate for intermediate, _, _ in node.experts.by_expert(rank, topology)]
+        outputs = [node.experts.output(rank, topology), *maxima]
+    return Node(
+        inputs=tuple(_one(value) for value in inputs),
+        outputs=None if outputs is None else tuple(_one(value) for value in outputs),
+        weight=None if node.weight is None else _one(node.weight.over_rank(rank, world)),
+    )
+
+
+def bound_partial_product(node: ChannelNode, world: int) -> float:
+    """Return an upper bound of a row-parallel layer's partial products over `world` ranks.
+
+    The sum over a rank's input channels of input range times weight range: never
+    smaller than the truth, often much larger. For worlds that were not measured.
+    """
+    assert node.weight is not None
+    terms = node.inputs[0].values.astype(np.float64) * node.weight.values
+    ranks = (node.inputs[0].axis.slices(rank, world) for rank in range(world))
+    return float(max(sum(terms[part].sum() for part in parts) for parts in ranks))
+
+
+def _one(value: float) -> np.ndarray:
+    return round_to_bf16(np.array([value], dtype=np.float32))

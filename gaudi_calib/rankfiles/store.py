@@ -1,0 +1,318 @@
+"""Rank files on disk. The only way to and from nested lists and pickled npz.
+
+A rank's ranges (or scales) are one value, written twice:
+
+    {"NumSamples": 10, "GlobalRank": null, "LocalRank": 0, "Mode": "DynamicRange", "Nodes": {
+        "<module>": {"inputs": [[[x]], ...], "outputs": [[[x]], ...], "params": {"weight": [[x]]}}}}
+
+`.json` is for people. `.npz` holds the same dict, pickled under `arr_0` with float32
+arrays as leaves; it is all that INC reads. Keys that do not apply to ranges are
+absent. In a scale file `Mode` is `Scale`, every node has all three keys, a scale is a
+bare number, and a per-channel weight is {0: per output channel, 1: per input channel}.
+`_mod_list.json` lists the modules INC patched.
+
+Ranks of one world have the same nodes. Their files are then equal but for the numbers:
+the text and the opcodes in between are made once (json_form.py, pickle_form.py), and a
+file that consists of them is read without being parsed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gaudi_calib.errors import FileError
+from gaudi_calib.files import read_json
+from gaudi_calib.layout import RankFile, parse_rank_file
+from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
+from gaudi_calib.ranges.table import Inventory, RangeTable, ScaleTable, tabulate_ranges, tabulate_scales
+from gaudi_calib.rankfiles.background import BackgroundWriter
+from gaudi_calib.rankfiles.decode import RANGES_MODE, SCALES_MODE, decode_table, is_same_table
+from gaudi_calib.rankfiles.json_form import JsonForm, read_head, write_head
+from gaudi_calib.rankfiles.npz import load_value, pack_pickle, pack_value, read_pickle
+from gaudi_calib.rankfiles.pickle_form import Head, PickleForm, can_pickle_flat
+
+_json_form = lru_cache(maxsize=4)(JsonForm)
+_pickle_form = lru_cache(maxsize=4)(PickleForm)
+
+
+def write_rank_set(
+    directory: Path,
+    rank_set: RankSet[Node] | RankSet[ScaleNode],
+    *,
+    method: str | None = None,
+) -> list[Path]:
+    """Write one rank's `.json` and `.npz`, and for ranges `_mod_list.json`.
+
+    Args:
+        method: scale method in upper case for scales, None for ranges.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileError: a file cannot be written.
+    """
+    return write_rank_sets(directory, [rank_set], method=method)
+
+
+def write_rank_sets(
+    directory: Path, rank_sets: Sequence[RankSet[Node] | RankSet[ScaleNode]], *, method: str | None = None
+) -> list[Path]:
+    """Write several ranks like `write_rank_set`; what they have in common is made once."""
+    with BackgroundWriter() as writer:
+        return render_rank_sets(directory, rank_sets, writer, method=method)
+
+
+def render_rank_sets(
+    directory: Path,
+    rank_sets: Sequence[RankSet[Node] | RankSet[ScaleNode]],
+    writer: BackgroundWriter,
+    *,
+    method: str | None = None,
+) -> list[Path]:
+    """Hand the files of several ranks to `writer`, and return them."""
+    written = []
+    renderer = _Renderer(SCALES_MODE if method else RANGES_MODE)
+    for rank_set in rank_sets:
+        file = RankFile(dump=rank_set.dump, method=method, rank=rank_set.rank, world=rank_set.world)
+        json_path = directory / file.name
+        text, npz = renderer.render(rank_set)
+        writer.write(json_path, text)
+        writer.write(json_path.with_suffix(".npz"), npz)
+        written += [json_path, json_path.with_suffix(".npz")]
+        if method is None:
+            name = RankFile(dump=rank_set.dump, rank=rank_set.rank, world=rank_set.world, is_mod_list=True).name
+            writer.write(directory / name, renderer.render_modules(rank_set.modules))
+            written.append(directory / name)
+    return written
+
+
+def read_ranges(path: Path) -> RankSet[Node]:
+    """Read one rank's ranges from its `.json` (and `.npz` beside it, which wins for INC).
+
+    Raises:
+        FileError: a file is malformed, holds scales, or json and npz disagree.
+    """
+    return _read_rank(path, RANGES_MODE)
+
+
+def read_scales(path: Path) -> RankSet[ScaleNode]:
+    """Read one rank's scales; see `read_ranges`."""
+    return _read_rank(path, SCALES_MODE)
+
+
+def list_worlds(directory: Path, method: str | None = None) -> dict[int, dict[int, Path]]:
+    """Return the `.json` files of a directory by world and rank (ranges, or scales of `method`).
+
+    A file without a rank (INC without torch.distributed) counts as rank 0 of 1.
+
+    Raises:
+        FileError: the directory is missing.
+    """
+    if not directory.is_dir():
+        raise FileError(
+            "no such directory", where=directory, fix="give the <device> directory of a run, e.g. OUT/<model>/g3"
+        )
+    worlds: dict[int, dict[int, Path]] = {}
+    for path in sorted(directory.iterdir()):
+        file = parse_rank_file(path.name)
+        if file is None or file.is_mod_list or file.extension != "json" or file.method != method:
+            continue
+        if file.observer != "maxabs":
+            continue
+        worlds.setdefault(file.world or 1, {}).setdefault(file.rank or 0, path)
+    return dict(sorted(worlds.items()))
+
+
+def read_world_dir(directory: Path, world: int) -> list[RankSet[Node]]:
+    """Read the ranges of all ranks of `world`, in rank order.
+
+    Raises:
+        FileError: a rank's file is missing or malformed.
+    """
+    worlds = list_worlds(directory)
+    files = worlds.get(world, {})
+    missing = [rank for rank in range(world) if rank not in files]
+    if missing:
+        raise FileError(
+            f"no ranges of rank {missing[0]} of {world}" + (f" (nor of {len(missing) - 1} more)" * (len(missing) > 1)),
+            where=directory / RankFile(rank=missing[0], world=world).name,
+            why=f"the directory holds ranges of world size {', '.join(map(str, worlds)) or 'none'}",
+            fix=f"run `gaudi-calib measure -t {world}`, or name a world size that is there",
+        )
+    return read_world_files([files[rank] for rank in range(world)])
+
+
+def read_world_files(paths: Sequence[Path]) -> list[RankSet[Node]]:
+    """Read ranges of ranks of one world; those with the nodes of the first share its inventory.
+
+    Raises:
+        FileError: see `read_ranges`.
+    """
+    ranks: list[RankSet[Node]] = []
+    for path in paths:
+        like = tabulate_ranges(ranks[0].nodes).inventory if ranks else None
+        ranks.append(_read_rank(path, RANGES_MODE, like))
+    return ranks
+
+
+def _read_rank(path: Path, mode: str, like: Inventory | None = None) -> RankSet[Any]:
+    """Read a rank's json and npz, and require that they agree.
+
+    Args:
+        like: nodes that the rank probably has.
+    """
+    file = parse_rank_file(path.name)
+    if file is None:
+        raise FileError(
+            "not the name of a rank file", where=path, fix="expected inc_output_hooks_maxabs_<rank>_<world>.json"
+        )
+    found = None if like is None else _match_rank(path, mode, like)
+    table, samples = found or _parse_rank(path, mode)
+    if like is not None and table.inventory.equals(like):
+        table.inventory = like
+    modules = _read_modules(path, file, tuple(table)) if mode == RANGES_MODE else ()
+    return RankSet(file.rank or 0, file.world or 1, table, modules, samples, file.dump)
+
+
+def _match_rank(path: Path, mode: str, like: Inventory) -> tuple[RangeTable, int | None] | None:
+    """Read a rank whose files consist of the fixed parts of `like` and numbers, or return None."""
+    npz = path.with_suffix(".npz")
+    if not (path.is_file() and npz.is_file()):
+        return None
+    text = path.read_bytes()
+    head = read_head(text)
+    if head is None or head.mode != mode or not can_pickle_flat(like, head):
+        return None
+    values = _pickle_form(like, counts_samples=head.num_samples is not None).match(head, read_pickle(npz))
+    if values is None:
+        return None
+    is_same = _json_form(like).write(head, values) == text
+    return (RangeTable(like, values), head.num_samples) if is_same else None
+
+
+def _parse_rank(path: Path, mode: str) -> tuple[RangeTable | ScaleTable, int | None]:
+    """Read any rank: the json by parsing, the npz by comparing or by the restricted unpickler."""
+    value, npz = read_json(path.with_suffix(".json")), path.with_suffix(".npz")
+    table = decode_table(path, value, mode)
+    if not npz.is_file():
+        return table, value.get("NumSamples")
+    pickled = read_pickle(npz)
+    head = Head(mode, value.get("LocalRank", 0), value.get("NumSamples"))
+    if _is_head(head) and not _others(table) and can_pickle_flat(table.inventory, head):
+        values = _pickle_form(table.inventory, counts_samples=head.num_samples is not None).match(head, pickled)
+        if values is not None and np.array_equal(values, table.numbers, equal_nan=True):
+            return table, head.num_samples
+    loaded = load_value(pickled, npz)
+    stored = decode_table(npz, loaded, mode)
+    if not is_same_table(table, stored):
+        raise FileError(
+            f"{path.stem}.json and .npz hold different values",
+            where=path,
+            why="INC reads only the .npz; somebody edited the .json, or one of them is from another run",
+            fix="restore the pair, or measure again",
+        )
+    return stored, {**value, **loaded}.get("NumSamples")
+
+
+def _is_head(head: Head) -> bool:
+    return type(head.local_rank) is int and type(head.num_samples) in (int, type(None))
+
+
+def _others(table: RangeTable | ScaleTable) -> Mapping[str, ScaleNode]:
+    return table.others if isinstance(table, ScaleTable) else {}
+
+
+def _read_modules(path: Path, file: RankFile, names: tuple[str, ...]) -> tuple[str, ...]:
+    mod_list = path.with_name(RankFile(file.dump, file.observer, None, file.rank, file.world, is_mod_list=True).name)
+    return tuple(read_json(mod_list)) if mod_list.is_file() else names
+
+
+class _Renderer:
+    """Content of rank files; parts that consecutive ranks share are kept."""
+
+    def __init__(self, mode: str):
+        self._mode = mode
+        self._last: RangeTable | ScaleTable | None = None
+        self._text, self._stream = b"", b""
+        self._modules: tuple[tuple[str, ...], str] | None = None
+
+    def render(self, rank_set: RankSet[Any]) -> tuple[bytes, bytes]:
+        """Return the json and the npz of one rank."""
+        is_range = self._mode == RANGES_MODE
+        table = tabulate_ranges(rank_set.nodes) if is_range else tabulate_scales(rank_set.nodes)
+        head = Head(self._mode, rank_set.rank, rank_set.num_samples)
+        if _others(table) or not can_pickle_flat(table.inventory, head):
+            return _render_nested(rank_set, self._mode)
+        json_form = _json_form(table.inventory)
+        pickle_form = _pickle_form(table.inventory, counts_samples=head.num_samples is not None)
+        if self._last is None or not _is_one_table(self._last, table):
+            self._last, self._text, self._stream = table, b"", pickle_form.fill(table.numbers)
+            text = json_form.write(head, table.numbers)
+        else:
+            self._text = self._text or json_form.fill(table.numbers)
+            text = write_head(head).encode() + self._text
+        return text, pack_pickle(pickle_form.finish(head, self._stream))
+
+    def render_modules(self, modules: tuple[str, ...]) -> str:
+        """Return the text of `_mod_list.json`."""
+        if self._modules is None or self._modules[0] is not modules:
+            names = ",\n    ".join(map(encode_basestring_ascii, modules))
+            self._modules = (modules, f"[\n    {names}\n]" if modules else "[]")
+        return self._modules[1]
+
+
+def _is_one_table(left: RangeTable | ScaleTable, right: RangeTable | ScaleTable) -> bool:
+    return left.inventory is right.inventory and left.numbers is right.numbers
+
+
+def _render_nested(rank_set: RankSet[Any], mode: str) -> tuple[bytes, bytes]:
+    """The plain way, for what has a number per channel."""
+    encode = _encode_ranges if mode == RANGES_MODE else _encode_scales
+    value: dict[str, Any] = {} if rank_set.num_samples is None else {"NumSamples": rank_set.num_samples}
+    value |= {
+        "GlobalRank": None,
+        "LocalRank": rank_set.rank,
+        "Mode": mode,
+        "Nodes": {name: encode(node) for name, node in rank_set.nodes.items()},
+    }
+    return json.dumps(_to_lists(value), indent=4).encode(), pack_value(value)
+
+
+def _encode_ranges(node: Node) -> dict[str, Any]:
+    value: dict[str, Any] = {"inputs": [_matrix(one) for one in node.inputs]}
+    if node.outputs is not None:
+        value["outputs"] = [_matrix(one) for one in node.outputs]
+    if node.weight is not None:
+        value["params"] = {"weight": _matrix(node.weight)}
+    return value
+
+
+def _matrix(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values, dtype=np.float32).reshape(-1, 1)
+
+
+def _encode_scales(node: ScaleNode) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    if isinstance(node.weight, PerChannelWeight):
+        params["weight"] = {0: np.float32(node.weight.out_channels), 1: np.float32(node.weight.in_channels)}
+    elif node.weight is not None:
+        params["weight"] = np.asarray(node.weight, dtype=np.float32)
+    return {
+        "inputs": [np.asarray(scale, dtype=np.float32) for scale in node.inputs],
+        "outputs": tuple(np.asarray(scale, dtype=np.float32) for scale in node.outputs),
+        "params": params,
+    }
+
+
+def _to_lists(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _to_lists(one) for key, one in value.items()}
+    return [_to_lists(one) for one in value] if isinstance(value, (list, tuple)) else value

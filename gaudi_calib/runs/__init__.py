@@ -1,0 +1,1 @@
+"""Commands over directories: a file is called as the command it implements."""

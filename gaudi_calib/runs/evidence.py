@@ -1,0 +1,162 @@
+"""Whether the ranks of a world held different experts, or slices of the same: found out, never assumed.
+
+A maximum over ranks is right for slices and mixes experts otherwise. Files do not say which
+it is; these do, the weightiest first:
+
+1. `calibration_manifest.json` beside the ranges, where it covers the world;
+2. the number of experts of the model (`channel_ranges.safetensors` of the run, `config.json`):
+   a rank that has them all holds slices;
+3. idle experts (experts.py).
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gaudi_calib.errors import FileError, TopologyError
+from gaudi_calib.files import read_json
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME
+from gaudi_calib.ranges.experts import detect_expert_parallel
+from gaudi_calib.ranges.unify import World
+
+# Key of a manifest's notes: whether experts were split by expert, by world size.
+NOTE = "expert_parallel"
+_COUNT_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+
+
+class Evidence(NamedTuple):
+    """A reason to take ranks as expert-parallel, or not.
+
+    Attributes:
+        expert_parallel: what it says.
+        reason: where it comes from, for messages.
+    """
+
+    expert_parallel: bool
+    reason: str
+
+
+def find_evidence(directory: Path, world: World, model: Path | None = None) -> list[Evidence]:
+    """Return what the surroundings of the ranges in `directory` say, the weightiest first.
+
+    Args:
+        model: the checkpoint, whose config.json tells the number of experts.
+
+    Raises:
+        TopologyError: the ranks have neither all experts of the model nor their share.
+        FileError: a file that should tell is damaged.
+    """
+    if not world.layers:
+        return []
+    found = [_ask_manifest(directory / MANIFEST_NAME, len(world.ranks))]
+    channels = directory.resolve().parent / CHANNEL_RANGES_NAME
+    if channels.is_file():
+        found.append(_compare_count(world, count_channel_experts(channels), channels))
+    if model is not None:
+        found.append(_compare_count(world, count_config_experts(model / "config.json"), model / "config.json"))
+    return [one for one in found if one is not None]
+
+
+def settle_expert_parallel(world: World, flag: bool | None, evidence: Sequence[Evidence] = ()) -> bool:
+    """Return whether the ranks of `world` hold different experts; False for a model without any.
+
+    Args:
+        flag: what the user says, or None.
+        evidence: what the surroundings say, the weightiest first.
+
+    Raises:
+        TopologyError: nothing tells, or two sources contradict each other.
+    """
+    if not world.layers:
+        return False
+    found = list(evidence)
+    by_data = detect_expert_parallel(world.tables, world.layers)
+    if by_data is not None:
+        same = (
+            "other experts are idle on some ranks than on others" if by_data else "the same experts are idle everywhere"
+        )
+        found.append(Evidence(by_data, f"the ranges: {same}"))
+    if flag is not None:
+        found.append(Evidence(flag, "--expert-parallel" if flag else "--no-expert-parallel"))
+    if len({one.expert_parallel for one in found}) > 1:
+        told = [f"{'expert' if one.expert_parallel else 'tensor'} parallel according to {one.reason}" for one in found]
+        raise TopologyError(
+            "it is not clear how the experts were split over the ranks",
+            where=world.layers[0].op,
+            why="; ".join(told),
+            fix="drop the flag if it was a mistake; otherwise the files are from different runs: measure again",
+        )
+    if not found:
+        raise TopologyError(
+            "it is not clear how the experts were split over the ranks",
+            where=world.layers[0].op,
+            why="every expert saw tokens on every rank, so rank 1's expert 0 may be a slice of rank 0's or another "
+            "expert; a wrong guess would mix the ranges of different experts",
+            fix="give --expert-parallel if each rank held experts of its own, --no-expert-parallel if each held a "
+            "slice of all, or --model DIR, whose config.json tells the number of experts",
+        )
+    return found[0].expert_parallel
+
+
+def count_channel_experts(path: Path) -> int | None:
+    """Return the experts per layer in the header of a `channel_ranges.safetensors`, None where it has no such layer.
+
+    Raises:
+        FileError: the file is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+        nodes = json.loads(header["__metadata__"]["channel_ranges"])["nodes"]
+        counts = {facts["experts"]["count"] for facts in nodes.values() if "experts" in facts}
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{path.name} is damaged", where=path, why=str(error), fix="measure again") from error
+    return counts.pop() if len(counts) == 1 else None
+
+
+def count_config_experts(path: Path) -> int | None:
+    """Return the experts per layer that a model's config.json states, or None.
+
+    Raises:
+        FileError: the file is missing or not JSON.
+    """
+    content: Any = read_json(path)
+    for part in (content, content.get("text_config") or {}) if isinstance(content, dict) else ():
+        for key in _COUNT_KEYS:
+            if isinstance(part.get(key), int):
+                return part[key]
+    return None
+
+
+def _ask_manifest(path: Path, world: int) -> Evidence | None:
+    if not path.is_file():
+        return None
+    from gaudi_calib.manifest import read_manifest
+
+    manifest = read_manifest(path).good
+    if manifest is None:
+        return None
+    noted = manifest.notes.get(NOTE, {}).get(str(world))
+    if noted is None and world in (manifest.topology.measured_world, *manifest.topology.worlds):
+        noted = manifest.topology.expert_parallel
+    return None if noted is None else Evidence(noted, path.name)
+
+
+def _compare_count(world: World, count: int | None, path: Path) -> Evidence | None:
+    ranks = len(world.ranks)
+    if count is None or ranks == 1:
+        return None
+    local = {layer.size for layer in world.layers}
+    if local == {count}:
+        return Evidence(False, f"{path.name}: each rank has all {count} experts")
+    if {one * ranks for one in local} == {count}:
+        return Evidence(True, f"{path.name}: each rank has a share of the {count} experts")
+    raise TopologyError(
+        f"ranks with {', '.join(map(str, sorted(local)))} experts are not those of a model with {count}",
+        where=path,
+        why=f"{ranks} ranks have {count} experts each, or {count} together",
+        fix="check that the ranges are of this model, and measure all ranks in one run",
+    )

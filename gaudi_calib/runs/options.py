@@ -1,0 +1,90 @@
+"""What to calibrate, and how: the options of a run, and which of them go together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gaudi_calib.errors import UsageError
+from gaudi_calib.fp8 import DEVICES
+from gaudi_calib.layout import RunLayout
+from gaudi_calib.ranges.derive import parse_vllm_version
+
+if TYPE_CHECKING:
+    from gaudi_calib.engines.vllm_runner.phases import EngineOptions
+
+COLD_POLICIES = ("fill", "ignore", "error")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to calibrate, and how. Relative paths count from the caller's directory.
+
+    Attributes:
+        model: directory or hub name of the checkpoint.
+        out: root of the runs (-o); this run's files go to `out/<model>/`.
+        dataset: arguments of `prepare_prompts` beside the model.
+        world: ranks that will serve (-t).
+        unified_world: a second world to write (-r); divides `world`.
+        devices: devices that will serve.
+        engine: `auto`, `torch` or `vllm`.
+        platform: what measures now, `hpu`, `cuda` or `cpu`.
+        engine_options: how the `vllm` engine runs, or None for its defaults.
+        batch_size: sequences that run together, at most.
+        dtype: what the model is served in.
+        expert_parallel: whether ranks hold whole experts (-u); None: as the family is served.
+        vllm: version of the vLLM that will serve, or None for a current one.
+        cold_experts: what to do with experts that see fewer than `min_expert_tokens` tokens:
+            `fill`, `ignore` or `error`.
+        compute_dtype: `float32` or `bfloat16`, the arithmetic of the measurement.
+        scale_method: a published method, in any case; None for maxabs_hw, or what
+            `quant_config` says.
+        measure_config, quant_config: QUANT_CONFIG files in place of the family's presets.
+    """
+
+    model: str
+    out: Path
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+    world: int = 1
+    unified_world: int | None = None
+    devices: tuple[str, ...] = tuple(DEVICES)
+    engine: str = "auto"
+    platform: str = "cpu"
+    engine_options: "EngineOptions | None" = None
+    batch_size: int = 32
+    dtype: str = "bfloat16"
+    compute_dtype: str = "float32"
+    expert_parallel: bool | None = None
+    vllm: str | None = None
+    cold_experts: str = "fill"
+    min_expert_tokens: int = 16
+    scale_method: str | None = None
+    measure_config: Path | None = None
+    quant_config: Path | None = None
+
+    @property
+    def layout(self) -> RunLayout:
+        return RunLayout(self.out.expanduser().resolve(), self.model)
+
+    @property
+    def worlds(self) -> tuple[int, ...]:
+        return tuple(sorted({self.world, self.unified_world or self.world}))
+
+
+def check_options(options: RunOptions) -> None:
+    """Raise UsageError where options contradict each other or name something unknown."""
+    if options.engine not in ("auto", "torch", "vllm"):
+        raise UsageError(f"unknown engine {options.engine!r}", fix="choose auto, torch or vllm")
+    if options.world < 1 or options.world % (options.unified_world or 1):
+        raise UsageError(
+            f"cannot unify {options.world} ranks into {options.unified_world}",
+            why="-r must divide -t",
+            fix="choose a divisor of -t for -r",
+        )
+    if options.cold_experts not in COLD_POLICIES:
+        raise UsageError(
+            f"unknown policy {options.cold_experts!r} for cold experts", fix="choose fill, ignore or error"
+        )
+    parse_vllm_version(options.vllm)
+    if options.scale_method and options.quant_config:
+        raise UsageError("--scale-method and --config-quant both name the scale method", fix="give one of them")

@@ -1,0 +1,30 @@
+"""`gaudi-calib postprocess`: KV-cache ranges into the attention matmuls, for every rank of a directory."""
+
+from pathlib import Path
+
+from gaudi_calib.errors import FileError
+from gaudi_calib.files import stage_files
+from gaudi_calib.ranges.kvcache import apply_kv_cache
+from gaudi_calib.rankfiles.background import BackgroundWriter
+from gaudi_calib.rankfiles.store import list_worlds, read_world_files, render_rank_sets
+
+
+def postprocess_dir(directory: Path, out: Path) -> list[Path]:
+    """Apply `apply_kv_cache` to every rank of every world in `directory`.
+
+    Args:
+        out: where the results go; may be `directory` itself.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileError: no ranges in `directory`, or one is malformed; nothing is written.
+    """
+    worlds = list_worlds(directory).values()
+    if not worlds:
+        raise FileError("no ranges to postprocess", where=directory, fix="run `gaudi-calib measure` first")
+    rank_sets = [apply_kv_cache(one) for ranks in worlds for one in read_world_files(list(ranks.values()))]
+    with stage_files(out) as staging, BackgroundWriter() as writer:
+        written = render_rank_sets(staging, rank_sets, writer)
+    return [out / path.name for path in written]

@@ -1,0 +1,127 @@
+"""From the channel ranges of one measurement to the rank files of any topology, exactly and without the model."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from gaudi_calib.config.model import QuantConfig
+from gaudi_calib.config.presets import read_quant_config
+from gaudi_calib.errors import FileError, TopologyError
+from gaudi_calib.files import stage_files
+from gaudi_calib.fp8 import DEVICES, get_device
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME
+from gaudi_calib.manifest import Manifest, read_manifest
+from gaudi_calib.ranges.channels import ChannelRanges
+from gaudi_calib.ranges.derive import derive_world
+from gaudi_calib.ranges.topology import Topology
+from gaudi_calib.rankfiles.channel_file import read_channel_ranges
+from gaudi_calib.rankfiles.store import write_rank_sets
+from gaudi_calib.runs.provenance import record_conversion
+from gaudi_calib.runs.unify import set_aside_scales
+
+_log = logging.getLogger(__name__)
+
+
+# Key of a manifest's notes: version of the vLLM whose names the files have, where it was chosen.
+VLLM_NOTE = "vllm"
+
+
+def reshard_dir(
+    run: Path,
+    world: int,
+    *,
+    expert_parallel: bool | None = None,
+    devices: Sequence[str] | None = None,
+    out: Path | None = None,
+    vllm: str | None = None,
+) -> list[Path]:
+    """Write the ranges of every one of `world` ranks, as a measurement with so many would have left them.
+
+    Args:
+        run: the run directory (`OUT/<model>`), or one of its device directories.
+        expert_parallel: whether ranks hold whole experts; None: as the run's manifest says.
+        devices: names of devices; None: those the run has.
+        out: a run directory for the results; None: `run` itself.
+        vllm: as for `derive_world`; None: as the run's manifest says.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileError: no channel ranges, or they are damaged.
+        TopologyError: the model does not divide over the ranks, or it is not known how they share experts.
+    """
+    run, devices = _find_run(run, devices)
+    channels = read_channel_ranges(run / CHANNEL_RANGES_NAME)
+    written: list[Path] = []
+    results = {}
+    for name in devices:
+        manifest = _read_manifest(run / name)
+        topology = Topology(world, _choose_sharing(run, manifest, channels, world, expert_parallel))
+        version = vllm or (manifest.notes.get(VLLM_NOTE) if manifest else None)
+        ranks = derive_world(channels, topology, get_device(name), _read_config(run, name, manifest), version)
+        results[name] = topology, ranks
+        if not channels.is_measured(topology):
+            _log.warning(
+                "The outputs of row-parallel layers and experts were not measured for %d ranks; "
+                "upper bounds stand in (measure with -t %d for the values)",
+                *(world, world),
+            )
+    for name, (topology, ranks) in results.items():
+        source, target = run / name, (out or run) / name
+        target.mkdir(parents=True, exist_ok=True)
+        split = topology.expert_parallel if channels.has_experts else None
+        with record_conversion(source, target, world, expert_parallel=split), stage_files(target) as staging:
+            names = [path.name for path in write_rank_sets(staging, ranks)]
+            set_aside_scales(target, staging, world, set(names))
+        written += [target / one for one in names]
+    return written
+
+
+def _find_run(run: Path, devices: Sequence[str] | None) -> tuple[Path, Sequence[str]]:
+    if not (run / CHANNEL_RANGES_NAME).is_file() and (run.parent / CHANNEL_RANGES_NAME).is_file():
+        devices, run = devices or [run.name], run.parent
+    if not (run / CHANNEL_RANGES_NAME).is_file():
+        raise FileError(
+            f"no {CHANNEL_RANGES_NAME}",
+            where=run,
+            why="only the torch engine writes it; rank files alone cannot be resharded exactly",
+            fix="give the run directory (OUT/<model>), or use `gaudi-calib expand`, whose ranges are upper bounds",
+        )
+    found = devices or [name for name in DEVICES if (run / name).is_dir()]
+    return run, found or list(DEVICES)
+
+
+def _read_config(run: Path, device: str, manifest: Manifest | None) -> QuantConfig:
+    path = run / f"maxabs_measure_{device}.json"
+    if path.is_file():
+        return read_quant_config(path)
+    recorded = manifest.config.get("measure") if manifest else None  # all there is of runs that were merged
+    if recorded is None:
+        raise FileError(
+            f"no {path.name}",
+            where=path,
+            why="it says which nodes are blocked",
+            fix=f"copy it beside {CHANNEL_RANGES_NAME}, or measure for {device}",
+        )
+    return QuantConfig.model_validate(recorded)
+
+
+def _read_manifest(directory: Path) -> Manifest | None:
+    path = directory / MANIFEST_NAME
+    return read_manifest(path).good if path.is_file() else None
+
+
+def _choose_sharing(
+    run: Path, manifest: Manifest | None, channels: ChannelRanges, world: int, given: bool | None
+) -> bool:
+    if given is not None or world == 1 or not channels.has_experts:
+        return bool(given) and channels.has_experts
+    if manifest is None:
+        raise TopologyError(
+            "it is not known how the ranks share the experts",
+            where=run,
+            why=f"there is no {MANIFEST_NAME} that says how the model is served",
+            fix="give --expert-parallel (ranks hold whole experts) or --no-expert-parallel (a slice of each)",
+        )
+    return manifest.topology.expert_parallel

@@ -1,0 +1,234 @@
+"""The steps of a run that vLLM does: it writes the files of every rank itself.
+
+They stand in for measuring channels and deriving ranks from them, and on a Gaudi, where INC
+computes the scales, for that as well. What a phase wrote is read back and checked before it counts.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gaudi_calib.config.model import QuantConfig, find_idle_patterns, with_dump_stats_path
+from gaudi_calib.config.presets import write_quant_config
+from gaudi_calib.errors import CalibrationError, FileError, RangeError, UsageError
+from gaudi_calib.files import scratch_directory
+from gaudi_calib.fp8 import Device
+from gaudi_calib.layout import DUMP_NAME, RankFile
+from gaudi_calib.ranges.kvcache import apply_kv_cache
+from gaudi_calib.ranges.node import Node, RankSet
+from gaudi_calib.ranges.unify import gather_world, unify_ranks
+from gaudi_calib.rankfiles.store import read_scales, read_world_dir, write_rank_set
+from gaudi_calib.runs.options import RunOptions
+from gaudi_calib.runs.run import Run
+
+if TYPE_CHECKING:
+    from gaudi_calib.engines.vllm_runner.phases import PhaseName, Target
+
+_log = logging.getLogger(__name__)
+
+LOGS = "logs"
+
+# Prompt attention is either fused or naive; the modules of the other way never run.
+_ALTERNATIVES = ("softmax", "fused_scaled_dot_product_attention")
+_SHOWN = 3
+
+
+def settle_engine(options: RunOptions) -> RunOptions:
+    """Return `options` with the engine that measures, the platform it runs on and the devices it can measure for.
+
+    Raises:
+        UsageError: a Gaudi measures for itself only, and another is asked for.
+        CalibrationError: see `detect_apart`.
+    """
+    if options.engine == "torch":
+        return _without_vllm(options)
+    from gaudi_calib.engines.vllm_runner.platforms import detect_apart
+
+    platform = detect_apart()
+    if options.engine == "auto" and platform.name != "hpu":
+        return _without_vllm(options)
+    if find_spec("vllm") is None:
+        raise CalibrationError(
+            "vLLM is not installed",
+            where="--engine vllm",
+            fix="install vllm with vllm-gaudi on a Gaudi, `pip install 'gaudi-calib[cpu]'` on a CPU, "
+            "or give --engine torch",
+        )
+    settled = replace(options, engine="vllm", platform=platform.name)
+    if platform.device is None:
+        return settled
+    name = platform.device.name
+    if name not in options.devices:
+        raise UsageError(
+            f"this is a {name}, and files for {', '.join(options.devices)} are asked for",
+            why="ranges measured on a Gaudi are those of its own arithmetic",
+            fix=f"leave --device out, or give --engine torch, which measures for both ({name} included)",
+        )
+    if options.devices != (name,):
+        _log.warning("Measured on %s: only its files are written. --engine torch writes those of both", name)
+    return replace(settled, devices=(name,))
+
+
+def _without_vllm(options: RunOptions) -> RunOptions:
+    from gaudi_calib.engines.vllm_runner.phases import EngineOptions
+
+    given = options.engine_options
+    if given is not None and replace(given, enforce_eager=False) != EngineOptions():
+        _log.warning("Options of the vllm engine have no effect: the torch engine measures")
+    return replace(options, engine="torch")
+
+
+def computes_scales(options: RunOptions) -> bool:
+    """Whether vLLM computes the scales, too: INC does, on a Gaudi."""
+    return options.engine == "vllm" and options.platform == "hpu"
+
+
+def measure_ranks(run: Run) -> None:
+    """Measure the ranges of every rank with vLLM."""
+    world, unified = run.options.world, run.options.unified_world
+    for device in run.devices:
+        config = run.measure_configs[device.name]
+        for finding in find_idle_patterns(config, run.plan.node_names):
+            run.warn(f"{finding.what} ({finding.where})")
+        _run_phase(run, "measure", device, config)
+        ranks = [apply_kv_cache(one) for one in _read_measured(run, device)]
+        run.ranges[device.name, world] = ranks
+        if unified and unified != world:
+            joined = unify_ranks(gather_world(ranks), unified, expert_parallel=run.expert_parallel)
+            run.ranges[device.name, unified] = joined
+        for rank_set in (one for size in run.options.worlds for one in run.ranges[device.name, size]):
+            write_rank_set(run.staging / device.name, rank_set)
+        write_quant_config(run.staging / run.layout.measure_config(device.name).name, config)
+
+
+def quantize_ranks(run: Run) -> None:
+    """Compute the scales of every rank with INC."""
+    for device in run.devices:
+        config = run.quant_configs[device.name]
+        _run_phase(run, "quantize", device, config)
+        tag = config.method_table.file_tag
+        for rank_set in run.ranges[device.name, run.options.world]:
+            name = RankFile(method=tag, rank=rank_set.rank, world=rank_set.world).name
+            written = run.staging / device.name / name
+            if not written.with_suffix(".npz").is_file():
+                raise FileError(
+                    f"rank {rank_set.rank} of {rank_set.world} wrote no scales",
+                    where=_find_log(run, device, "quantize"),
+                    why=f"the quantize phase ended well, but INC left no {name}",
+                    fix="read the log; INC writes scales while the model is loaded",
+                )
+            _require_finite_scales(written)
+            run.record_scales(device, rank_set, [written, written.with_suffix(".npz")])
+
+
+def _run_phase(run: Run, name: "PhaseName", device: Device, config: QuantConfig) -> None:
+    from gaudi_calib.engines.vllm_runner.cluster import require_cluster
+    from gaudi_calib.engines.vllm_runner.phases import EngineOptions, plan_phase
+    from gaudi_calib.engines.vllm_runner.process import run_phase
+
+    assert run.prompts is not None
+    options = replace(
+        run.options.engine_options or EngineOptions(),
+        batch_size=run.options.batch_size,
+        trust_remote_code=bool(run.options.dataset.get("trust_remote_code")),
+    )
+    with _staged_config(run, name, device, config) as (path, staged):
+        platform, target = run.options.platform, _describe_target(run)
+        phase = plan_phase(name, platform, staged, path, target, run.prompts.token_ids, options)
+        if phase.settings.args.get("distributed_executor_backend") == "ray":
+            require_cluster(platform, target.world)
+        report = run_phase(phase, _find_log(run, device, name))
+    _log.info("%s: %d prompts, %d new tokens", name, report["prompts"], report["new_tokens"])
+
+
+@contextmanager
+def _staged_config(run: Run, name: str, device: Device, config: QuantConfig) -> Iterator[tuple[Path, QuantConfig]]:
+    """Yield a QUANT_CONFIG whose files go to the staging directory; all nodes must see it."""
+    directory = run.staging / device.name
+    directory.mkdir(exist_ok=True)
+    staged = with_dump_stats_path(config, directory / DUMP_NAME)
+    with scratch_directory(run.layout.root) as scratch:
+        path = scratch / f"maxabs_{name}_{device.name}.json"
+        write_quant_config(path, staged)
+        yield path, staged
+
+
+def _describe_target(run: Run) -> "Target":
+    from gaudi_calib.engines.vllm_runner.phases import Target
+
+    model = run.plan.checkpoint.config
+    context = model.get("max_position_embeddings")
+    return Target(
+        run.plan.checkpoint.directory,
+        run.options.world,
+        run.plan.family,
+        expert_parallel=run.expert_parallel,
+        quantization=run.plan.checkpoint.quantization or None,
+        modules=run.plan.node_names,
+        context=context if isinstance(context, int) else None,
+    )
+
+
+def _find_log(run: Run, device: Device, phase: str) -> Path:
+    return run.layout.device_dir(device.name) / LOGS / f"{phase}.log"
+
+
+def _read_measured(run: Run, device: Device) -> Sequence[RankSet[Node]]:
+    """Return what the ranks wrote, after checking that it is whole.
+
+    Raises:
+        FileError: a rank's file is missing. TopologyError: ranks have different nodes.
+        RangeError: a range is not finite, or a module that serving needs never ran.
+    """
+    ranks = gather_world(read_world_dir(run.staging / device.name, run.options.world)).ranks
+    for rank_set in ranks:
+        silent = [name for name in rank_set.modules if name not in rank_set.nodes]
+        silent = [name for name in silent if name.rpartition(".")[2] not in _ALTERNATIVES]
+        if silent:
+            raise RangeError(
+                f"{len(silent)} modules of rank {rank_set.rank} of {rank_set.world} never ran: "
+                + ", ".join(silent[:_SHOWN]),
+                where=_find_log(run, device, "measure"),
+                why="vLLM would fail where it needs one of them and it was not quantized",
+                fix="generate more (--max-new-tokens), or give more prompts; -l limits them",
+            )
+    _cover_experts(run, ranks)
+    return ranks
+
+
+def _cover_experts(run: Run, ranks: Sequence[RankSet[Node]]) -> None:
+    """Fail or warn where an expert saw no token, as -u and --cold-experts say."""
+    idle = [
+        f"{name} expert {index} (rank {rank_set.rank})"
+        for rank_set in ranks
+        for name, node in rank_set.nodes.items()
+        if name in run.plan.experts
+        for index, output in enumerate((node.outputs or ())[1:])
+        if not np.any(output)
+    ]
+    if not idle:
+        return
+    what = f"{len(idle)} experts saw no token: {', '.join(idle[:_SHOWN])}"
+    fix = "give more and more varied prompts, or measure with --engine torch, which sends such experts tokens"
+    if run.options.cold_experts == "error":
+        raise RangeError(what, where=run.layout.root, why="their ranges are 0", fix=fix)
+    run.warn(f"{what}; their ranges are 0, and serving them goes wrong. {fix.capitalize()}")
+
+
+def _require_finite_scales(path: Path) -> None:
+    for name, node in read_scales(path).nodes.items():
+        weight = getattr(node.weight, "out_channels", node.weight)
+        values = [*node.inputs, *node.outputs, *([] if weight is None else [weight])]
+        if not all(np.isfinite(np.asarray(value, dtype=np.float32)).all() for value in values):
+            raise RangeError(
+                f"a scale of {name} is not finite",
+                where=path,
+                why="with pow2 and arbitrary methods a range of 0 gives it",
+                fix="measure with prompts that reach this module, or use maxabs_hw",
+            )

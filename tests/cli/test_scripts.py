@@ -1,0 +1,261 @@
+"""The reference's script names and flags, run as a user runs them: from another directory, as processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.support import paths
+from tests.support.tiny import make_tiny_model
+
+ROOT = paths.ROOT
+SCRIPTS = ROOT / "scripts"
+RANKS_OF_TWO = {"_0_2.json", "_0_2.npz", "_0_2_mod_list.json", "_1_2.json", "_1_2.npz", "_1_2_mod_list.json"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny checkpoint `Model` and a file `prompts.jsonl` of token ids."""
+    directory = tmp_path_factory.mktemp("scripts")
+    make_tiny_model("llama", directory / "Model")
+    rows = [{"prompt_token_ids": [1 + (7 * row + i) % 50 for i in range(8)]} for row in range(6)]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """A directory for PATH that holds `gaudi-calib`, of this interpreter and this checkout."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    script = directory / "gaudi-calib"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gaudi_calib "$@"\n')
+    script.chmod(0o755)
+    return directory
+
+
+def run(words: list[object], cwd: Path, **env: object) -> subprocess.CompletedProcess[str]:
+    """Run a script with the environment's additions `env`."""
+    clean = {name: value for name, value in os.environ.items() if name != "QUANT_CONFIG"}
+    full = {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in env.items()}}
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=cwd, env=full, check=False)
+
+
+def run_step(name: str, words: list[object], cwd: Path, **env: object) -> subprocess.CompletedProcess[str]:
+    """Run `scripts/step-<name>.py`."""
+    return run([sys.executable, SCRIPTS / f"step-{name}.py", *words], cwd, **env)
+
+
+def write_config(path: Path, **attributes: object) -> Path:
+    """Write a QUANT_CONFIG file."""
+    lists = {"allowlist": {"types": [], "names": []}, "blocklist": {"types": [], "names": []}}
+    path.write_text(json.dumps({"observer": "maxabs", **lists, **attributes}))
+    return path
+
+
+def node_names(path: Path) -> set[str]:
+    """Return the names of the nodes in a rank file."""
+    return set(json.loads(path.read_text())["Nodes"])
+
+
+CALIBRATE = SCRIPTS / "calibrate_model.sh"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "-m is missing"),
+        (["-d", "x", "-o", "y"], "-m is missing"),
+        (["-m", "x", "-o", "y"], "-d is missing"),
+        (["-m", "x", "-d", "y"], "-o is missing"),
+        (["-m", "x", "-d", ""], "-d is missing"),
+        (["-m"], "-m needs a value"),
+        (["-m", "x", "-q"], "no such option: -q"),
+        (["-m", "x", "-d", "y", "stray", "-o", "z"], "unexpected argument: stray"),
+        (["stray"], "unexpected argument: stray"),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else None,
+)
+def test_calibrate_model_checks_its_flags_one_by_one(words: list[str], message: str, tmp_path: Path) -> None:
+    """Each required flag has its own message with a fix; the exit code is 2 and nothing is written."""
+    result = run([CALIBRATE, *words], tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"Error: {message}\n  fix:   ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["-h"], ["--help"], ["-m", "x", "-h"]], ids=" ".join)
+def test_calibrate_model_help_wants_no_argument(words: list[str], tmp_path: Path) -> None:
+    """`-h` prints every flag on stdout and succeeds."""
+    result = run([CALIBRATE, *words], tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert all(f"\n  -{flag} " in result.stdout for flag in "mdobltrueh")
+
+
+def test_calibrate_model_says_how_to_install(tmp_path: Path) -> None:
+    """Without the program, in PATH or in the clone's .venv, the message names the way to get it."""
+    copy = tmp_path / "clone" / "scripts" / "calibrate_model.sh"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(CALIBRATE.read_bytes())
+    result = run(["bash", copy, "-m", "x", "-d", "y", "-o", "z"], tmp_path, PATH="/usr/bin:/bin")
+    assert result.returncode == 2
+    assert "gaudi-calib is not installed" in result.stderr
+    assert "make venv" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "passed"),
+    [
+        ([], []),
+        (["-b", "4", "-l", "8", "-t", "2", "-r", "1"], ["-b", "4", "-l", "8", "-t", "2", "-r", "1"]),
+        (["-u", "-e"], ["-u", "-e"]),
+        (["--", "--device", "g2"], ["--device", "g2"]),
+    ],
+    ids=["none", "values", "switches", "after --"],
+)
+def test_calibrate_model_passes_every_flag_on(extra: list[str], passed: list[str], tmp_path: Path) -> None:
+    """What the user gave reaches `gaudi-calib calibrate` word by word, spaces included, in the user's directory."""
+    program = tmp_path / "bin" / "gaudi-calib"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\npwd\nfor word; do echo "$word"; done\n')
+    program.chmod(0o755)
+    given = ["-m", "my model", "-d", "builtin", "-o", "out"]
+    result = run([CALIBRATE, *given, *extra], tmp_path, PATH=f"{program.parent}:/usr/bin:/bin")
+    assert result.stdout.splitlines() == [str(tmp_path), "calibrate", *given, *passed]
+
+
+def test_calibrate_model_writes_a_run_beside_its_caller(tiny: Path, program: Path, tmp_path: Path) -> None:
+    """Relative paths are the caller's; both worlds and devices have ranges and scales; the end says how to serve."""
+    words = ["-m", "Model", "-d", "prompts.jsonl", "-o", tmp_path / "out", "-t", "2", "-r", "1"]
+    result = run([CALIBRATE, *words], tiny, PATH=f"{program}:{os.environ['PATH']}")
+    assert result.returncode == 0, result.stderr
+    root = tmp_path / "out" / "model"
+    for device in ("g2", "g3"):
+        names = {path.name for path in (root / device).iterdir()}
+        assert {f"inc_output_hooks_maxabs{end}" for end in RANKS_OF_TWO} <= names
+        assert {"inc_output_hooks_maxabs_0_1.npz", "inc_output_hooks_maxabs_MAXABS_HW_0_1.npz"} <= names
+        assert f"QUANT_CONFIG={root}/maxabs_quant_{device}.json" in result.stdout
+    assert "vllm serve" in result.stdout
+
+
+def test_a_failing_calibration_keeps_its_exit_code(tiny: Path, program: Path, tmp_path: Path) -> None:
+    """The shell never turns a failure into success."""
+    words = ["-m", tiny / "Model", "-d", "missing.jsonl", "-o", tmp_path / "out"]
+    result = run([CALIBRATE, *words], tmp_path, PATH=f"{program}:{os.environ['PATH']}")
+    assert result.returncode == 1
+    assert "missing.jsonl" in result.stderr
+    assert not (tmp_path / "out" / "model" / "g3" / "inc_output_hooks_maxabs_0_1.npz").exists()
+
+
+def test_step_0_fails_without_a_gaudi(tmp_path: Path) -> None:
+    """No device is no exit code 2 or 3, which mean Gaudi 2 and Gaudi 3."""
+    result = run_step("0-detect-device", [], tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "no Gaudi on this machine" in result.stderr
+
+
+@pytest.mark.parametrize("digit", [2, 3])
+def test_step_0_returns_the_generation(digit: int, tmp_path: Path) -> None:
+    """On a Gaudi the exit code is its generation, as calibrate_model.sh of the reference reads it."""
+    module = tmp_path / "habana_frameworks" / "torch" / "hpu.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(f"is_available = lambda: True\nget_device_name = lambda: 'GAUDI{digit}'\n")
+    result = run_step("0-detect-device", [], tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert (result.returncode, result.stdout) == (digit, f"g{digit}\n"), result.stderr
+
+
+def test_step_1_writes_what_step_2_reads(tiny: Path, tmp_path: Path) -> None:
+    """NAME-calibration-dataset.pkl holds one row of token ids per sample, cut to the model length."""
+    words = ["-m", tiny / "Model", "-d", tiny / "prompts.jsonl", "-o", "name", "--max-dataset-samples", 3]
+    result = run_step("1-prepare-calibration-dataset", [*words, "--max-model-length", 5], tmp_path)
+    assert result.returncode == 0, result.stderr
+    table = pd.read_pickle(tmp_path / "name-calibration-dataset.pkl")
+    assert [len(ids) for ids in table["prompt_token_ids"]] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("name", ["2-measure-scales", "4-quantize-scales"])
+def test_steps_that_need_quant_config_say_so(name: str, tiny: Path, tmp_path: Path) -> None:
+    """Without QUANT_CONFIG the two steps exit with 2 and how to set it."""
+    dataset = ["-d", tiny / "prompts.jsonl"] if name.startswith("2") else []
+    result = run_step(name, ["--model", tiny / "Model", *dataset], tmp_path)
+    assert result.returncode == 2
+    assert "QUANT_CONFIG is not set" in result.stderr
+
+
+def test_steps_2_to_6_honour_quant_config_in_the_layout_of_a_run(tiny: Path, tmp_path: Path) -> None:
+    """dump_stats_path and blocklist of QUANT_CONFIG decide where the files go and what is in them."""
+    directory = tmp_path / "out" / "model" / "g2"
+    dump = {"dump_stats_path": str(directory / "inc_output")}
+    measure = write_config(tmp_path / "m.json", mode="MEASURE", **dump | {"blocklist": blocked("lm_head")})
+    words = ["-m", tiny / "Model", "-d", tiny / "prompts.jsonl", "--tensor-parallel-size", 2]
+    result = run_step("2-measure-scales", words, tmp_path, QUANT_CONFIG=measure)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in directory.glob("*hooks*")} == {
+        f"inc_output_hooks_maxabs{end}" for end in RANKS_OF_TWO
+    }
+    assert not any("lm_head" in name for name in node_names(directory / "inc_output_hooks_maxabs_0_2.json"))
+    assert not (tmp_path / "out" / "model" / "g3").exists()
+
+    result = run_step("3-postprocess-measure", ["-m", directory, "-o", directory, "-d"], tmp_path)
+    assert result.returncode == 0, result.stderr
+
+    quantize = write_config(
+        tmp_path / "q.json", mode="QUANTIZE", scale_method="maxabs_pow2", **dump | {"blocklist": blocked("down_proj")}
+    )
+    words = ["--model", tiny / "Model", "--tensor-parallel-size", 2]
+    result = run_step("4-quantize-scales", words, tmp_path, QUANT_CONFIG=quantize)
+    assert result.returncode == 0, result.stderr
+    names = node_names(directory / "inc_output_hooks_maxabs_MAXABS_POW2_1_2.json")
+    assert any("o_proj" in name for name in names)
+    assert not any("down_proj" in name for name in names)
+
+    result = run_step("5-unify_measurements", ["-m", directory, "-r", 1, "-o", directory, "-u"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (directory / "inc_output_hooks_maxabs_MAXABS_POW2_0_1.npz").is_file()
+    result = run_step("6-expand-measurements", ["-m", directory, "-w", 4, "-o", tmp_path / "four"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    ends = ("_3_4.npz", "_MAXABS_POW2_3_4.npz")
+    assert {path.name for path in (tmp_path / "four").glob("*_3_4.npz")} == {
+        f"inc_output_hooks_maxabs{end}" for end in ends
+    }
+    assert (directory / "inc_output_hooks_maxabs_0_1_mod_list.json").is_file()
+
+
+def blocked(*names: str) -> Mapping[str, list[str]]:
+    """Return a blocklist of names."""
+    return {"types": [], "names": list(names)}
+
+
+def test_steps_2_and_4_honour_any_dump_stats_path(tiny: Path, tmp_path: Path) -> None:
+    """A path that is no run's layout, relative to the caller, gets files of its own name and nothing else."""
+    measure = write_config(tmp_path / "m.json", mode="MEASURE", dump_stats_path="./hqt_output/measure")
+    dataset = ["-d", tiny / "prompts.jsonl", "--device", "g3"]
+    result = run_step("2-measure-scales", ["-m", tiny / "Model", *dataset], tmp_path, QUANT_CONFIG=measure)
+    assert result.returncode == 0, result.stderr
+    quantize = write_config(
+        tmp_path / "q.json", mode="QUANTIZE", scale_method="maxabs_hw", dump_stats_path="./hqt_output/measure"
+    )
+    words = ["--model", tiny / "Model", "--device", "g3", "--gpu-memory-utilization", 0.5]
+    result = run_step("4-quantize-scales", words, tmp_path, QUANT_CONFIG=quantize)
+    assert result.returncode == 0, result.stderr
+    assert "no effect with the torch engine: --gpu-memory-utilization" in result.stderr
+    ends = ("_0_1.json", "_0_1.npz", "_0_1_mod_list.json", "_MAXABS_HW_0_1.json", "_MAXABS_HW_0_1.npz")
+    assert {path.name for path in (tmp_path / "hqt_output").iterdir()} == {f"measure_hooks_maxabs{end}" for end in ends}
+    content = np.load(tmp_path / "hqt_output" / "measure_hooks_maxabs_0_1.npz", allow_pickle=True)["arr_0"].item()
+    assert content["Nodes"]
+
+
+def test_step_2_wants_a_device_it_can_know(tiny: Path, tmp_path: Path) -> None:
+    """Off Gaudi, with a path that names no device, the step asks instead of guessing."""
+    measure = write_config(tmp_path / "m.json", mode="MEASURE", dump_stats_path="./hqt_output/measure")
+    words = ["-m", tiny / "Model", "-d", tiny / "prompts.jsonl"]
+    result = run_step("2-measure-scales", words, tmp_path, QUANT_CONFIG=measure)
+    assert result.returncode == 1
+    assert "--device g2 or --device g3" in result.stderr
+    assert not (tmp_path / "hqt_output").exists()

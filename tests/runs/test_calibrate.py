@@ -1,0 +1,358 @@
+"""The whole run, through the command line in a child process, and what happens when it goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gaudi_calib.errors import ModelError
+from gaudi_calib.layout import parse_rank_file
+from gaudi_calib.manifest import check_scales_fresh, read_manifest
+from gaudi_calib.rankfiles.store import list_worlds, read_ranges, read_scales, read_world_dir
+from gaudi_calib.runs.calibrate import RunOptions, calibrate, list_files, measure, quantize
+from gaudi_calib.runs.postprocess import postprocess_dir
+from gaudi_calib.runs.unify import unify_dir
+from tests.support import paths
+from tests.support.tiny import make_tiny_model
+
+GOLDEN = paths.GOLDEN / "llama-tiny"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """The prompts and continuations of the golden run, as token ids: no tokenizer is needed."""
+    tokens = json.loads((GOLDEN / "tp1" / "tokens.json").read_text())
+    pairs = zip(tokens["prompt_token_ids"], tokens["generated_token_ids"], strict=True)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt_token_ids": [*ids, *more[:-1]]}) + "\n" for ids, more in pairs))
+    return path
+
+
+def options(data: Path, **changes) -> RunOptions:
+    facts = {"model": str(GOLDEN / "model"), "out": data.parent / "out", "dataset": {"dataset": str(data)}}
+    return RunOptions(**{**facts, **changes})
+
+
+def run_cli(*words: object, **changes) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gaudi_calib", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **changes)
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Content of every file below `directory` but the manifests."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "calibration_manifest.json"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(("device", "world"), [("g2", 1), ("g3", 1), ("g2", 2)])
+def test_run_has_the_structure_of_real_files(device: str, world: int, dataset: Path):
+    """Names, order, modules, structure and (but for sampled or decode-only nodes) values are those of a real run."""
+    golden = GOLDEN / f"tp{world}" / device
+    result = calibrate(options(dataset, world=world, devices=(device,)))
+    ours = result.root / device
+    for path in golden.iterdir():
+        assert (ours / path.name).is_file(), path.name
+    for rank in range(world):
+        name = f"inc_output_hooks_maxabs_{rank}_{world}"
+        for suffix in ("", "_mod_list"):
+            written, real = (json.loads((one / f"{name}{suffix}.json").read_text()) for one in (ours, golden))
+            if suffix:
+                assert written == real
+        measured, real = (read_ranges(one / f"{name}.json") for one in (ours, golden))
+        assert list(measured.nodes) == list(real.nodes)
+        for node, expected in real.nodes.items():
+            _compare_ranges(node, measured.nodes[node], expected)
+        scales, expected_scales = (
+            read_scales(one / f"inc_output_hooks_maxabs_MAXABS_HW_{rank}_{world}.json") for one in (ours, golden)
+        )
+        assert list(scales.nodes) == list(expected_scales.nodes)
+
+
+def _compare_ranges(name: str, measured, expected):
+    """Same shape everywhere; values within bf16 noise, except that more positions can only be larger."""
+    assert len(measured.inputs) == len(expected.inputs)
+    assert (measured.outputs is None) == (expected.outputs is None)
+    assert measured.outputs is None or len(measured.outputs) == len(expected.outputs)
+    if expected.weight is not None:
+        assert measured.weight == expected.weight
+    sampled = any(part in name for part in ("matmul", "lm_head", "fused_scaled"))
+    for ours, theirs in zip(measured.inputs, expected.inputs, strict=True):
+        assert ours[0] >= theirs[0] * 0.97, name
+        assert sampled or ours[0] == pytest.approx(theirs[0], rel=0.03), name
+    if expected.weight is not None and expected.outputs is not None:
+        assert measured.outputs[0][0] == pytest.approx(expected.outputs[0][0], rel=0.03), name
+
+
+def test_one_measurement_serves_both_devices_and_several_worlds(dataset: Path):
+    """`-t 2 -r 1` writes two worlds for two devices, fresh, recorded, and nothing else."""
+    wanted = options(dataset, world=2, unified_world=1)
+    expected = sorted(list_files(wanted))
+    result = calibrate(wanted)
+    found = sorted(path for path in result.root.rglob("*") if path.is_file())
+    assert found == expected
+    for device in ("g2", "g3"):
+        manifest = read_manifest(result.root / device / "calibration_manifest.json")
+        assert (manifest.status, manifest.topology.worlds, manifest.dataset.prompts) == ("ok", [1, 2], 3)
+        assert check_scales_fresh(manifest, result.root / device) == []
+        config = json.loads(result.quant_configs[device].read_text())
+        assert config["dump_stats_path"] == str(result.root / device / "inc_output")
+    g2, g3 = (
+        read_scales(result.root / device / "inc_output_hooks_maxabs_MAXABS_HW_0_1.json").nodes
+        for device in ("g2", "g3")
+    )
+    assert {scale for node in g2.values() for scale in node.inputs} <= {2.0**-8, 2.0**-4, 1.0, 2.0**4}
+    assert g2 != g3
+
+
+def test_quantize_adds_worlds_and_methods_later(dataset: Path):
+    """A world that was not written is derived from the channel ranges; earlier files stay."""
+    root = measure(options(dataset, world=2)).root
+    assert list_worlds(root / "g3") == {
+        2: {rank: root / f"g3/inc_output_hooks_maxabs_{rank}_2.json" for rank in (0, 1)}
+    }
+    before = snapshot(root)
+    method = "ACT_MAXABS_HW_WEIGHTS_PCS_MAXABS_POW2"
+    result = quantize(options(dataset, world=4, scale_method=method.lower()))
+    assert before.items() <= snapshot(root).items()
+    assert result.env["RUNTIME_SCALE_PATCHING"] == "0"
+    assert sorted(list_worlds(root / "g3", method)[4]) == [0, 1, 2, 3]
+    weight = (
+        read_scales(root / f"g3/inc_output_hooks_maxabs_{method}_1_4.json").nodes["model.layers.0.mlp.down_proj"].weight
+    )
+    assert weight.out_channels.shape == (256,) and weight.in_channels.shape == (128,)
+    assert read_manifest(root / "g3/calibration_manifest.json").history[0].command
+
+
+def test_scales_are_not_computed_for_another_checkpoint(dataset: Path, tmp_path: Path):
+    """Weights that changed since the measurement, under the same path, are noticed; the files stay."""
+    directory = make_tiny_model("llama", tmp_path / "model")
+    root = measure(options(dataset, model=str(directory), devices=("g3",))).root
+    before = snapshot(root)
+    make_tiny_model("llama", tmp_path / "other", seed=1)
+    os.replace(tmp_path / "other/model.safetensors", directory / "model.safetensors")
+    with pytest.raises(ModelError, match="measured on another checkpoint"):
+        quantize(options(dataset, model=str(directory), devices=("g3",)))
+    assert snapshot(root) == before
+
+
+@pytest.mark.parametrize("method", ["unit_scale", "maxabs_pcs_pow2"])
+def test_methods_without_measurement_need_no_data(method: str, dataset: Path):
+    """Fixed and dynamic scales get a QUANT_CONFIG only; the dataset is not even read."""
+    result = calibrate(options(dataset, scale_method=method, dataset={"dataset": "missing.jsonl"}))
+    config = json.loads(result.quant_configs["g3"].read_text())
+    assert config["scale_method"] == method
+    assert config.get("dynamic_quantization", False) == (method == "maxabs_pcs_pow2")
+    assert not list(result.root.rglob("*_hooks_*"))
+
+
+def test_blocklist_of_a_custom_config_is_obeyed(dataset: Path, tmp_path: Path):
+    """Blocked nodes are in neither ranges, module list nor scales; a pattern that matches nothing is reported."""
+    config = tmp_path / "measure.json"
+    lists = {"blocklist": {"types": [], "names": ["self_attn", "no_such"]}, "dump_stats_path": "x/inc"}
+    config.write_text(json.dumps({"mode": "MEASURE", "observer": "maxabs", **lists}))
+    result = measure(options(dataset, measure_config=config, devices=("g2",)))
+    (ranges,) = read_world_dir(result.root / "g2", 1)
+    assert sorted({name.split(".")[3] for name in ranges.modules if "layers" in name}) == ["mlp"]
+    assert list(ranges.nodes) == list(ranges.modules)
+    assert any("'no_such' matches no node" in warning for warning in result.warnings)
+
+
+def test_postprocess_is_idempotent_and_equals_the_reference(tmp_path: Path):
+    """Cache ranges reach the attention matmuls, in place or elsewhere, once or twice."""
+    out = tmp_path / "once"
+    postprocess_dir(GOLDEN / "tp1/g2", out)
+    ours, reference = (
+        read_ranges(path / "inc_output_hooks_maxabs_0_1.json") for path in (out, GOLDEN / "postprocessed")
+    )
+    assert repr(ours.nodes) == repr(dict(reference.nodes))
+    before = snapshot(out)
+    postprocess_dir(out, out)
+    assert snapshot(out) == before
+
+
+def test_unify_takes_the_maximum_over_ranks(tmp_path: Path):
+    """Two ranks into one: elementwise maximum, and a module list so that it can be unified again."""
+    written = unify_dir(GOLDEN / "tp2/g2", 1, tmp_path)
+    assert sorted(path.name for path in written) == sorted(
+        f"inc_output_hooks_maxabs_{end}"
+        for end in ("0_1.json", "0_1.npz", "0_1_mod_list.json", "MAXABS_HW_0_1.json", "MAXABS_HW_0_1.npz")
+    )
+    first, second = read_world_dir(GOLDEN / "tp2/g2", 2)
+    (merged,) = read_world_dir(tmp_path, 1)
+    assert merged.modules == first.modules
+    for name, node in merged.nodes.items():
+        pairs = zip(node.inputs, first.nodes[name].inputs, second.nodes[name].inputs, strict=True)
+        assert all(one == np.maximum(left, right) for one, left, right in pairs)
+
+
+def test_expand_is_undone_by_unify(tmp_path: Path):
+    """Every rank gets the whole's ranges, and their maximum is the whole's again; the files keep their name."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in (GOLDEN / "tp1/g3").glob("inc_output_hooks_maxabs_0_1*"):
+        (source / path.name.replace("inc_output", "mine")).write_bytes(path.read_bytes())
+    assert run_cli("expand", "-m", source, "-w", 4, "-o", tmp_path / "four").returncode == 0
+    assert run_cli("unify", "-m", tmp_path / "four", "-r", 1, "-o", tmp_path / "one").returncode == 0
+    before, after = (read_ranges(one / "mine_hooks_maxabs_0_1.json") for one in (source, tmp_path / "one"))
+    assert repr(after) == repr(before)
+    run = run_cli("expand", "-m", tmp_path / "four", "-w", 8)
+    assert run.returncode == 1 and "no ranges of rank 0 of 1" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "inc_output_hooks_maxabs_1_2.json").unlink(), "no ranges of rank 1 of 2"),
+        (lambda d: _change(d, lambda nodes: nodes.popitem()), "has no node 'lm_head'"),
+        (
+            lambda d: _change(d, lambda nodes: nodes["lm_head"].update(inputs=[[[float("nan")]]])),
+            "not finite on rank 1",
+        ),
+        (lambda d: _change(d, lambda nodes: nodes["lm_head"]["inputs"].append([[1.0]])), "different number of inputs"),
+    ],
+    ids=["missing rank", "missing node", "nan", "another shape"],
+)
+def test_unify_refuses_ranks_that_do_not_fit(damage, message: str, tmp_path: Path):
+    """A gap on any rank is an error that names it, and nothing is written."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for path in (GOLDEN / "tp2/g2").glob("*.json"):
+        (source / path.name).write_bytes(path.read_bytes())
+    damage(source)
+    run = run_cli("unify", "-m", source, "-r", 1, "-o", tmp_path / "out")
+    assert run.returncode == 1 and message in run.stderr and "fix:" in run.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def _change(directory: Path, change: Callable):
+    path = directory / "inc_output_hooks_maxabs_1_2.json"
+    value = json.loads(path.read_text())
+    change(value["Nodes"])
+    path.write_text(json.dumps(value))
+
+
+def _bad_inputs(dataset: Path) -> dict[str, tuple[Sequence[object], int, str]]:
+    """Words that replace the good ones, the exit code and what the message says."""
+    tmp = dataset.parent
+    lines = dataset.read_text().splitlines()
+    (tmp / "long.jsonl").write_text(json.dumps({"prompt_token_ids": [1] * 3000}) + "\n")
+    (tmp / "columns.jsonl").write_text('{"question_text": "why?"}\n')
+    (tmp / "empty.jsonl").write_text("")
+    (tmp / "broken.jsonl").write_text(lines[0] + "\n{\n")
+    (tmp / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch evil'\ntR.")
+    (tmp / "nothing").mkdir()
+    alien = make_tiny_model("llama", tmp / "alien")
+    (alien / "config.json").write_text((alien / "config.json").read_text().replace('"llama"', '"mamba9"'))
+    return {
+        "misspelt flag": (["--divice", "g2"], 2, "--device"),
+        "misspelt scale method": (["--scale-method", "maxabs_hv"], 1, "maxabs_hw"),
+        "missing model": (["-m", tmp / "nowhere"], 1, "no model directory"),
+        "model without safetensors": (["-m", tmp / "nothing"], 1, "no config.json"),
+        "unknown family": (["-m", alien], 1, "families.py"),
+        "malicious pickle": (["-d", tmp / "evil.pkl"], 1, "system"),
+        "missing dataset": (["-d", tmp / "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        "dataset without the columns": (["-d", tmp / "columns.jsonl"], 1, "question_text"),
+        "empty dataset": (["-d", tmp / "empty.jsonl"], 1, "empty"),
+        "malformed line": (["-d", tmp / "broken.jsonl"], 1, "line 2"),
+        "prompt longer than the context": (["-d", tmp / "long.jsonl"], 1, "3000"),
+        "world that does not divide": (["-t", 3], 1, "does not divide over 3"),
+        "unify that does not divide": (["-t", 4, "-r", 3], 2, "cannot unify"),
+    }
+
+
+def test_bad_input_is_refused_and_the_last_result_kept(dataset: Path):
+    """Every mistake ends with its exit code, a message and a fix, without a traceback, and changes no file."""
+    calibrate(options(dataset))
+    out = dataset.parent / "out"
+    good, before = ["-m", GOLDEN / "model", "-d", dataset, "-o", out], snapshot(out)
+    for mistake, (words, exit_code, message) in _bad_inputs(dataset).items():
+        run = run_cli("calibrate", *good, *words)
+        assert run.returncode == exit_code, (mistake, run.stderr)
+        assert message in run.stderr, (mistake, run.stderr)
+        assert "Traceback" not in run.stderr and ("fix:" in run.stderr or exit_code == 2), (mistake, run.stderr)
+        assert snapshot(out) == before, mistake
+    assert not (dataset.parent / "evil").exists()
+
+
+@pytest.mark.parametrize("flag", ["-m", "-d", "-o"])
+def test_each_required_flag_is_asked_for(flag: str, dataset: Path):
+    """Leaving out one required flag is a usage error that names it."""
+    words = {"-m": GOLDEN / "model", "-d": dataset, "-o": dataset.parent / "out"}
+    del words[flag]
+    run = run_cli("calibrate", *(word for pair in words.items() for word in pair))
+    assert run.returncode == 2 and f"'{flag}'" in run.stderr
+
+
+def test_full_disk_keeps_the_last_result(dataset: Path):
+    """A file that cannot be written to its end is an error; the result of the run before is untouched."""
+    import resource
+
+    calibrate(options(dataset))
+    out = dataset.parent / "out"
+    before = snapshot(out)
+
+    def limit_files():
+        # The kernel answers a write past the limit like a full disk: the write fails.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    run = run_cli("calibrate", "-m", GOLDEN / "model", "-d", dataset, "-o", out, "-t", 2, preexec_fn=limit_files)
+    assert run.returncode == 1 and "cannot write" in run.stderr and "fix:" in run.stderr, run.stderr
+    assert snapshot(out) == before
+    assert read_manifest(out / "model/g3/calibration_manifest.json").status in ("failed", "running")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=lambda one: one.name)
+def test_a_killed_run_keeps_the_last_result(stop: signal.Signals, dataset: Path):
+    """A run that is killed while it measures leaves the files of the run before; the next run succeeds."""
+    calibrate(options(dataset))
+    out = dataset.parent / "out"
+    before = snapshot(out)
+    words = ["calibrate", "-m", GOLDEN / "model", "-d", dataset, "-o", out, "-t", 2]
+    run = subprocess.Popen([sys.executable, "-m", "gaudi_calib", *map(str, words)], stderr=subprocess.PIPE)
+    while b"Step 2" not in run.stderr.readline():
+        assert run.poll() is None
+    time.sleep(0.2)
+    run.send_signal(stop)
+    run.communicate()
+    assert run.returncode != 0
+    after = {name: content for name, content in snapshot(out).items() if ".staging." not in name}
+    assert after == before
+    manifest = read_manifest(out / "model/g3/calibration_manifest.json")
+    assert manifest.status == ("running" if stop == signal.SIGKILL else "failed") and manifest.good.status == "ok"
+    calibrate(options(dataset))
+    assert not list(out.rglob(".staging.*"))
+
+
+def test_paths_count_from_the_callers_directory(dataset: Path):
+    """Relative -m, -d and -o are taken from where the command is run."""
+    os.symlink(GOLDEN / "model", dataset.parent / "Llama-Tiny")
+    run = run_cli("measure", "-m", "Llama-Tiny", "-d", dataset.name, "-o", "here", "--json", cwd=dataset.parent)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["root"] == str(dataset.parent.resolve() / "here/llama-tiny")
+    assert all(Path(path).is_file() for path in result["files"])
+    assert sum(parse_rank_file(Path(path).name) is not None for path in result["files"]) == 6
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_removed(tmp_path: Path):
+    """In a container process numbers come back; their abandoned files must neither stay nor be in the way."""
+    from gaudi_calib.files import stage_files
+
+    abandoned = tmp_path / f".staging.partial-{os.getpid()}-0000-0"
+    abandoned.mkdir()
+    (abandoned / "half").write_text("x")
+    (tmp_path / f".notes.json.partial-{os.getpid()}-0000-1").write_text("x")
+    (tmp_path / ".notes.json.partial-4194305-0000-1").write_text("x")  # no process can have that number
+    with stage_files(tmp_path) as staging:
+        (staging / "whole").write_text("y")
+        with stage_files(tmp_path) as inner:
+            assert staging.is_dir() and inner != staging
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

@@ -1,0 +1,175 @@
+"""A calibration on a Gaudi, with what INC wrote on one (or a stand-in of it) in place of the engine.
+
+The engine is the one part that cannot run here: `run_phase` is replaced by a copy of golden files, which
+vllm-gaudi and INC left, to where QUANT_CONFIG of that phase points.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gaudi_calib.engines.detect import Platform
+from gaudi_calib.engines.vllm_runner import cluster, platforms, process
+from gaudi_calib.engines.vllm_runner.phases import EngineOptions, Phase
+from gaudi_calib.errors import CalibrationError, FileError, RangeError
+from gaudi_calib.fp8 import GAUDI2
+from gaudi_calib.layout import parse_rank_file
+from gaudi_calib.manifest import check_scales_fresh, read_manifest
+from gaudi_calib.rankfiles.store import list_worlds, read_scales, read_world_dir, write_rank_set
+from gaudi_calib.runs.calibrate import RunOptions, calibrate, list_files, measure
+from tests.serve.test_serve import write_prompts
+from tests.support import paths
+
+GOLDEN = paths.GOLDEN / "llama-tiny"
+
+
+class FakeCards:
+    """Stands in for the cards: phases leave the golden files, as far as `keep` says.
+
+    Attributes:
+        phases: what was run, in order.
+    """
+
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+        self.configs: list[dict] = []
+        self.keep = lambda name: True
+        self.edit = lambda path: None
+
+    def run_phase(self, phase: Phase, log: Path) -> dict:
+        self.phases.append(phase)
+        config = json.loads(Path(phase.settings.env["QUANT_CONFIG"]).read_text())
+        self.configs.append(config)
+        target = Path(config["dump_stats_path"]).parent
+        world = phase.settings.args["tensor_parallel_size"]
+        for path in sorted((GOLDEN / f"tp{world}" / target.name).iterdir()):
+            parts = parse_rank_file(path.name)
+            is_scale = parts is not None and parts.method is not None
+            if parts and is_scale == (phase.name == "quantize") and self.keep(path.name):
+                shutil.copy(path, target / path.name)
+                self.edit(target / path.name)
+        return {"prompts": len(phase.prompts), "new_tokens": 0, "files": []}
+
+
+@pytest.fixture
+def cards(monkeypatch) -> FakeCards:
+    fake = FakeCards()
+    monkeypatch.setattr(platforms, "detect_apart", lambda: Platform("hpu", GAUDI2))
+    monkeypatch.setattr("gaudi_calib.runs.vllm_steps.find_spec", lambda name: True)
+    monkeypatch.setattr(process, "run_phase", fake.run_phase)
+    return fake
+
+
+def options(out: Path, **changes) -> RunOptions:
+    facts = {"dataset": {"dataset": str(write_prompts(out))}, "world": 2, "batch_size": 4}
+    return RunOptions(str(GOLDEN / "model"), out, **{**facts, **changes})
+
+
+def test_calibration_on_a_gaudi(cards, tmp_path):
+    """MEASURE, then QUANTIZE; INC's ranges (postprocessed) and scales are the run's, and -r adds a world of its own."""
+    result = calibrate(options(tmp_path, unified_world=1, engine_options=EngineOptions(max_new_tokens=5)))
+    assert [phase.name for phase in cards.phases] == ["measure", "quantize"]
+    assert [config["mode"] for config in cards.configs] == ["MEASURE", "QUANTIZE"]
+    assert cards.phases[0].max_new_tokens == [5] * 8 and cards.phases[0].batch_size == 4
+    directory = result.root / "g2"
+    assert not (result.root / "g3").exists() and result.worlds == (1, 2)
+    for rank in (0, 1):
+        scales = f"inc_output_hooks_maxabs_MAXABS_HW_{rank}_2.npz"
+        assert (directory / scales).read_bytes() == (GOLDEN / "tp2" / "g2" / scales).read_bytes()
+    assert set(list_worlds(directory, "MAXABS_HW")) == {1, 2}
+    for ranks in (read_world_dir(directory, 2), read_world_dir(directory, 1)):
+        for rank_set in ranks:
+            impl = rank_set.nodes["model.layers.0.self_attn.attn.impl.matmul_qk"]
+            cache = rank_set.nodes["model.layers.0.self_attn.attn.impl.k_cache"]
+            assert impl.inputs[1] == cache.inputs[0]
+    manifest = read_manifest(directory / "calibration_manifest.json")
+    assert (manifest.engine, manifest.platform, manifest.topology.measured_world) == ("vllm", "hpu", 2)
+    assert check_scales_fresh(manifest, directory) == []
+    assert str(directory / "inc_output") in result.quant_configs["g2"].read_text()
+    assert sorted(str(path) for path in result.files) == sorted(
+        str(path) for path in list_files(options(tmp_path, unified_world=1)) if path.name != "calibration_manifest.json"
+    )
+
+
+def test_measurement_of_another_engine_is_set_aside(cards, tmp_path):
+    """Ranges by channel of an earlier torch run would contradict the new ones: they are kept, elsewhere."""
+    calibrate(options(tmp_path, engine="torch", world=4, devices=("g2",)))
+    result = measure(options(tmp_path))
+    assert not (result.root / "channel_ranges.safetensors").exists()
+    assert list(result.root.rglob("channel_ranges.safetensors")) != []
+    assert set(list_worlds(result.root / "g2")) == {2}
+
+
+def test_a_rank_wrote_nothing(cards, tmp_path):
+    """A phase that ends well without a rank's file is a failed one."""
+    cards.keep = lambda name: "_1_2" not in name
+    with pytest.raises(FileError, match="no ranges of rank 1 of 2"):
+        calibrate(options(tmp_path))
+    cards.keep = lambda name: "MAXABS_HW_1_2" not in name
+    with pytest.raises(FileError, match="rank 1 of 2 wrote no scales") as caught:
+        calibrate(options(tmp_path))
+    assert caught.value.where is not None and caught.value.where.endswith("g2/logs/quantize.log")
+    assert list((tmp_path / "model").rglob("*.npz")) == []
+
+
+def test_a_module_never_ran(cards, tmp_path):
+    """Without decoding the attention matmuls have no ranges, and serving would fail: told now."""
+
+    def forget_decode(path: Path) -> None:
+        if path.name.endswith("mod_list.json") or path.suffix != ".json":
+            return
+        content = json.loads(path.read_text())
+        content["Nodes"] = {name: node for name, node in content["Nodes"].items() if "matmul" not in name}
+        path.write_text(json.dumps(content))
+        path.with_suffix(".npz").unlink(missing_ok=True)
+
+    cards.edit = forget_decode
+    cards.keep = lambda name: name.endswith(".json")
+    with pytest.raises(RangeError, match="16 modules of rank 0 of 2 never ran") as caught:
+        measure(options(tmp_path))
+    assert "--max-new-tokens" in caught.value.fix
+
+
+def test_a_scale_is_not_finite(cards, tmp_path):
+    """Scales are read back, too."""
+
+    def spoil(path: Path) -> None:
+        if path.suffix == ".npz" and "MAXABS_HW" in path.name:
+            scales = read_scales(path.with_suffix(".json"))
+            node = replace(scales.nodes["lm_head"], inputs=(float("inf"),))
+            spoilt = replace(scales, nodes={**scales.nodes, "lm_head": node})
+            write_rank_set(path.parent, spoilt, method="MAXABS_HW")
+
+    cards.edit = spoil
+    with pytest.raises(RangeError, match="a scale of lm_head is not finite"):
+        calibrate(options(tmp_path))
+    assert list((tmp_path / "model").rglob("*.npz")) == []
+
+
+def test_ray_is_asked_before_an_engine_starts(cards, tmp_path, monkeypatch):
+    """Too few cards: an error, and nothing was started."""
+    asked = []
+
+    def refuse(platform: str, world: int) -> None:
+        asked.append((platform, world))
+        raise CalibrationError("too few", fix="add nodes")
+
+    monkeypatch.setattr(cluster, "require_cluster", refuse)
+    with pytest.raises(CalibrationError, match="too few"):
+        measure(options(tmp_path, engine_options=EngineOptions(executor="ray")))
+    assert asked == [("hpu", 2)] and cards.phases == []
+
+
+def test_values_of_the_engine_are_kept(cards, tmp_path):
+    """What the ranks measured is what the run's files say."""
+    result = measure(options(tmp_path))
+    golden = read_world_dir(GOLDEN / "tp2" / "g2", 2)
+    for ours, theirs in zip(read_world_dir(result.root / "g2", 2), golden, strict=True):
+        assert ours.modules == theirs.modules and list(ours.nodes) == list(theirs.nodes)
+        for name, node in theirs.nodes.items():
+            assert np.array_equal(ours.nodes[name].inputs[0], node.inputs[0]), name
+    assert read_scales(GOLDEN / "tp2" / "g2" / "inc_output_hooks_maxabs_MAXABS_HW_0_2.json").nodes
