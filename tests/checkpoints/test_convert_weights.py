@@ -472,7 +472,7 @@ def test_memory_is_a_few_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     source = save_model(tmp_path / "source", make_tensors())
     convert(source, tmp_path / "whole")
     for module in ("convert_plan", "convert_weights"):
-        monkeypatch.setattr(f"gaudi_calib.engines.{module}.CHUNK_BYTES", 1000)
+        monkeypatch.setattr(f"gaudi_calib.checkpoints.{module}.CHUNK_BYTES", 1000)
     seen: list[int] = []
     halve = conversion.halve
     monkeypatch.setattr(conversion, "halve", lambda chunk: seen.append(len(chunk)) or halve(chunk))
