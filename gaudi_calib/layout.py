@@ -54,6 +54,16 @@ class RankFile:
     extension: str = "json"
 
     @property
+    def is_ranges(self) -> bool:
+        """Whether it holds ranges of a rank, in the form INC quantizes from."""
+        return self.method is None and not self.is_mod_list and self.observer == "maxabs"
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Rank and world; a file without them (INC without torch.distributed) is rank 0 of 1."""
+        return self.rank or 0, self.world or 1
+
+    @property
     def name(self) -> str:
         """The file name.
 
@@ -88,6 +98,54 @@ def parse_rank_file(name: str) -> RankFile | None:
     )
 
 
+def list_rank_files(directory: Path) -> dict[Path, RankFile]:
+    """Return the rank files of `directory` in the order of their names; nothing where it does not exist."""
+    found = {}
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        parts = parse_rank_file(path.name)
+        if parts is not None:
+            found[path] = parts
+    return found
+
+
+@dataclass(frozen=True)
+class DeviceLayout:
+    """Paths of the files that a run has for one device.
+
+    Attributes:
+        directory: of the rank files, `OUT/<model>/<device>`.
+        device: name of the device.
+    """
+
+    directory: Path
+    device: str
+
+    @property
+    def root(self) -> Path:
+        """The run directory."""
+        return self.directory.parent
+
+    @property
+    def measure_config(self) -> Path:
+        return self.root / f"maxabs_measure_{self.device}.json"
+
+    @property
+    def quant_config(self) -> Path:
+        return self.root / f"maxabs_quant_{self.device}.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.directory / MANIFEST_NAME
+
+    @property
+    def dump_stats_path(self) -> Path:
+        return self.directory / DUMP_NAME
+
+    def log(self, phase: str) -> Path:
+        """Where a phase of an engine logs."""
+        return self.directory / "logs" / f"{phase}.log"
+
+
 @dataclass(frozen=True)
 class RunLayout:
     """Paths of one run.
@@ -101,29 +159,14 @@ class RunLayout:
     model: str
 
     @property
-    def model_name(self) -> str:
-        """Last path component of the model, lower-cased."""
-        return self.model.rstrip("/").rpartition("/")[2].lower()
-
-    @property
     def root(self) -> Path:
-        return self.out / self.model_name
+        """`OUT/<last path component of the model, lower-cased>`."""
+        return self.out / self.model.rstrip("/").rpartition("/")[2].lower()
 
     @property
     def channel_ranges(self) -> Path:
         return self.root / CHANNEL_RANGES_NAME
 
-    def measure_config(self, device: str) -> Path:
-        return self.root / f"maxabs_measure_{device}.json"
-
-    def quant_config(self, device: str) -> Path:
-        return self.root / f"maxabs_quant_{device}.json"
-
-    def device_dir(self, device: str) -> Path:
-        return self.root / device
-
-    def manifest(self, device: str) -> Path:
-        return self.device_dir(device) / MANIFEST_NAME
-
-    def dump_stats_path(self, device: str) -> Path:
-        return self.device_dir(device) / DUMP_NAME
+    def device(self, name: str) -> DeviceLayout:
+        """Paths of the files for one device."""
+        return DeviceLayout(self.root / name, name)

@@ -1,7 +1,8 @@
 """calibration_manifest.json: what made the files of a run.
 
-    {"format": 1, "status": "ok", "command": ["gaudi-calib", "calibrate", ...],
+    {"format": 2, "status": "ok", "command": ["gaudi-calib", "calibrate", ...],
      "model": {"name": ..., "fingerprint": "sha256:..."}, "dataset": {...}, "versions": {...},
+     "worlds": {"2": {"expert_parallel": null, "is_bounded": false}},
      "files": {"inc_output_hooks_maxabs_0_1.npz": "sha256:..."},
      "scales": {"inc_output_hooks_maxabs_MAXABS_HW_0_1.npz": {"ranges": {...}, "settings": ...}},
      "last_good": null, ...}
@@ -16,7 +17,6 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,8 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gaudi_calib import __version__
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import hash_file, read_json, write_json
-from gaudi_calib.layout import parse_rank_file
+from gaudi_calib.files import read_json, write_json
 from gaudi_calib.redaction import redact_command, redact_environment
 
 _DISTRIBUTIONS = (
@@ -79,19 +78,35 @@ class DatasetFacts(_Facts):
     tokens: int | None = None
 
 
-class Topology(_Facts):
-    """How the model was split.
+class WorldFacts(_Facts):
+    """The files of one number of ranks.
 
     Attributes:
-        measured_world: number of ranks of the measurement.
-        worlds: worlds whose files were written.
-        expert_parallel: whether ranks held whole experts. Worlds that differ are told in the
-            manifest's note of this name (world -> bool).
+        expert_parallel: whether ranks hold whole experts, otherwise a slice of each; None without experts.
+        is_bounded: `outputs[0]` of row-parallel layers and experts are upper bounds, because they were
+            not measured for so many ranks.
     """
 
-    measured_world: int | None = None
-    worlds: list[int] = Field(default_factory=list)
-    expert_parallel: bool = False
+    expert_parallel: bool | None = None
+    is_bounded: bool = False
+
+
+class CoverageFacts(_Facts):
+    """How tokens spread over the routed experts; by name of the fused op.
+
+    Attributes:
+        policy: what was done with cold experts, `fill`, `ignore` or `error`.
+        min_tokens: fewer tokens than that make an expert cold.
+        tokens: how many the router sent to each expert.
+        cold: numbers of the cold experts.
+        filled: how many tokens were sent to a cold expert to warm it, by its number.
+    """
+
+    policy: str
+    min_tokens: int
+    tokens: dict[str, list[int]]
+    cold: dict[str, list[int]] = Field(default_factory=dict)
+    filled: dict[str, dict[int, int]] = Field(default_factory=dict)
 
 
 class ScaleOrigin(_Facts):
@@ -125,18 +140,22 @@ class Manifest(_Facts):
         device: the device that will serve, `g2` or `g3`.
         platform: what measured, `hpu`, `cuda` or `cpu`.
         engine: `torch` or `vllm`.
+        measured_world: number of ranks of the measurement.
+        expert_parallel: whether ranks hold whole experts where nothing else is asked for.
+        worlds: numbers of ranks whose files were written.
+        vllm: version of the vLLM whose names the files have, where it was chosen.
         config: QUANT_CONFIG contents by phase.
         timings_s: seconds by step.
         files: hash by name, relative to the manifest's directory.
         scales: origin of every scale file.
-        expert_coverage: tokens per expert, cold and filled ones (`Coverage.to_facts`).
-        notes: further facts, such as `bounded_worlds`.
+        merged: directories whose ranges were merged.
+        merged_datasets: the data they were measured on.
         environment: the variables that steer engines and libraries, secrets redacted.
         history: earlier commands whose results these files build on.
         last_good: manifest of the files in place while this run is not ok.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     status: Literal["running", "ok", "failed"] = "running"
     error: str | None = None
     command: list[str] = Field(default_factory=list)
@@ -147,14 +166,18 @@ class Manifest(_Facts):
     device: str | None = None
     platform: str | None = None
     engine: str | None = None
-    topology: Topology = Field(default_factory=Topology)
+    measured_world: int | None = None
+    expert_parallel: bool = False
+    worlds: dict[int, WorldFacts] = Field(default_factory=dict)
+    vllm: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: dict[Literal["measure", "quantize"], dict[str, Any]] = Field(default_factory=dict)
     timings_s: dict[str, float] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
     scales: dict[str, ScaleOrigin] = Field(default_factory=dict)
-    expert_coverage: dict[str, Any] = Field(default_factory=dict)
-    notes: dict[str, Any] = Field(default_factory=dict)
+    expert_coverage: CoverageFacts | None = None
+    merged: list[str] = Field(default_factory=list)
+    merged_datasets: list[DatasetFacts] = Field(default_factory=list)
     environment: dict[str, str] = Field(default_factory=dict)
     history: list[Step] = Field(default_factory=list)
     last_good: "Manifest | None" = None
@@ -163,6 +186,17 @@ class Manifest(_Facts):
     def good(self) -> "Manifest | None":
         """The manifest that describes the files in place: this one if ok, else the last good one."""
         return self if self.status == "ok" else self.last_good
+
+    @property
+    def steps(self) -> list[Step]:
+        """The commands that made the files, this one last."""
+        this = Step(command=self.command, started_at=self.started_at, finished_at=self.finished_at)
+        return [*self.history, this]
+
+    def shares_experts(self, world: int) -> bool:
+        """Whether `world` ranks hold whole experts: as their files do, else as the run was made."""
+        known = self.worlds.get(world, WorldFacts()).expert_parallel
+        return self.expert_parallel if known is None else known
 
     def updated(self, **facts: Any) -> "Manifest":
         """Return a copy with `facts` changed, checked like any manifest."""
@@ -192,23 +226,12 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     write_json(path, manifest.model_dump(mode="json"))
 
 
-def start_manifest(path: Path, *, fresh: bool = True, command: Iterable[str] | None = None, **facts: Any) -> Manifest:
-    """Write a manifest with status `running` and return it.
-
-    Args:
-        fresh: False where the run continues from the files in place (quantize after
-            measure): their facts are kept and their command goes to the history.
-        command: None takes `sys.argv`.
-        facts: fields of `Manifest`.
-
-    Raises:
-        FileError: `path` cannot be written.
-    """
+def _start(path: Path, fresh: bool, command: Iterable[str] | None, facts: Mapping[str, Any]) -> Manifest:
+    """Write a manifest with status `running` and return it."""
     before = _read_last_good(path)
     base: dict[str, Any] = {}
     if before is not None and not fresh:
-        done = Step(command=before.command, started_at=before.started_at, finished_at=before.finished_at)
-        base = {**dict(before), "history": [*before.history, done], "error": None, "finished_at": None}
+        base = {**dict(before), "history": before.steps, "error": None, "finished_at": None}
     manifest = Manifest.model_validate(
         {
             **base,
@@ -225,18 +248,10 @@ def start_manifest(path: Path, *, fresh: bool = True, command: Iterable[str] | N
     return manifest
 
 
-def finish_manifest(path: Path, manifest: Manifest, *, error: str | None = None, **facts: Any) -> Manifest:
-    """Write `manifest` with status `ok`, or `failed` where `error` is given, and return it.
-
-    A failed run keeps `last_good`, so that the files still in place stay explained.
-
-    Raises:
-        FileError: `path` cannot be written.
-    """
+def _finish(path: Path, manifest: Manifest, error: str | None = None) -> None:
+    """Write `manifest` with status `ok`, or `failed`, which keeps `last_good`: the files in place stay explained."""
     end: dict[str, Any] = {"status": "failed", "error": error} if error else {"status": "ok", "last_good": None}
-    finished = manifest.updated(**facts, **end, finished_at=_now())
-    write_manifest(path, finished)
-    return finished
+    write_manifest(path, manifest.updated(**end, finished_at=_now()))
 
 
 class Record:
@@ -246,10 +261,10 @@ class Record:
         self.manifest = manifest
 
     def update(self, **facts: Any) -> None:
-        """Set fields of the manifest; config, timings, scales and notes gain entries, keeping those they have."""
+        """Set fields of the manifest; config, timings, scales and worlds gain entries, keeping those they have."""
         gained: dict[str, Any] = {
             name: {**getattr(self.manifest, name), **facts[name]}
-            for name in ("config", "timings_s", "scales", "notes")
+            for name in ("config", "timings_s", "scales", "worlds")
             if name in facts
         }
         self.manifest = self.manifest.updated(**{**facts, **gained})
@@ -265,70 +280,29 @@ class Record:
 
 
 @contextlib.contextmanager
-def record_run(path: Path, **start: Any) -> Iterator[Record]:
+def record_run(
+    path: Path, *, fresh: bool = True, command: Iterable[str] | None = None, **facts: Any
+) -> Iterator[Record]:
     """Keep the manifest of a run: `running` now, `ok` or `failed` at the end.
 
     Args:
-        start: arguments of `start_manifest`.
+        fresh: False where the run continues from the files in place (quantize after
+            measure): their facts are kept and their command goes to the history.
+        command: None takes `sys.argv`.
+        facts: fields of `Manifest`.
 
     Raises:
         FileError: `path` cannot be written.
         BaseException: whatever the block raises, Ctrl-C included, after the manifest says `failed`.
     """
-    record = Record(start_manifest(path, **start))
+    record = Record(_start(path, fresh, command, facts))
     try:
         yield record
     except BaseException as error:
         with contextlib.suppress(FileError):  # a full disk must not hide why the run failed
-            finish_manifest(path, record.manifest, error=f"{type(error).__name__}: {error}".rstrip(": "))
+            _finish(path, record.manifest, f"{type(error).__name__}: {error}".rstrip(": "))
         raise
-    finish_manifest(path, record.manifest)
-
-
-@dataclass(frozen=True)
-class StaleFile:
-    """A scale file that does not fit the ranges in place.
-
-    Attributes:
-        name: its file name.
-        why: what does not fit.
-    """
-
-    name: str
-    why: str
-
-
-def check_scales_fresh(
-    manifest: Manifest, directory: Path, *, settings: Mapping[str, Any] | None = None
-) -> list[StaleFile]:
-    """Return the scale files of `directory` that were made from other ranges or settings.
-
-    INC uses a scale file whatever it was made from: its name tells only the method.
-
-    Args:
-        manifest: the manifest of `directory`.
-        settings: what scales should have been computed with now (`describe_scaling`).
-
-    Returns:
-        One entry per stale file, in the order of names; a scale file nobody recorded is stale.
-    """
-    recorded = manifest.good.scales if manifest.good else {}
-    found = []
-    for path in sorted(directory.iterdir()):
-        parts = parse_rank_file(path.name)
-        if parts is None or parts.method is None or parts.is_mod_list:
-            continue
-        why = _explain_staleness(recorded.get(path.name), directory, settings)
-        if why is not None:
-            found.append(StaleFile(path.name, why))
-    return found
-
-
-def hash_files(directory: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the hash of the rank files of `directory` (or of `names` in it) by name."""
-    if names is None:
-        names = [path.name for path in sorted(directory.iterdir()) if parse_rank_file(path.name)]
-    return {name: hash_file(directory / name) for name in names}
+    _finish(path, record.manifest)
 
 
 def read_versions() -> dict[str, str]:
@@ -338,20 +312,6 @@ def read_versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
-
-
-def _explain_staleness(origin: ScaleOrigin | None, directory: Path, settings: Mapping[str, Any] | None) -> str | None:
-    if origin is None:
-        return "the manifest does not say what it was computed from"
-    for name, expected in origin.ranges.items():
-        if not (directory / name).is_file():
-            return f"its ranges {name} are gone"
-        if hash_file(directory / name) != expected:
-            return f"its ranges {name} have changed since"
-    if settings is not None and dict(settings) != origin.settings:
-        changed = [key for key in {**origin.settings, **settings} if origin.settings.get(key) != settings.get(key)]
-        return "it was computed with other settings: " + ", ".join(changed)
-    return None
 
 
 def _read_last_good(path: Path) -> Manifest | None:

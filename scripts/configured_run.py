@@ -18,11 +18,12 @@ from pathlib import Path
 
 from gaudi_calib.cli.main import main
 from gaudi_calib.config.presets import read_quant_config
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.detect import detect_platform, require_gaudi
 from gaudi_calib.errors import UsageError
 from gaudi_calib.files import stage_files
 from gaudi_calib.fp8 import DEVICES
-from gaudi_calib.layout import DUMP_NAME, RunLayout, parse_rank_file
+from gaudi_calib.layout import DUMP_NAME, RunLayout
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class ConfiguredRun:
     def is_layout_of(self, model: str) -> bool:
         """Return whether `dump` is where a run of `model` keeps its files anyway."""
         out = self.dump.parent.parent.parent
-        return self.dump == RunLayout(out, model).dump_stats_path(self.device)
+        return self.dump == RunLayout(out, model).device(self.device).dump_stats_path
 
     def execute(self, command: Sequence[str], model: str, *, reads_ranges: bool) -> int:
         """Run a `gaudi-calib` command on this run and return its exit code.
@@ -56,7 +57,7 @@ class ConfiguredRun:
             return main(self._words(command, model, self.dump.parent.parent.parent))
         self.dump.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.dump.parent, prefix=".step-") as scratch:
-            directory = RunLayout(Path(scratch), model).device_dir(self.device)
+            directory = RunLayout(Path(scratch), model).device(self.device).directory
             directory.mkdir(parents=True)
             if reads_ranges:
                 self._copy_in(directory)
@@ -70,20 +71,15 @@ class ConfiguredRun:
         return [*command, "-m", model, "-o", str(out), "--device", self.device]
 
     def _copy_in(self, directory: Path) -> None:
-        for path in self.dump.parent.iterdir():
-            name = parse_rank_file(path.name)
-            if name and name.dump == self.dump.name:
-                shutil.copy2(path, directory / replace(name, dump=DUMP_NAME).name)
+        for path, file in CalibrationDir(self.dump.parent, dump=self.dump.name).files.items():
+            shutil.copy2(path, directory / replace(file, dump=DUMP_NAME).name)
 
     def _move_out(self, directory: Path) -> None:
-        written = []
+        files = CalibrationDir(directory).files
         with stage_files(self.dump.parent) as staging:
-            for path in sorted(directory.iterdir()):
-                name = parse_rank_file(path.name)
-                if name:
-                    written.append(replace(name, dump=self.dump.name).name)
-                    shutil.move(path, staging / written[-1])
-        print(f"{len(written)} files in {self.dump.parent}")
+            for path, file in files.items():
+                shutil.move(path, staging / replace(file, dump=self.dump.name).name)
+        print(f"{len(files)} files in {self.dump.parent}")
 
 
 def find_configured_run(device: str | None) -> ConfiguredRun:
@@ -109,9 +105,8 @@ def find_configured_run(device: str | None) -> ConfiguredRun:
             "QUANT_CONFIG has no dump_stats_path", where=path, fix="add it: OUT/<model>/<device>/inc_output"
         )
     dump = Path(config.dump_stats_path).expanduser().resolve()
-    if device is None and dump.parent.name in DEVICES:
-        device = dump.parent.name
-    return ConfiguredRun(Path(path), dump, device or require_gaudi(detect_platform()).name)
+    known = CalibrationDir(dump.parent).settle_device(device) or require_gaudi(detect_platform())
+    return ConfiguredRun(Path(path), dump, known.name)
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,21 +9,8 @@ import time
 
 import pytest
 
-from gaudi_calib.errors import FileError, ModelError
-from gaudi_calib.manifest import (
-    DatasetFacts,
-    ModelFacts,
-    ScaleOrigin,
-    Topology,
-    check_scales_fresh,
-    finish_manifest,
-    hash_files,
-    read_manifest,
-    read_versions,
-    record_run,
-    start_manifest,
-)
-from gaudi_calib.models.fingerprint import fingerprint_model
+from gaudi_calib.errors import FileError
+from gaudi_calib.manifest import DatasetFacts, ModelFacts, WorldFacts, read_manifest, read_versions, record_run
 from gaudi_calib.redaction import redact_command, redact_environment
 from tests.support import paths
 
@@ -41,13 +27,13 @@ def test_a_run_is_recorded_from_start_to_end(path):
         assert read_manifest(path).status == "running"
         with record.time("measure"):
             pass
-        record.update(dataset=DatasetFacts(name="builtin", prompts=256, tokens=9000), notes={"bounded_worlds": [16]})
-        record.update(topology=Topology(measured_world=1, worlds=[1, 2]), notes={"more": True})
+        record.update(dataset=DatasetFacts(name="builtin", prompts=256, tokens=9000), worlds={1: WorldFacts()})
+        record.update(measured_world=1, worlds={16: WorldFacts(is_bounded=True)})
     manifest = read_manifest(path)
     assert manifest.status == "ok"
     assert manifest.model == model
     assert manifest.dataset and manifest.dataset.tokens == 9000
-    assert manifest.notes == {"bounded_worlds": [16], "more": True}
+    assert manifest.worlds == {1: WorldFacts(), 16: WorldFacts(is_bounded=True)}
     assert list(manifest.timings_s) == ["measure"]
     assert manifest.finished_at and manifest.started_at <= manifest.finished_at
     assert manifest.versions["python"].startswith("3.")
@@ -82,7 +68,7 @@ def test_the_last_good_manifest_survives_failures(path):
 
 def test_a_killed_run_stays_running_and_keeps_the_last_good(path):
     """SIGKILL leaves `running`, and the manifest of the files in place."""
-    with record_run(path, notes={"first": True}):
+    with record_run(path, vllm="0.23"):
         pass
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom gaudi_calib.manifest import record_run\n"
@@ -94,7 +80,7 @@ def test_a_killed_run_stays_running_and_keeps_the_last_good(path):
         process.send_signal(signal.SIGKILL)
     manifest = read_manifest(path)
     assert manifest.status == "running"
-    assert manifest.good and manifest.good.notes == {"first": True}
+    assert manifest.good and manifest.good.vllm == "0.23"
 
 
 def test_a_later_step_keeps_the_facts_of_the_earlier_one(path):
@@ -126,7 +112,7 @@ def test_a_full_disk_does_not_hide_the_error(path, monkeypatch):
     assert read_manifest(path).status == "running"
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"status": "done"}', '{"format": 2}', '{"colour": 1}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"status": "done"}', '{"format": 1}', '{"colour": 1}'])
 def test_a_broken_manifest_is_an_error_to_readers_and_none_to_writers(text, path):
     """Reading it fails with its path; a new run replaces it."""
     path.parent.mkdir()
@@ -134,7 +120,8 @@ def test_a_broken_manifest_is_an_error_to_readers_and_none_to_writers(text, path
     with pytest.raises(FileError) as error:
         read_manifest(path)
     assert str(path) in str(error.value.where)
-    finish_manifest(path, start_manifest(path))
+    with record_run(path):
+        pass
     assert read_manifest(path).status == "ok"
 
 
@@ -199,108 +186,16 @@ def test_flags_without_values_are_kept():
     assert redact_command(["x", "--token", "a", "b"]) == ["x", "--token", "[redacted]", "b"]
 
 
-RANGES = ("inc_output_hooks_maxabs_0_1.npz", "inc_output_hooks_maxabs_0_1.json")
-SCALES = "inc_output_hooks_maxabs_MAXABS_HW_0_1.npz"
-
-
-@pytest.fixture
-def run(path):
-    """A finished run with ranges and scales computed from them."""
-    path.parent.mkdir()
-    for name in (*RANGES, SCALES):
-        (path.parent / name).write_text(f"content of {name}")
-    with record_run(path) as record:
-        origin = ScaleOrigin(ranges=hash_files(path.parent, RANGES), settings={"device": "g2"})
-        record.update(scales={SCALES: origin}, files=hash_files(path.parent))
-    return path
-
-
-def stale(path, **arguments):
-    return [(file.name, file.why) for file in check_scales_fresh(read_manifest(path), path.parent, **arguments)]
-
-
-def test_fresh_scales_are_accepted(run):
-    """Nothing is stale right after a run, also when ranges are copied over themselves."""
-    assert set(read_manifest(run).files) == {*RANGES, SCALES}
-    shutil.copy(run.parent / RANGES[0], run.parent / "copy")
-    os.replace(run.parent / "copy", run.parent / RANGES[0])
-    assert stale(run, settings={"device": "g2"}) == []
-
-
-def test_scales_of_other_ranges_or_settings_are_stale(run):
-    """Changed, vanished and unrecorded origins, and other settings, are each told."""
-    assert stale(run, settings={"device": "g3"}) == [(SCALES, "it was computed with other settings: device")]
-    (run.parent / RANGES[0]).write_text("measured again")
-    assert stale(run) == [(SCALES, f"its ranges {RANGES[0]} have changed since")]
-    (run.parent / RANGES[0]).unlink()
-    assert stale(run) == [(SCALES, f"its ranges {RANGES[0]} are gone")]
-    other = SCALES.replace("_0_1", "_0_2")
-    shutil.copy(run.parent / SCALES, run.parent / other)
-    assert [name for name, _ in stale(run)] == [SCALES, other]
-
-
-def test_scales_are_judged_by_the_last_good_run(run):
-    """A failed attempt does not make good scales stale."""
-    with pytest.raises(RuntimeError), record_run(run):
-        raise RuntimeError
-    assert stale(run) == []
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A checkpoint of two files, one tensor larger than all samples of it."""
-    np = pytest.importorskip("numpy")
-    save_file = pytest.importorskip("safetensors.numpy").save_file
-    directory = tmp_path / "model"
-    directory.mkdir()
-    (directory / "config.json").write_text('{"model_type": "llama"}')
-    save_file({"big": np.zeros(50_000, np.float32), "a": np.zeros(10, np.float32)}, directory / "model-1.safetensors")
-    save_file({"b": np.zeros(10, np.float32)}, directory / "model-2.safetensors")
-    return directory
-
-
-def test_fingerprint_does_not_depend_on_the_place(checkpoint, tmp_path):
-    """A copy is the same model, whatever else lies beside it."""
-    shutil.copytree(checkpoint, tmp_path / "copy")
-    (tmp_path / "copy" / "README.md").write_text("hello")
-    assert fingerprint_model(tmp_path / "copy") == fingerprint_model(checkpoint)
-
-
-@pytest.mark.parametrize("tensor", ["big", "a", "b"])
-@pytest.mark.parametrize("index", [0, -1])
-def test_fingerprint_sees_a_change_of_any_tensor(tensor, index, checkpoint):
-    """One changed value at the start or end of any tensor, in any file, changes it."""
-    from safetensors.numpy import load_file, save_file
-
-    before = fingerprint_model(checkpoint)
-    path = checkpoint / ("model-2.safetensors" if tensor == "b" else "model-1.safetensors")
-    tensors = load_file(path)
-    tensors[tensor][index] = 1
-    save_file(tensors, path)
-    assert fingerprint_model(checkpoint) != before
-
-
-def test_fingerprint_sees_config_names_and_given_hashes(checkpoint):
-    """config.json, the name of a file, and hashes of whole tensors all count."""
-    seen = {fingerprint_model(checkpoint), fingerprint_model(checkpoint, tensor_hashes={"a": "1", "b": "2"})}
-    seen.add(fingerprint_model(checkpoint, tensor_hashes={"a": "1", "b": "3"}))
-    (checkpoint / "model-2.safetensors").rename(checkpoint / "model-3.safetensors")
-    seen.add(fingerprint_model(checkpoint))
-    (checkpoint / "config.json").write_text("{}")
-    seen.add(fingerprint_model(checkpoint))
-    assert len(seen) == 5
-
-
-def test_fingerprint_of_other_formats_and_broken_files(tmp_path):
-    """A file that is no safetensors is sampled as a whole; no config.json is an error."""
-    with pytest.raises(ModelError, match=r"no config\.json"):
-        fingerprint_model(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    prints = []
-    for content in (b"", b"short", b"\x05" + bytes(7) + b"[1,2]", bytes(100_000), bytes(99_999) + b"x"):
-        (tmp_path / "model.safetensors").write_bytes(content)
-        prints.append(fingerprint_model(tmp_path))
-    assert len(set(prints)) == len(prints)
+@pytest.mark.parametrize(
+    ("worlds", "default", "expected"),
+    [({}, True, True), ({2: WorldFacts(expert_parallel=False)}, True, False), ({2: WorldFacts()}, True, True)],
+    ids=["unknown world", "told", "not told"],
+)
+def test_sharing_is_that_of_the_world_else_of_the_run(worlds, default, expected, path):
+    """Each world knows how its experts are shared; others follow the run."""
+    with record_run(path, worlds=worlds, expert_parallel=default):
+        pass
+    assert read_manifest(path).shares_experts(2) is expected
 
 
 def test_manifest_is_plain_json(path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gaudi_calib.runs.unify import Conversion
+    from gaudi_calib.runs.conversion import Conversion
 
 _MEASUREMENTS = click.option(
     "-m",
@@ -58,6 +58,6 @@ def make_conversion(options: dict[str, Any]) -> "Conversion":
     """Return the options of `conversion_options` as a value."""
     # NumPy's BLAS is not used, and its waiting threads take a tenth of a short command's time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from gaudi_calib.runs.unify import Conversion
+    from gaudi_calib.runs.conversion import Conversion
 
     return Conversion(**options)

@@ -13,14 +13,14 @@ from gaudi_calib.cli.directory_options import conversion_options, directory_opti
 @click.option("-w", "--world-size", "world", required=True, type=click.IntRange(min=1), help="Ranks to expand to.")
 @click.option(
     "--from-world",
-    "source_world",
+    "from_world",
     default=1,
     show_default=True,
     type=click.IntRange(min=1),
     help="World size to expand.",
 )
 @conversion_options
-def expand(measurements: Path, world: int, out: Path | None, source_world: int, **conversion: Any) -> None:
+def expand(measurements: Path, world: int, out: Path | None, from_world: int, **conversion: Any) -> None:
     """Give the ranges of one rank to every rank of a larger world.
 
     For ranges that were measured on a Gaudi. They are upper bounds for each rank; where
@@ -28,7 +28,7 @@ def expand(measurements: Path, world: int, out: Path | None, source_world: int, 
     where there are any, are computed anew.
     """
     options = make_conversion(conversion)
-    from gaudi_calib.runs.unify import expand_dir
+    from gaudi_calib.runs.expand import expand_dir
 
-    for path in expand_dir(measurements, world, out or measurements, source_world=source_world, conversion=options):
+    for path in expand_dir(measurements, world, out or measurements, from_world=from_world, conversion=options):
         click.echo(path)

@@ -27,7 +27,7 @@ def merge(directories: tuple[Path, ...], out: Path) -> None:
     Runs on different data give the maximum of each range; the ranks of one world size may
     come from different machines. Scales are not merged, `quantize` computes them anew.
     """
-    from gaudi_calib.runs.merge import combine_dirs
+    from gaudi_calib.runs.merge import merge_dirs
 
-    for path in combine_dirs(directories, out):
+    for path in merge_dirs(directories, out):
         click.echo(path)

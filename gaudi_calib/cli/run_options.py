@@ -9,7 +9,8 @@ import click
 
 if TYPE_CHECKING:
     from gaudi_calib.engines.vllm_runner.phases import EngineOptions
-    from gaudi_calib.runs.calibrate import RunOptions, RunResult
+    from gaudi_calib.runs.options import RunOptions
+    from gaudi_calib.runs.run import RunResult
 
 _DATASET_ARGUMENTS = (
     "dataset",
@@ -139,7 +140,7 @@ def _add(function: Callable[..., Any], options: tuple[Callable[..., Any], ...]) 
 
 def make_run_options(arguments: dict[str, Any]) -> "RunOptions":
     """Turn the arguments of a command into `RunOptions`."""
-    from gaudi_calib.runs.calibrate import RunOptions
+    from gaudi_calib.runs.options import RunOptions
 
     given = dict(arguments)
     dataset = {name: given.pop(name) for name in _DATASET_ARGUMENTS if name in given}
@@ -186,11 +187,11 @@ def print_result(result: "RunResult", options: "RunOptions", *, as_json: bool) -
         }
         click.echo(json.dumps(value, indent=2))
         return
+    from gaudi_calib.serve.command import plan_on_gaudi
+
     click.echo(f"{len(result.files)} files in {result.root}")
     for device, path in result.quant_configs.items():
         for world in result.worlds or (options.world,):
             click.echo(f"\nOn Gaudi {device[1]}, {world} card{'s' * (world > 1)}:")
-            click.echo(f"  export QUANT_CONFIG={path}")
-            for variable, setting in result.env.items():
-                click.echo(f"  export {variable}={setting}")
-            click.echo("  " + " ".join(result.serve_command(options.model, world)))
+            for line in plan_on_gaudi(options.model, path, world=world, device=device).lines:
+                click.echo(f"  {line}")

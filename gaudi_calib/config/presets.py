@@ -192,11 +192,12 @@ def plan_configs(
         ConfigError: unknown scale method.
     """
     configs = {}
-    for device in devices:
-        serving = quant_config(family, layout.dump_stats_path(device), scale_method)
+    for name in devices:
+        paths = layout.device(name)
+        serving = quant_config(family, paths.dump_stats_path, scale_method)
         if serving.uses_stats_files:
-            configs[layout.measure_config(device)] = measure_config(family, layout.dump_stats_path(device))
-        configs[layout.quant_config(device)] = serving
+            configs[paths.measure_config] = measure_config(family, paths.dump_stats_path)
+        configs[paths.quant_config] = serving
     return configs
 
 

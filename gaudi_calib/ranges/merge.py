@@ -44,7 +44,7 @@ class _Place:
     sources: Sequence[object]
 
 
-def combine_ranks(runs: Sequence[RankSet[Node]], sources: Sequence[object]) -> RankSet[Node]:
+def merge_ranks(runs: Sequence[RankSet[Node]], sources: Sequence[object]) -> RankSet[Node]:
     """Combine what several runs measured on the same rank.
 
     Args:
@@ -85,18 +85,18 @@ def combine_ranks(runs: Sequence[RankSet[Node]], sources: Sequence[object]) -> R
     )
 
 
-def combine_channels(runs: Sequence[ChannelRanges], sources: Sequence[object]) -> ChannelRanges:
+def merge_channels(runs: Sequence[ChannelRanges], sources: Sequence[object]) -> ChannelRanges:
     """Combine the per-channel measurements of several runs.
 
     Args:
-        runs, sources: as for `combine_ranks`.
+        runs, sources: as for `merge_ranks`.
 
     Returns:
         Maxima per channel. Partial sums of topologies that some run did not measure are
         left out, and are bounded where they are needed. Token counts are the largest.
 
     Raises:
-        TopologyError, ModelError, RangeError: as `combine_ranks`.
+        TopologyError, ModelError, RangeError: as `merge_ranks`.
     """
     modules = join_names([run.modules for run in runs])
     nodes = _combine_nodes([run.nodes for run in runs], modules, sources, "")

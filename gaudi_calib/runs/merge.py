@@ -1,4 +1,4 @@
-"""Directories of several runs of one model into one: `gaudi-calib merge`.
+"""`gaudi-calib merge`: directories of several runs of one model into one.
 
 A directory is a device directory (`OUT/<model>/g3`), or a run (`OUT/<model>`) with device
 directories and `channel_ranges.safetensors`. Only what every directory has is merged:
@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, ModelError, UsageError
 from gaudi_calib.files import REPLACED_NAME, set_aside, stage_files
 from gaudi_calib.fp8 import DEVICES
-from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, RankFile, parse_rank_file
-from gaudi_calib.manifest import Manifest, Step, Topology, hash_files, read_manifest, record_run
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, RankFile, list_rank_files
+from gaudi_calib.manifest import Manifest, WorldFacts, record_run
 from gaudi_calib.ranges.channels import ChannelRanges
-from gaudi_calib.ranges.merge import combine_channels, combine_ranks
+from gaudi_calib.ranges.merge import merge_channels, merge_ranks
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channel_ranges
-from gaudi_calib.rankfiles.store import list_worlds, read_ranges, write_rank_set
+from gaudi_calib.rankfiles.store import read_ranges, write_rank_set
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class _Run:
     """
 
     path: Path
-    devices: Mapping[str, Path]
+    devices: Mapping[str, CalibrationDir]
     has_channels: bool
 
     @property
@@ -45,7 +46,7 @@ class _Run:
         return "" in self.devices
 
 
-def combine_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
+def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
     """Merge the ranges in `directories` and write them to `out`.
 
     Args:
@@ -59,7 +60,7 @@ def combine_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
         UsageError: fewer than two directories, or of different kinds.
         FileError: there is nothing to merge, or a rank is missing or malformed.
         ModelError: the directories are of different models, checkpoints or devices.
-        TopologyError, RangeError: see `combine_ranks`.
+        TopologyError, RangeError: see `merge_ranks`.
             Nothing is written in any of these cases.
     """
     if len(directories) < 2:
@@ -67,8 +68,8 @@ def combine_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
     runs = _find_runs(directories)
     _check_kind(out, runs)
     manifests = {device: _read_manifests([run.devices[device] for run in runs]) for device in _shared_devices(runs)}
-    channels = _combine_channel_files(runs)
-    ranges = {device: _combine_device([run.devices[device] for run in runs]) for device in manifests}
+    channels = _merge_channel_files(runs)
+    ranges = {device: _merge_device([run.devices[device] for run in runs]) for device in manifests}
     if channels is None and not any(ranges.values()):
         raise FileError(
             "the directories have no ranges of the same world size in common",
@@ -86,12 +87,19 @@ def _find_runs(directories: Sequence[Path]) -> list[_Run]:
     """Return the distinct ones of `directories`."""
     runs = []
     for path in {path.resolve(): path for path in directories}.values():
-        if list_worlds(path):
-            runs.append(_Run(path, {"": path}, False))
+        place = CalibrationDir(path)
+        if place.worlds:
+            runs.append(_Run(path, {"": place}, False))
             continue
-        devices = {name: path / name for name in DEVICES if (path / name).is_dir() and list_worlds(path / name)}
-        runs.append(_Run(path, devices, (path / CHANNEL_RANGES_NAME).is_file()))
-        if not devices and not runs[-1].has_channels:
+        inside = {name: CalibrationDir(path / name) for name in DEVICES if (path / name).is_dir()}
+        runs.append(
+            _Run(
+                path,
+                {name: place for name, place in inside.items() if place.worlds},
+                (path / CHANNEL_RANGES_NAME).is_file(),
+            )
+        )
+        if not runs[-1].devices and not runs[-1].has_channels:
             raise FileError(
                 "no ranges to merge",
                 where=path,
@@ -114,7 +122,7 @@ def _find_runs(directories: Sequence[Path]) -> list[_Run]:
 def _check_kind(out: Path, runs: Sequence[_Run]) -> None:
     """Raise UsageError where `out` holds a directory of the other kind."""
     has_parts = (out / CHANNEL_RANGES_NAME).is_file() or any((out / device).is_dir() for device in DEVICES)
-    has_ranks = out.is_dir() and bool(list_worlds(out))
+    has_ranks = any(file.is_ranges for file in list_rank_files(out).values())
     if has_parts if runs[0].is_device_dir else has_ranks:
         kinds = ("a whole run", "a device") if has_parts else ("a device", "whole runs")
         raise UsageError(
@@ -126,7 +134,7 @@ def _check_kind(out: Path, runs: Sequence[_Run]) -> None:
 
 def _shared_devices(runs: Sequence[_Run]) -> list[str]:
     found = sorted({device for run in runs for device in run.devices})
-    return [one for one in found if _all_have(f"ranges of {one}", {run.path: one in run.devices for run in runs})]
+    return [name for name in found if _all_have(f"ranges of {name}", {run.path: name in run.devices for run in runs})]
 
 
 def _all_have(what: str, present: Mapping[Path, bool]) -> bool:
@@ -137,98 +145,77 @@ def _all_have(what: str, present: Mapping[Path, bool]) -> bool:
     return not lacking
 
 
-def _combine_channel_files(runs: Sequence[_Run]) -> ChannelRanges | None:
+def _merge_channel_files(runs: Sequence[_Run]) -> ChannelRanges | None:
     if not _all_have("channel ranges", {run.path: run.has_channels for run in runs}):
         return None
     paths = [run.path / CHANNEL_RANGES_NAME for run in runs]
-    return combine_channels([read_channel_ranges(path) for path in paths], paths)
+    return merge_channels([read_channel_ranges(path) for path in paths], paths)
 
 
-def _combine_device(directories: Sequence[Path]) -> list[RankSet[Node]]:
+def _merge_device(places: Sequence[CalibrationDir]) -> list[RankSet[Node]]:
     """Return all ranks of all worlds that every directory has."""
-    for directory in directories:
-        _require_one_measurement(directory)
-    found = [list_worlds(directory) for directory in directories]
-    combined = []
-    for world in sorted({world for worlds in found for world in worlds}):
-        present = {path: world in worlds for path, worlds in zip(directories, found, strict=True)}
-        if _all_have(f"ranges of world size {world}", present):
-            combined += _combine_world(world, [worlds[world] for worlds in found], directories)
-    return combined
+    merged = []
+    for world in sorted({world for place in places for world in place.worlds}):
+        if _all_have(f"ranges of world size {world}", {place.path: world in place.worlds for place in places}):
+            merged += _merge_world(world, places)
+    return merged
 
 
-def _require_one_measurement(directory: Path) -> None:
-    """Raise FileError where two files are ranges of the same rank: of another dump name, or without a rank's suffix."""
-    seen: dict[tuple[int, int], str] = {}
-    for path in sorted(directory.glob("*.json")):
-        file = parse_rank_file(path.name)
-        if file is None or file.is_mod_list or file.method is not None or file.observer != "maxabs":
-            continue
-        key = (file.rank or 0, file.world or 1)
-        if key in seen:
-            raise FileError(
-                f"two files are ranges of rank {key[0]} of {key[1]}: {seen[key]} and {path.name}",
-                where=directory,
-                why="they are of different measurements",
-                fix="move one of the measurements to a directory of its own, and merge both",
-            )
-        seen[key] = path.name
-
-
-def _combine_world(world: int, files: Sequence[Mapping[int, Path]], directories: Sequence[Path]) -> list[RankSet[Node]]:
-    """Combine each rank of `world` over the directories that hold it.
+def _merge_world(world: int, places: Sequence[CalibrationDir]) -> list[RankSet[Node]]:
+    """Merge each rank of `world` over the directories that hold it.
 
     Raises:
         FileError: no directory holds some rank.
     """
-    counts = [sum(rank in ranks for ranks in files) for rank in range(world)]
+    counts = [sum(rank in place.worlds[world] for place in places) for rank in range(world)]
     if 0 in counts:
         missing = RankFile(rank=counts.index(0), world=world)
         raise FileError(
             f"no ranges of rank {missing.rank} of {world} in any of the directories",
             where=missing.name,
-            why="searched " + ", ".join(map(str, directories)),
+            why="searched " + ", ".join(str(place.path) for place in places),
             fix=f"add the directory of the machine that ran rank {missing.rank}; "
             f"or move the files of world size {world} away to merge the others",
         )
     if len(set(counts)) > 1:
         rank = counts.index(min(counts))
-        lacking = [str(path) for path, ranks in zip(directories, files, strict=True) if rank not in ranks]
+        lacking = [str(place.path) for place in places if rank not in place.worlds[world]]
         _log.warning(
             "rank %d of %d is in fewer directories than other ranks: its ranges lack what %s measured",
             rank, world, ", ".join(lacking),
         )  # fmt: skip
-    combined = []
+    merged = []
     for rank in range(world):
-        having = [(ranks[rank], path) for ranks, path in zip(files, directories, strict=True) if rank in ranks]
-        combined.append(combine_ranks([read_ranges(file) for file, _ in having], [path for _, path in having]))
-    return combined
+        having = [place for place in places if rank in place.worlds[world]]
+        rank_sets = [read_ranges(place.worlds[world][rank]) for place in having]
+        merged.append(merge_ranks(rank_sets, [place.path for place in having]))
+    return merged
 
 
 def _describe_worlds(run: _Run) -> str:
-    worlds = sorted({world for path in run.devices.values() for world in list_worlds(path)})
+    worlds = sorted({world for place in run.devices.values() for world in place.worlds})
     return "world size " + ", ".join(map(str, worlds)) if worlds else CHANNEL_RANGES_NAME
 
 
-def _read_manifests(directories: Sequence[Path]) -> list[Manifest]:
+def _read_manifests(places: Sequence[CalibrationDir]) -> list[Manifest]:
     """Return the manifests there are, of the files in place.
 
     Raises:
         ModelError: they are of different checkpoints or devices.
     """
-    paths = [path / MANIFEST_NAME for path in directories if (path / MANIFEST_NAME).is_file()]
-    manifests = [manifest for path in paths if (manifest := read_manifest(path).good) is not None]
-    prints = {one.model.fingerprint: one.model.name for one in manifests if one.model and one.model.fingerprint}
+    manifests = [place.manifest for place in places if place.manifest is not None]
+    models = [manifest.model for manifest in manifests if manifest.model and manifest.model.fingerprint]
+    prints = {model.fingerprint: model.name for model in models}
     if len(prints) > 1:
         raise ModelError(
             "the runs measured different checkpoints",
-            where=", ".join(map(str, directories)),
+            where=", ".join(str(place.path) for place in places),
             why="the manifests name " + " and ".join(f"{name} ({print_})" for print_, name in prints.items()),
             fix="merge only runs of the same checkpoint",
         )
-    devices = {one.device for one in manifests if one.device}
+    devices = {manifest.device for manifest in manifests if manifest.device}
     if len(devices) > 1:
-        _refuse_devices(directories[0], devices)
+        _refuse_devices(places[0].path, devices)
     return manifests
 
 
@@ -254,63 +241,50 @@ def _write(
             write_channel_ranges(staging / CHANNEL_RANGES_NAME, channels)
             written.append(staging / CHANNEL_RANGES_NAME)
         for device, rank_sets in ranges.items():
-            files = [path for one in rank_sets for path in write_rank_set(staging / device, one)]
+            files = [path for rank_set in rank_sets for path in write_rank_set(staging / device, rank_set)]
             written += files
             if files:
-                facts = _gather_facts(manifests[device], sources, rank_sets)
+                facts = _gather_facts(manifests[device], sources, {rank_set.world for rank_set in rank_sets})
                 with record_run(staging / device / MANIFEST_NAME, **facts) as record:
-                    record.update(files=hash_files(staging / device))
+                    record.update(files=CalibrationDir(staging / device).hash_files())
     return [out / path.relative_to(staging) for path in written]
 
 
-def _gather_facts(
-    manifests: Sequence[Manifest], sources: Sequence[Path], rank_sets: Sequence[RankSet[Node]]
-) -> dict[str, Any]:
+def _gather_facts(manifests: Sequence[Manifest], sources: Sequence[Path], worlds: Iterable[int]) -> dict[str, Any]:
     """Return what the manifest of merged ranges says about where they come from."""
-    steps = [
-        step
-        for one in manifests
-        for step in (
-            *one.history,
-            Step(command=one.command, started_at=one.started_at, finished_at=one.finished_at),
-        )
-    ]
-    distinct = {step.model_dump_json(): step for step in steps}
+    steps = {step.model_dump_json(): step for manifest in manifests for step in manifest.steps}
     facts: dict[str, Any] = {
-        "history": sorted(distinct.values(), key=lambda step: step.started_at),
-        "notes": _join_notes(manifests),
-        "model": next((one.model for one in manifests if one.model), None),
+        "history": sorted(steps.values(), key=lambda step: step.started_at),
+        "model": next((manifest.model for manifest in manifests if manifest.model), None),
+        "expert_parallel": any(manifest.expert_parallel for manifest in manifests),
+        "vllm": next((manifest.vllm for manifest in manifests if manifest.vllm), None),
+        "merged": [str(path.resolve()) for path in sources],
+        "merged_datasets": [
+            *(dataset for manifest in manifests for dataset in manifest.merged_datasets),
+            *(manifest.dataset for manifest in manifests if manifest.dataset),
+        ],
     }
-    for name in ("device", "platform", "engine"):
-        values = {getattr(one, name) for one in manifests}
+    for name in ("device", "platform", "engine", "measured_world"):
+        values = {getattr(manifest, name) for manifest in manifests}
         facts[name] = values.pop() if len(values) == 1 else None
-    configs = [one.config["measure"] for one in manifests if "measure" in one.config]
-    if configs and all(one.get("blocklist") == configs[0].get("blocklist") for one in configs):
+    configs = [manifest.config["measure"] for manifest in manifests if "measure" in manifest.config]
+    if configs and all(config.get("blocklist") == configs[0].get("blocklist") for config in configs):
         facts["config"] = {"measure": configs[0]}  # which nodes are blocked, for worlds that are derived later
-    measured = {one.topology.measured_world for one in manifests}
-    facts["topology"] = Topology(
-        measured_world=measured.pop() if len(measured) == 1 else None,
-        worlds=sorted({one.world for one in rank_sets}),
-        expert_parallel=any(one.topology.expert_parallel for one in manifests),
-    )
-    data = [one.dataset.model_dump() for one in manifests if one.dataset]
-    data = [*facts["notes"].pop("merged_datasets", []), *data]
-    facts["notes"] |= {"merged": [str(path.resolve()) for path in sources], "merged_datasets": data}
+    facts["worlds"] = {}
+    for world in sorted(worlds):
+        known = [manifest.worlds[world] for manifest in manifests if world in manifest.worlds]
+        facts["worlds"][world] = WorldFacts(
+            expert_parallel=next((world_facts.expert_parallel for world_facts in known), None),
+            is_bounded=any(world_facts.is_bounded for world_facts in known),
+        )
     return facts
-
-
-def _join_notes(manifests: Iterable[Manifest]) -> dict[str, Any]:
-    notes: dict[str, Any] = {}
-    for key, note in (item for one in manifests for item in one.notes.items()):
-        notes[key] = {**notes[key], **note} if isinstance(note, dict) and isinstance(notes.get(key), dict) else note
-    return notes
 
 
 def _set_aside(out: Path, written: Iterable[Path], *, is_device_dir: bool) -> None:
     """Move what the merged ranges make stale out of their way."""
     old = [out / CHANNEL_RANGES_NAME]
     for directory in (out,) if is_device_dir else (out / device for device in DEVICES):
-        old += [path for path in directory.glob("*.*") if parse_rank_file(path.name)]
+        old += list_rank_files(directory)
     stale = [path for path in sorted(set(old) - set(written)) if path.is_file()]
     set_aside(stale)
     for directory in sorted({path.parent for path in stale}):

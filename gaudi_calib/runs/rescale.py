@@ -3,22 +3,50 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gaudi_calib.config.methods import SCALE_METHODS, MethodTable
-from gaudi_calib.errors import FileError, UsageError
+from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.errors import FileError
 from gaudi_calib.files import read_json
-from gaudi_calib.fp8 import DEVICES, Device, get_device
-from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
+from gaudi_calib.fp8 import Device
+from gaudi_calib.ranges.experts import Choose, rename_modules
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.ranges.table import Inventory, RangeTable, tabulate_ranges
-from gaudi_calib.rankfiles.store import list_worlds
 from gaudi_calib.scales.compute import compute_scales
 
+if TYPE_CHECKING:
+    from gaudi_calib.config.model import QuantConfig
+
 _log = logging.getLogger(__name__)
+
+
+class Converted(NamedTuple):
+    """Ranges of a new world.
+
+    Attributes:
+        from_world: the world they come from.
+        inventory: nodes of its ranks.
+        ranks: in rank order.
+        choose: which experts a rank has of those of its source rank, None where all are the same.
+        expert_parallel: how experts are split, None without experts.
+    """
+
+    from_world: int
+    inventory: Inventory
+    ranks: list[RankSet[Node]]
+    choose: Choose | None
+    expert_parallel: bool | None
+
+    def equals(self, other: "Converted") -> bool:
+        """Whether the ranges are the same, wherever they come from."""
+        tables = [[tabulate_ranges(rank.nodes) for rank in result.ranks] for result in (self, other)]
+        return all(
+            left.inventory.equals(right.inventory) and (left.numbers == right.numbers).all()
+            for left, right in zip(*tables, strict=True)
+        )
 
 
 class Recipe(NamedTuple):
@@ -27,60 +55,106 @@ class Recipe(NamedTuple):
     Attributes:
         tag: the method in their names, upper case.
         table: the method of every node.
-        device: the device whose scales these are.
-        settings: as a manifest records them (`describe_scaling`).
+        device: the device that will serve.
+        config: what says so; None for the method's own backoffs.
     """
 
     tag: str
     table: MethodTable
     device: Device
-    settings: dict[str, Any]
+    config: "QuantConfig | None" = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a manifest records about it."""
+        from gaudi_calib.config.model import QuantConfig, describe_scaling
+
+        config = self.config or QuantConfig(scale_method=self.tag, dump_stats_path="./ranges")
+        return describe_scaling(config, self.device)
+
+    @property
+    def scales_device(self) -> Device:
+        """The device whose FP8 range and free scales apply."""
+        if self.config is None:
+            return self.device
+        from gaudi_calib.config.model import get_scales_device
+
+        return get_scales_device(self.config, self.device)
 
 
-def find_methods(directory: Path, world: int) -> list[str]:
-    """Return the methods, in upper case, that `directory` holds scale files of `world` for."""
-    files = [parse_rank_file(path.name) for path in directory.iterdir()]
-    return sorted({one.method for one in files if one and one.method and (one.world or 1) == world})
+def rescale(
+    source: CalibrationDir, converted: Converted, device: str | None
+) -> list[tuple[Recipe, list[RankSet[ScaleNode]]]]:
+    """Compute scales of the new ranks for every method the old ones have.
+
+    Args:
+        source: where the old ranks are.
+        device: the device that will serve, where `source` does not tell.
+
+    Raises:
+        UsageError, ConfigError: see `find_recipe`. FileError: scale files of some ranks are missing, malformed
+            or of other ranges. RangeError: a range gives no usable scale.
+    """
+    computed = []
+    count = len(converted.ranks)
+    old_ranks = [rank * converted.from_world // count for rank in range(count)]
+    for tag in source.list_methods(converted.from_world):
+        recipe = find_recipe(source, tag, device)
+        if recipe is None:
+            continue
+        named = _read_scaled_names(source, converted.from_world, tag, sorted(set(old_ranks)))
+        names = [named[rank] for rank in old_ranks]
+        if converted.choose is not None:
+            names = [
+                rename_modules(old, converted.inventory, tabulate_ranges(rank_set.nodes).inventory, converted.choose)
+                for old, rank_set in zip(names, converted.ranks, strict=True)
+            ]
+        computed.append((recipe, _compute(converted.ranks, recipe, names)))
+    return computed
 
 
-def find_recipe(directory: Path, tag: str, device: str | None = None) -> Recipe | None:
-    """Tell how the scales of method `tag` in `directory` are computed, from its surroundings.
+def find_recipe(source: CalibrationDir, tag: str, device: str | None = None) -> Recipe | None:
+    """Tell how the scales of method `tag` in `source` are computed, from its surroundings.
 
-    The device is that of the manifest, else the directory's name, else `device`. Backoffs and
-    overrides come from `../maxabs_quant_<device>.json` where its method is `tag`.
+    Backoffs and overrides come from the run's QUANTIZE config where its method is `tag`.
+
+    Args:
+        device: the device that will serve, where `source` does not tell.
 
     Returns:
         None where that is not possible, after a warning that says what to run.
 
     Raises:
-        UsageError: `device` contradicts the manifest or the directory.
+        UsageError: `device` contradicts what is known.
         ConfigError: the config is invalid.
     """
-    known = _find_device(directory, device)
-    command = f"`gaudi-calib quantize -m MODEL -o OUT -t N --device {known or 'g2|g3'} --scale-method {tag.lower()}`"
+    known = source.settle_device(device)
+    name = known.name if known else "g2|g3"
+    command = f"`gaudi-calib quantize -m MODEL -o OUT -t N --device {name} --scale-method {tag.lower()}`"
     if known is None or tag not in SCALE_METHODS:
         why = "nothing says which device will serve (--device does)" if known is None else "the method is not known"
         _log.warning("No scales of %s: %s. Afterwards run %s.", tag, why, command)
         return None
-    recipe = _read_recipe(directory.resolve().parent / f"maxabs_quant_{known}.json", tag, get_device(known))
-    if any(method.weight.is_per_channel or method.weight.scale_value_type == "OPT" for method in recipe.table.methods):
+    config = source.quant_config
+    if config is not None and config.method_table.file_tag != tag:
+        config = None
+    table = MethodTable(SCALE_METHODS[tag]) if config is None else config.method_table
+    if any(method.weight.is_per_channel or method.weight.scale_value_type == "OPT" for method in table.methods):
         _log.warning("No scales of %s: they need the weights. Afterwards run %s.", tag, command)
         return None
-    return recipe
+    return Recipe(tag, table, known, config)
 
 
-def read_scaled_names(directory: Path, world: int, tag: str, ranks: Sequence[int]) -> dict[int, tuple[str, ...]]:
-    """Return the names of the nodes that have scales on some `ranks`.
-
-    Raises:
-        FileError: a file of one of these ranks is malformed, or that of any rank is missing.
-    """
-    files = list_worlds(directory, tag).get(world, {})
-    missing = [rank for rank in range(world) if rank not in files]
+def _read_scaled_names(
+    source: CalibrationDir, world: int, tag: str, ranks: Sequence[int]
+) -> dict[int, tuple[str, ...]]:
+    """Return the names of the nodes that have scales on some `ranks`, after checking that no rank's file is missing."""
+    files = [source.name_file(rank, world, method=tag, extension="json") for rank in range(world)]
+    missing = [path for path in files if path not in source.files]
     if missing:
         raise FileError(
-            f"no {tag} scales of rank {missing[0]} of {world}",
-            where=directory / RankFile(method=tag, rank=missing[0], world=world).name,
+            f"no {tag} scales of rank {files.index(missing[0])} of {world}",
+            where=missing[0],
             why="other ranks have scales of this method",
             fix="restore the file, delete the other ranks' scales, or leave scales out with --skip-scales",
         )
@@ -97,26 +171,19 @@ def read_scaled_names(directory: Path, world: int, tag: str, ranks: Sequence[int
     return named
 
 
-def recompute_scales(
+def _compute(
     ranks: Sequence[RankSet[Node]], recipe: Recipe, names: Sequence[tuple[str, ...]]
 ) -> list[RankSet[ScaleNode]]:
-    """Return the scales of `ranks`.
-
-    Args:
-        names: by rank, the nodes that get scales.
-
-    Raises:
-        RangeError: a range gives no usable scale, or there is none for a name.
-    """
-    solved: dict[tuple[int, tuple[str, ...]], RankSet[ScaleNode]] = {}
-    scales = []
+    """Return the scales of the nodes `names`, given by rank; consecutive ranks of the same ranges are solved once."""
+    scales: list[RankSet[ScaleNode]] = []
+    last: tuple[RangeTable, tuple[str, ...]] | None = None
     for rank_set, chosen in zip(ranks, names, strict=True):
         table = tabulate_ranges(rank_set.nodes)
-        key = (id(table.numbers), chosen)
-        if key not in solved:
+        if last is None or last[0] is not table or last[1] != chosen:
             picked = replace(rank_set, nodes=_pick_nodes(table, chosen))
-            solved[key] = compute_scales(picked, recipe.table, recipe.device, weights=lambda _: None)
-        scales.append(replace(solved[key], rank=rank_set.rank, dump=rank_set.dump))
+            solved = compute_scales(picked, recipe.table, recipe.scales_device, weights=lambda _: None)
+            last = table, chosen
+        scales.append(replace(solved, rank=rank_set.rank, dump=rank_set.dump))
     return scales
 
 
@@ -138,39 +205,3 @@ def _pick_nodes(table: RangeTable, names: tuple[str, ...]) -> RangeTable:
     kept[places] = True
     smaller = Inventory([inventory.names[i] for i in places.tolist()], [inventory.shapes[i] for i in places.tolist()])
     return RangeTable(smaller, table.numbers[np.repeat(kept, inventory.sizes)])
-
-
-def _find_device(directory: Path, device: str | None) -> str | None:
-    known = directory.resolve().name if directory.resolve().name in DEVICES else None
-    where: Path = directory
-    if (directory / MANIFEST_NAME).is_file():
-        from gaudi_calib.manifest import read_manifest
-
-        manifest = read_manifest(directory / MANIFEST_NAME).good
-        if manifest is not None and manifest.device is not None:
-            known, where = manifest.device, directory / MANIFEST_NAME
-    if known and device and device != known:
-        raise UsageError(
-            f"--device {device} contradicts the directory, which is of {known}",
-            where=where,
-            fix="leave --device out, or give the directory of that device",
-        )
-    return known or device
-
-
-def _read_recipe(path: Path, tag: str, device: Device) -> Recipe:
-    if path.is_file():
-        from gaudi_calib.config.presets import (
-            describe_scaling,
-            get_scales_device,
-            parse_scale_method,
-            read_quant_config,
-            to_content,
-        )
-
-        config = read_quant_config(path)
-        table = parse_scale_method(to_content(config)["scale_method"]) if config.scale_method else None
-        if table is not None and table.file_tag == tag:
-            return Recipe(tag, table, get_scales_device(config, device), describe_scaling(config, device))
-    settings = {"device": device.name, "scale_method": tag.lower(), "fp8_config": "E4M3", "hp_dtype": "bf16"}
-    return Recipe(tag, MethodTable(SCALE_METHODS[tag]), device, settings)

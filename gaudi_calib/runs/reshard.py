@@ -1,29 +1,23 @@
-"""From the channel ranges of one measurement to the rank files of any topology, exactly and without the model."""
+"""`gaudi-calib reshard`: the rank files of any topology from one measurement, exactly and without the model."""
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from gaudi_calib.config.model import QuantConfig
-from gaudi_calib.config.presets import read_quant_config
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, TopologyError
 from gaudi_calib.files import stage_files
 from gaudi_calib.fp8 import DEVICES, get_device
-from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME
-from gaudi_calib.manifest import Manifest, read_manifest
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.derive import derive_world
 from gaudi_calib.ranges.topology import Topology
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_sets
-from gaudi_calib.runs.provenance import record_conversion
-from gaudi_calib.runs.unify import set_aside_scales
+from gaudi_calib.runs.conversion import record_world, set_aside_scales
 
 _log = logging.getLogger(__name__)
-
-
-# Key of a manifest's notes: version of the vLLM whose names the files have, where it was chosen.
-VLLM_NOTE = "vllm"
 
 
 def reshard_dir(
@@ -53,28 +47,32 @@ def reshard_dir(
     """
     run, devices = _find_run(run, devices)
     channels = read_channel_ranges(run / CHANNEL_RANGES_NAME)
+    sources = [CalibrationDir(run / name) for name in devices]
+    results = []
+    for source, name in zip(sources, devices, strict=True):
+        topology = Topology(world, _choose_sharing(source, channels, world, expert_parallel))
+        version = vllm or (source.manifest.vllm if source.manifest else None)
+        ranks = derive_world(channels, topology, get_device(name), _require_config(source, name), version)
+        results.append((topology, ranks))
+    is_bounded = not all(channels.is_measured(topology) for topology, _ in results)
+    if is_bounded:
+        _log.warning(
+            "The outputs of row-parallel layers and experts were not measured for %d ranks; "
+            "upper bounds stand in (measure with -t %d for the values)",
+            *(world, world),
+        )
     written: list[Path] = []
-    results = {}
-    for name in devices:
-        manifest = _read_manifest(run / name)
-        topology = Topology(world, _choose_sharing(run, manifest, channels, world, expert_parallel))
-        version = vllm or (manifest.notes.get(VLLM_NOTE) if manifest else None)
-        ranks = derive_world(channels, topology, get_device(name), _read_config(run, name, manifest), version)
-        results[name] = topology, ranks
-        if not channels.is_measured(topology):
-            _log.warning(
-                "The outputs of row-parallel layers and experts were not measured for %d ranks; "
-                "upper bounds stand in (measure with -t %d for the values)",
-                *(world, world),
-            )
-    for name, (topology, ranks) in results.items():
-        source, target = run / name, (out or run) / name
+    for source, (topology, ranks) in zip(sources, results, strict=True):
+        target = (out or run) / source.path.name
         target.mkdir(parents=True, exist_ok=True)
         split = topology.expert_parallel if channels.has_experts else None
-        with record_conversion(source, target, world, expert_parallel=split), stage_files(target) as staging:
+        with (
+            record_world(source, target, world, expert_parallel=split, is_bounded=is_bounded),
+            stage_files(target) as staging,
+        ):
             names = [path.name for path in write_rank_sets(staging, ranks)]
             set_aside_scales(target, staging, world, set(names))
-        written += [target / one for one in names]
+        written += [target / name for name in names]
     return written
 
 
@@ -92,36 +90,26 @@ def _find_run(run: Path, devices: Sequence[str] | None) -> tuple[Path, Sequence[
     return run, found or list(DEVICES)
 
 
-def _read_config(run: Path, device: str, manifest: Manifest | None) -> QuantConfig:
-    path = run / f"maxabs_measure_{device}.json"
-    if path.is_file():
-        return read_quant_config(path)
-    recorded = manifest.config.get("measure") if manifest else None  # all there is of runs that were merged
-    if recorded is None:
+def _require_config(source: CalibrationDir, device: str) -> QuantConfig:
+    if source.measure_config is None:
+        path = DeviceLayout(source.path, device).measure_config
         raise FileError(
             f"no {path.name}",
             where=path,
             why="it says which nodes are blocked",
             fix=f"copy it beside {CHANNEL_RANGES_NAME}, or measure for {device}",
         )
-    return QuantConfig.model_validate(recorded)
+    return source.measure_config
 
 
-def _read_manifest(directory: Path) -> Manifest | None:
-    path = directory / MANIFEST_NAME
-    return read_manifest(path).good if path.is_file() else None
-
-
-def _choose_sharing(
-    run: Path, manifest: Manifest | None, channels: ChannelRanges, world: int, given: bool | None
-) -> bool:
+def _choose_sharing(source: CalibrationDir, channels: ChannelRanges, world: int, given: bool | None) -> bool:
     if given is not None or world == 1 or not channels.has_experts:
         return bool(given) and channels.has_experts
-    if manifest is None:
+    if source.manifest is None:
         raise TopologyError(
             "it is not known how the ranks share the experts",
-            where=run,
+            where=source.path.parent,
             why=f"there is no {MANIFEST_NAME} that says how the model is served",
             fix="give --expert-parallel (ranks hold whole experts) or --no-expert-parallel (a slice of each)",
         )
-    return manifest.topology.expert_parallel
+    return source.manifest.expert_parallel

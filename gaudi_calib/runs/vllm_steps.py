@@ -14,25 +14,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gaudi_calib.config.model import QuantConfig, find_idle_patterns, with_dump_stats_path
+from gaudi_calib.config.model import QuantConfig, with_dump_stats_path
 from gaudi_calib.config.presets import write_quant_config
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import CalibrationError, FileError, RangeError, UsageError
 from gaudi_calib.files import scratch_directory
-from gaudi_calib.fp8 import Device
 from gaudi_calib.layout import DUMP_NAME, RankFile
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.unify import gather_world, unify_ranks
-from gaudi_calib.rankfiles.store import read_scales, read_world_dir, write_rank_set
+from gaudi_calib.rankfiles.store import read_scales, write_rank_sets
 from gaudi_calib.runs.options import RunOptions
-from gaudi_calib.runs.run import Run
+from gaudi_calib.runs.run import Run, Target
 
 if TYPE_CHECKING:
-    from gaudi_calib.engines.vllm_runner.phases import PhaseName, Target
+    from gaudi_calib.engines.vllm_runner.phases import PhaseName
+    from gaudi_calib.engines.vllm_runner.phases import Target as PhaseModel
 
 _log = logging.getLogger(__name__)
-
-LOGS = "logs"
 
 # Prompt attention is either fused or naive; the modules of the other way never run.
 _ALTERNATIVES = ("softmax", "fused_scaled_dot_product_attention")
@@ -92,42 +91,39 @@ def computes_scales(options: RunOptions) -> bool:
 def measure_ranks(run: Run) -> None:
     """Measure the ranges of every rank with vLLM."""
     world, unified = run.options.world, run.options.unified_world
-    for device in run.devices:
-        config = run.measure_configs[device.name]
-        for finding in find_idle_patterns(config, run.plan.node_names):
-            run.warn(f"{finding.what} ({finding.where})")
-        _run_phase(run, "measure", device, config)
-        ranks = [apply_kv_cache(one) for one in _read_measured(run, device)]
-        run.ranges[device.name, world] = ranks
+    for target in run.targets:
+        run.warn_idle_patterns(target.measure_config)
+        _run_phase(run, "measure", target, target.measure_config)
+        ranks = [apply_kv_cache(rank_set) for rank_set in _read_measured(run, target)]
+        target.ranges[world] = ranks
         if unified and unified != world:
             joined = unify_ranks(gather_world(ranks), unified, expert_parallel=run.expert_parallel)
-            run.ranges[device.name, unified] = joined
-        for rank_set in (one for size in run.options.worlds for one in run.ranges[device.name, size]):
-            write_rank_set(run.staging / device.name, rank_set)
-        write_quant_config(run.staging / run.layout.measure_config(device.name).name, config)
+            target.ranges[unified] = joined
+        for size in run.options.worlds:
+            write_rank_sets(run.staging / target.device.name, target.ranges[size])
+        write_quant_config(run.staging / target.layout.measure_config.name, target.measure_config)
 
 
 def quantize_ranks(run: Run) -> None:
     """Compute the scales of every rank with INC."""
-    for device in run.devices:
-        config = run.quant_configs[device.name]
-        _run_phase(run, "quantize", device, config)
-        tag = config.method_table.file_tag
-        for rank_set in run.ranges[device.name, run.options.world]:
+    for target in run.targets:
+        _run_phase(run, "quantize", target, target.quant_config)
+        tag = target.quant_config.method_table.file_tag
+        for rank_set in target.ranges[run.options.world]:
             name = RankFile(method=tag, rank=rank_set.rank, world=rank_set.world).name
-            written = run.staging / device.name / name
+            written = run.staging / target.device.name / name
             if not written.with_suffix(".npz").is_file():
                 raise FileError(
                     f"rank {rank_set.rank} of {rank_set.world} wrote no scales",
-                    where=_find_log(run, device, "quantize"),
+                    where=target.layout.log("quantize"),
                     why=f"the quantize phase ended well, but INC left no {name}",
                     fix="read the log; INC writes scales while the model is loaded",
                 )
             _require_finite_scales(written)
-            run.record_scales(device, rank_set, [written, written.with_suffix(".npz")])
+            run.record_scales(target, rank_set, [written, written.with_suffix(".npz")])
 
 
-def _run_phase(run: Run, name: "PhaseName", device: Device, config: QuantConfig) -> None:
+def _run_phase(run: Run, name: "PhaseName", target: Target, config: QuantConfig) -> None:
     from gaudi_calib.engines.vllm_runner.cluster import require_cluster
     from gaudi_calib.engines.vllm_runner.phases import EngineOptions, plan_phase
     from gaudi_calib.engines.vllm_runner.process import run_phase
@@ -138,33 +134,33 @@ def _run_phase(run: Run, name: "PhaseName", device: Device, config: QuantConfig)
         batch_size=run.options.batch_size,
         trust_remote_code=bool(run.options.dataset.get("trust_remote_code")),
     )
-    with _staged_config(run, name, device, config) as (path, staged):
-        platform, target = run.options.platform, _describe_target(run)
-        phase = plan_phase(name, platform, staged, path, target, run.prompts.token_ids, options)
+    with _staged_config(run, name, target, config) as (path, staged):
+        platform = run.options.platform
+        phase = plan_phase(name, platform, staged, path, _describe_model(run), run.prompts.token_ids, options)
         if phase.settings.args.get("distributed_executor_backend") == "ray":
-            require_cluster(platform, target.world)
-        report = run_phase(phase, _find_log(run, device, name))
+            require_cluster(platform, run.options.world)
+        report = run_phase(phase, target.layout.log(name))
     _log.info("%s: %d prompts, %d new tokens", name, report["prompts"], report["new_tokens"])
 
 
 @contextmanager
-def _staged_config(run: Run, name: str, device: Device, config: QuantConfig) -> Iterator[tuple[Path, QuantConfig]]:
+def _staged_config(run: Run, name: str, target: Target, config: QuantConfig) -> Iterator[tuple[Path, QuantConfig]]:
     """Yield a QUANT_CONFIG whose files go to the staging directory; all nodes must see it."""
-    directory = run.staging / device.name
+    directory = run.staging / target.device.name
     directory.mkdir(exist_ok=True)
     staged = with_dump_stats_path(config, directory / DUMP_NAME)
     with scratch_directory(run.layout.root) as scratch:
-        path = scratch / f"maxabs_{name}_{device.name}.json"
+        path = scratch / f"maxabs_{name}_{target.device.name}.json"
         write_quant_config(path, staged)
         yield path, staged
 
 
-def _describe_target(run: Run) -> "Target":
-    from gaudi_calib.engines.vllm_runner.phases import Target
+def _describe_model(run: Run) -> "PhaseModel":
+    from gaudi_calib.engines.vllm_runner.phases import Target as PhaseModel
 
     model = run.plan.checkpoint.config
     context = model.get("max_position_embeddings")
-    return Target(
+    return PhaseModel(
         run.plan.checkpoint.directory,
         run.options.world,
         run.plan.family,
@@ -175,18 +171,14 @@ def _describe_target(run: Run) -> "Target":
     )
 
 
-def _find_log(run: Run, device: Device, phase: str) -> Path:
-    return run.layout.device_dir(device.name) / LOGS / f"{phase}.log"
-
-
-def _read_measured(run: Run, device: Device) -> Sequence[RankSet[Node]]:
+def _read_measured(run: Run, target: Target) -> Sequence[RankSet[Node]]:
     """Return what the ranks wrote, after checking that it is whole.
 
     Raises:
         FileError: a rank's file is missing. TopologyError: ranks have different nodes.
         RangeError: a range is not finite, or a module that serving needs never ran.
     """
-    ranks = gather_world(read_world_dir(run.staging / device.name, run.options.world)).ranks
+    ranks = gather_world(CalibrationDir(run.staging / target.device.name).read_world(run.options.world)).ranks
     for rank_set in ranks:
         silent = [name for name in rank_set.modules if name not in rank_set.nodes]
         silent = [name for name in silent if name.rpartition(".")[2] not in _ALTERNATIVES]
@@ -194,7 +186,7 @@ def _read_measured(run: Run, device: Device) -> Sequence[RankSet[Node]]:
             raise RangeError(
                 f"{len(silent)} modules of rank {rank_set.rank} of {rank_set.world} never ran: "
                 + ", ".join(silent[:_SHOWN]),
-                where=_find_log(run, device, "measure"),
+                where=target.layout.log("measure"),
                 why="vLLM would fail where it needs one of them and it was not quantized",
                 fix="generate more (--max-new-tokens), or give more prompts; -l limits them",
             )

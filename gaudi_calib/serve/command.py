@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -85,6 +86,11 @@ class ServeCommand:
     def __str__(self) -> str:
         return to_shell(self.argv, self.env)
 
+    @property
+    def lines(self) -> list[str]:
+        """The same for a shell, a line for every variable."""
+        return [*(f"export {name}={shlex.quote(value)}" for name, value in self.env.items()), shlex.join(self.argv)]
+
 
 def plan_serve(options: ServeOptions, platform: Platform) -> ServeCommand:
     """Check everything that can be checked before vLLM starts, and return the command.
@@ -100,6 +106,11 @@ def plan_serve(options: ServeOptions, platform: Platform) -> ServeCommand:
     settings, notes = plan_engine(options, platform)
     argv = [*_name_program(platform), options.model, *settings.flags, "--port", str(options.port), *options.extra]
     return ServeCommand(tuple(argv), settings.env, tuple(notes))
+
+
+def plan_on_gaudi(model: str, quant_config: Path, *, world: int, device: str) -> ServeCommand:
+    """Return the command that serves a calibration on `world` cards of a Gaudi (`g2`, `g3`); see `plan_serve`."""
+    return plan_serve(ServeOptions(model, quant_config, world), Platform("hpu", get_device(device)))
 
 
 def _name_program(platform: Platform) -> list[str]:
@@ -205,7 +216,7 @@ def _require_method(model: ServedModel, platform: Platform) -> None:
 def _describe(calibration: Calibration, platform: Platform) -> str:
     if platform.name == "hpu":
         return f"FP8 by INC with {calibration.path}"
-    device = f"Gaudi {calibration.device.name[1]}" if calibration.device else "the calibrated Gaudi"
+    device = f"Gaudi {calibration.placed.device.name[1]}" if calibration.placed.device else "the calibrated Gaudi"
     return (
         f"no Gaudi here: the vLLM plugin {EMULATION_METHOD} computes on {platform.name} what {device} would; "
         "answers are those of FP8, speed and memory are not"

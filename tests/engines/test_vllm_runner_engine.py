@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.vllm_runner.process import list_group
-from gaudi_calib.manifest import check_scales_fresh, read_manifest
+from gaudi_calib.manifest import read_manifest
 from gaudi_calib.rankfiles.store import list_worlds, read_ranges, read_world_dir
 from gaudi_calib.serve.command import ServeOptions, plan_serve
 from tests.runs.test_calibrate import snapshot
@@ -46,8 +47,8 @@ def test_two_ranks_measured_by_vllm(tmp_path):
     assert "model.layers.0.self_attn.attn.impl.matmul_qk" in whole.nodes
     manifest = read_manifest(root / "g3" / "calibration_manifest.json")
     assert (manifest.status, manifest.engine, manifest.platform) == ("ok", "vllm", "cpu")
-    assert (manifest.topology.measured_world, manifest.topology.worlds) == (2, [1, 2])
-    assert check_scales_fresh(manifest, root / "g3") == []
+    assert (manifest.measured_world, list(manifest.worlds)) == (2, [1, 2])
+    assert CalibrationDir(root / "g3").find_stale() == []
     log = (root / "g3" / "logs" / "measure.log").read_text()
     assert "8 of 8 prompts" in log and "8 of 8 prompts" in done.stderr
     assert str(root / "g3" / "inc_output") in (root / "maxabs_quant_g3.json").read_text()

@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ModelError
 from gaudi_calib.layout import parse_rank_file
-from gaudi_calib.manifest import check_scales_fresh, read_manifest
+from gaudi_calib.manifest import read_manifest
 from gaudi_calib.rankfiles.store import list_worlds, read_ranges, read_scales, read_world_dir
-from gaudi_calib.runs.calibrate import RunOptions, calibrate, list_files, measure, quantize
+from gaudi_calib.runs.calibrate import calibrate, list_files, measure, quantize
+from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.postprocess import postprocess_dir
 from gaudi_calib.runs.unify import unify_dir
+from gaudi_calib.serve.command import plan_on_gaudi
 from tests.support import paths
 from tests.support.tiny import make_tiny_model
 
@@ -38,6 +41,11 @@ def dataset(tmp_path: Path) -> Path:
 def options(data: Path, **changes) -> RunOptions:
     facts = {"model": str(GOLDEN / "model"), "out": data.parent / "out", "dataset": {"dataset": str(data)}}
     return RunOptions(**{**facts, **changes})
+
+
+def serve(result, *, world: int):
+    """The command that serves what a run made, on a Gaudi 3."""
+    return plan_on_gaudi(str(GOLDEN / "model"), result.quant_configs["g3"], world=world, device="g3")
 
 
 def run_cli(*words: object, **changes) -> subprocess.CompletedProcess[str]:
@@ -99,8 +107,8 @@ def test_one_measurement_serves_both_devices_and_several_worlds(dataset: Path):
     assert found == expected
     for device in ("g2", "g3"):
         manifest = read_manifest(result.root / device / "calibration_manifest.json")
-        assert (manifest.status, manifest.topology.worlds, manifest.dataset.prompts) == ("ok", [1, 2], 3)
-        assert check_scales_fresh(manifest, result.root / device) == []
+        assert (manifest.status, list(manifest.worlds), manifest.dataset.prompts) == ("ok", [1, 2], 3)
+        assert CalibrationDir(result.root / device).find_stale() == []
         config = json.loads(result.quant_configs[device].read_text())
         assert config["dump_stats_path"] == str(result.root / device / "inc_output")
     g2, g3 = (
@@ -121,7 +129,7 @@ def test_quantize_adds_worlds_and_methods_later(dataset: Path):
     method = "ACT_MAXABS_HW_WEIGHTS_PCS_MAXABS_POW2"
     result = quantize(options(dataset, world=4, scale_method=method.lower()))
     assert before.items() <= snapshot(root).items()
-    assert result.env["RUNTIME_SCALE_PATCHING"] == "0"
+    assert serve(result, world=4).env["RUNTIME_SCALE_PATCHING"] == "0"
     assert sorted(list_worlds(root / "g3", method)[4]) == [0, 1, 2, 3]
     weight = (
         read_scales(root / f"g3/inc_output_hooks_maxabs_{method}_1_4.json").nodes["model.layers.0.mlp.down_proj"].weight

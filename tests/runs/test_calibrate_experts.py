@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from gaudi_calib.cli.main import main
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError, FileError, RangeError, TopologyError, UsageError
-from gaudi_calib.manifest import check_scales_fresh, read_manifest
+from gaudi_calib.manifest import read_manifest
 from gaudi_calib.ranges.coverage import count_coverage
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
 from gaudi_calib.rankfiles.store import list_worlds, read_ranges, read_scales, read_world_dir
-from gaudi_calib.runs.calibrate import RunOptions, calibrate, measure, quantize
+from gaudi_calib.runs.calibrate import calibrate, measure, quantize
+from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.reshard import reshard_dir
 from gaudi_calib.runs.unify import unify_dir
+from gaudi_calib.serve.command import plan_on_gaudi
 from tests.support import paths
 from tests.support.tiny import COLD_EXPERTS
 
@@ -44,6 +47,11 @@ def options(dataset: Path, tiny_model: Callable[[str], Path]) -> Callable[..., R
     return make
 
 
+def serve(result, model: str, world: int):
+    """The command that serves what a run made, on a Gaudi 3."""
+    return plan_on_gaudi(model, result.quant_configs["g3"], world=world, device="g3")
+
+
 def find_manifest(root: Path):
     return read_manifest(root / "g3/calibration_manifest.json")
 
@@ -54,11 +62,11 @@ def test_cold_experts_are_filled_and_told(options):
     (ranges,) = read_world_dir(result.root / "g3", 1)
     assert all(one[0] > 0 for one in ranges.nodes[OP].outputs)
     coverage = find_manifest(result.root).expert_coverage
-    assert coverage["policy"] == "fill" and coverage["min_tokens"] == 5
-    assert set(COLD_EXPERTS[COLD]) <= set(coverage["cold"][OP])
-    assert all(coverage["tokens"][OP][expert] == 0 for expert in coverage["cold"][OP])
-    assert coverage["filled"][OP] == {str(expert): 5 for expert in coverage["cold"][OP]}
-    assert sum(coverage["tokens"][OP]) == 2 * 8 * 64  # two experts per token
+    assert coverage.policy == "fill" and coverage.min_tokens == 5
+    assert set(COLD_EXPERTS[COLD]) <= set(coverage.cold[OP])
+    assert all(coverage.tokens[OP][expert] == 0 for expert in coverage.cold[OP])
+    assert coverage.filled[OP] == dict.fromkeys(coverage.cold[OP], 5)
+    assert sum(coverage.tokens[OP]) == 2 * 8 * 64  # two experts per token
     (warning,) = [one for one in result.warnings if "fewer than 5 tokens" in one]
     assert OP in warning and "4 times as much" in warning
 
@@ -67,7 +75,7 @@ def test_cold_experts_are_left_when_asked(options):
     """`ignore` leaves the range 0 of an expert that saw nothing, and warns that serving goes wrong."""
     result = measure(options(cold_experts="ignore"))
     (ranges,) = read_world_dir(result.root / "g3", 1)
-    cold = find_manifest(result.root).expert_coverage["cold"][OP]
+    cold = find_manifest(result.root).expert_coverage.cold[OP]
     idle = [index for index, one in enumerate(ranges.nodes[OP].outputs[1:]) if one[0] == 0]
     assert idle == cold and set(COLD_EXPERTS[COLD]) <= set(idle)
     assert any("serving them goes wrong" in warning for warning in result.warnings)
@@ -95,15 +103,16 @@ def test_suggestion_follows_the_coldest_expert(options):
 
 def test_deepseek_is_expert_parallel_and_can_be_told_otherwise(options):
     """The family's way of sharing is the default; each rank's files hold its experts, numbered from 0."""
-    result = calibrate(options(world=4, unified_world=1))
+    wanted = options(world=4, unified_world=1)
+    result = calibrate(wanted)
     experts = [[name for name in one.nodes if "w13_list" in name] for one in read_world_dir(result.root / "g3", 4)]
     assert (
         experts
         == [[f"model.layers.{i}.mlp.experts.routed_experts.moe_op.w13_list.{e}" for i in (1, 2) for e in (0, 1)]] * 4
     )
-    assert result.serve_command("M", 4)[-1] == "--enable-expert-parallel"
-    assert "--enable-expert-parallel" not in result.serve_command("M", 1)
-    assert find_manifest(result.root).topology.expert_parallel
+    assert "--enable-expert-parallel" in serve(result, wanted.model, 4).argv
+    assert "--enable-expert-parallel" not in serve(result, wanted.model, 1).argv
+    assert find_manifest(result.root).expert_parallel
     sliced = calibrate(options(world=4, expert_parallel=False))
     (first, *_) = read_world_dir(sliced.root / "g3", 4)
     assert len(first.nodes[OP].outputs) == 9
@@ -120,8 +129,8 @@ def test_quantize_keeps_the_way_the_run_shares_experts(options):
     quantize(options("mixtral", world=2, expert_parallel=False))
     assert len(read_ranges(root / "g3/inc_output_hooks_maxabs_1_2.json").nodes[op].outputs) == 5
     assert len(read_scales(root / f"g3/inc_output_hooks_maxabs_{TAG}_0_2.json").nodes[op].inputs) == 5
-    assert find_manifest(root).notes["expert_parallel"] == {"2": False, "4": True}
-    assert check_scales_fresh(find_manifest(root), root / "g3") == []
+    assert {world: facts.expert_parallel for world, facts in find_manifest(root).worlds.items()} == {2: False, 4: True}
+    assert CalibrationDir(root / "g3").find_stale() == []
 
 
 def test_unify_takes_the_sharing_from_the_manifest(options):
@@ -149,8 +158,8 @@ def test_reshard_equals_a_measurement_at_that_topology(split: bool, options, tmp
     for path in written:
         assert path.read_bytes() == (asked / "g3" / path.name).read_bytes()
     manifest = read_manifest(tmp_path / "new/g3/calibration_manifest.json")
-    assert manifest.status == "ok" and manifest.topology.worlds == [4]
-    assert manifest.notes["expert_parallel"]["4"] is split
+    assert manifest.status == "ok" and list(manifest.worlds) == [4]
+    assert manifest.worlds[4].expert_parallel is split
 
 
 def test_reshard_in_place_sets_stale_scales_aside(options, capsys):
@@ -163,7 +172,7 @@ def test_reshard_in_place_sets_stale_scales_aside(options, capsys):
     assert list(list_worlds(root / "g3", TAG)) == []
     assert len(list((root / "g3/replaced").iterdir())) == 4
     quantize(options("mixtral", world=2))
-    assert check_scales_fresh(find_manifest(root), root / "g3") == []
+    assert CalibrationDir(root / "g3").find_stale() == []
     op = "model.layers.0.block_sparse_moe.experts.routed_experts.moe_op"
     assert [len(read_world_dir(root / "g3", world)[0].nodes[op].outputs) for world in (2, 4)] == [5, 2]
     capsys.readouterr()
@@ -174,7 +183,7 @@ def test_merged_runs_are_resharded_and_quantized(options, tmp_path: Path):
     for seed in (1, 2):
         data = {**options().dataset, "limit": 4, "seed": seed}
         measure(options("mixtral", out=tmp_path / str(seed), dataset=data, world=2, expert_parallel=True))
-    name = options("mixtral").layout.model_name
+    name = options("mixtral").layout.root.name
     words = ["merge", str(tmp_path / "1" / name), str(tmp_path / "2" / name), "-o", str(tmp_path / "both" / name)]
     assert main(words) == 0
     reshard_dir(tmp_path / "both" / name, 4)
@@ -208,18 +217,20 @@ def test_layers_that_cannot_be_measured_must_stay_blocked(options, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"model\.layers\.0\.mamba\.conv1d cannot be measured") as error:
         measure(options("granitemoehybrid", measure_config=config))
     assert "'mamba'" in error.value.fix
-    result = calibrate(options("granitemoehybrid"))
+    wanted = options("granitemoehybrid")
+    result = calibrate(wanted)
     (ranges,) = read_world_dir(result.root / "g3", 1)
     assert not any("mamba" in name or "self_attn" in name for name in ranges.modules)
-    assert "fp8_inc" not in result.serve_flags
+    assert "fp8_inc" not in serve(result, wanted.model, 1).argv
 
 
 def test_a_quantized_checkpoint_keeps_its_own_method(options, dataset: Path):
     """For an FP8 source, QUANT_CONFIG alone turns INC on: `--quantization inc` would be refused."""
     golden = paths.GOLDEN / "deepseek-v3-fp8-tiny/model"
     result = calibrate(options(world=2, out=dataset.parent / "fp8", cold_experts="ignore", model=str(golden)))
-    assert result.serve_flags == ("--kv-cache-dtype", "fp8_inc")
-    assert result.env["VLLM_HPU_FORCE_CHANNEL_FP8"] == "0"
+    command = serve(result, str(golden), 2)
+    assert "fp8_inc" in command.argv and "--quantization" not in command.argv
+    assert command.env["VLLM_HPU_FORCE_CHANNEL_FP8"] == "0"
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ from gaudi_calib.cli.main import main
 from gaudi_calib.errors import RangeError, TopologyError
 from gaudi_calib.fp8 import GAUDI2
 from gaudi_calib.layout import MANIFEST_NAME
-from gaudi_calib.manifest import Topology, finish_manifest, start_manifest
+from gaudi_calib.manifest import WorldFacts, record_run
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.unify import expand_ranks, gather_world, unify_ranks
 from gaudi_calib.rankfiles.store import read_ranges, read_scales, read_world_dir, write_rank_set
-from gaudi_calib.runs.unify import Conversion, expand_dir, unify_dir
+from gaudi_calib.runs.conversion import Conversion
+from gaudi_calib.runs.expand import expand_dir
+from gaudi_calib.runs.unify import unify_dir
 from gaudi_calib.scales.compute import compute_scales
 from tests.runs.test_unify import LAYER, is_equal, snapshot
 from tests.support import paths
@@ -82,8 +84,9 @@ def test_expand_asks_how_experts_are_split(tmp_path: Path, capsys):
     assert main(["expand", "-m", str(source), "-w", "2"]) == 1
     assert "--no-expert-parallel" in capsys.readouterr().err
     assert snapshot(source) == before
-    facts = {"command": [], "topology": Topology(measured_world=1, worlds=[1], expert_parallel=True)}
-    finish_manifest(source / MANIFEST_NAME, start_manifest(source / MANIFEST_NAME, **facts))
+    facts = {"measured_world": 1, "worlds": {1: WorldFacts(expert_parallel=True)}, "expert_parallel": True}
+    with record_run(source / MANIFEST_NAME, command=[], **facts):
+        pass
     assert main(["expand", "-m", str(source), "-w", "2", "-o", str(tmp_path / "ep")]) == 0
     assert len(read_world_dir(tmp_path / "ep", 2)[0].nodes[LAYER].outputs) == 3
     assert main(["expand", "-m", str(source), "-w", "2", "-o", str(tmp_path / "tp"), "--no-expert-parallel"]) == 0
@@ -141,7 +144,7 @@ def test_expand_in_place_keeps_the_source(tmp_path: Path):
     before = snapshot(source)
     conversion = Conversion(expert_parallel=True)
     expand_dir(source, 2, source, conversion=conversion)
-    expand_dir(source, 4, source, source_world=2, conversion=conversion)
+    expand_dir(source, 4, source, from_world=2, conversion=conversion)
     expand_dir(source, 4, tmp_path / "direct", conversion=conversion)
     assert {name: snapshot(source)[name] for name in before} == before
     assert {name: snapshot(source)[name] for name in snapshot(tmp_path / "direct")} == snapshot(tmp_path / "direct")

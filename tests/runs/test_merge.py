@@ -14,9 +14,9 @@ import pytest
 from gaudi_calib.cli.main import main
 from gaudi_calib.errors import ModelError
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME
-from gaudi_calib.manifest import ModelFacts, finish_manifest, read_manifest, start_manifest
+from gaudi_calib.manifest import ModelFacts, read_manifest, record_run
 from gaudi_calib.ranges.channels import ChannelNode, ChannelRange, ChannelRanges, ExpertChannels
-from gaudi_calib.ranges.merge import combine_channels, combine_ranks, join_names
+from gaudi_calib.ranges.merge import join_names, merge_channels, merge_ranks
 from gaudi_calib.ranges.node import Node, Op, RankSet
 from gaudi_calib.ranges.topology import Axis, Segment
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channel_ranges
@@ -44,7 +44,7 @@ def make_ranks(seed: int, *, rank: int = 0, world: int = 1, reached: float = 0.8
 
 
 def combine(*runs: RankSet[Node]) -> RankSet[Node]:
-    return combine_ranks(runs, [f"run {i}" for i in range(len(runs))])
+    return merge_ranks(runs, [f"run {i}" for i in range(len(runs))])
 
 
 def describe(rank_set: RankSet[Node]) -> object:
@@ -165,10 +165,10 @@ def test_merging_channel_ranges_is_commutative_associative_and_idempotent(seed: 
     files = []
     for i, value in enumerate(
         (
-            combine_channels([a, b, c], "abc"),
-            combine_channels([c, a, b], "cab"),
-            combine_channels([combine_channels([a, b], "ab"), c], "xc"),
-            combine_channels([a, combine_channels([c, b], "cb"), a], "axa"),
+            merge_channels([a, b, c], "abc"),
+            merge_channels([c, a, b], "cab"),
+            merge_channels([merge_channels([a, b], "ab"), c], "xc"),
+            merge_channels([a, merge_channels([c, b], "cb"), a], "axa"),
         )
     ):
         files.append(tmp_path / f"{i}.safetensors")
@@ -183,7 +183,7 @@ def test_merging_channel_ranges_is_commutative_associative_and_idempotent(seed: 
 
 def test_partial_sums_that_one_run_lacks_are_left_out():
     """A topology's sums count as measured only where every run measured them; otherwise bounds stand in."""
-    merged = combine_channels([make_channels(1, (1, 2)), make_channels(2, (1, 4))], "ab")
+    merged = merge_channels([make_channels(1, (1, 2)), make_channels(2, (1, 4))], "ab")
     assert set(merged.nodes["o_proj"].partial_products) == {1}
     assert set(merged.nodes["moe_op"].experts.outputs) == {"ep1"}
 
@@ -193,12 +193,12 @@ def test_experts_that_were_cold_in_one_run_take_the_other_runs_range():
     runs = [make_channels(seed) for seed in (1, 2)]
     cold = replace(runs[0].nodes["moe_op"].experts, intermediate=np.zeros((4, 8), np.float32), tokens=np.zeros(4, int))
     nodes = {**runs[0].nodes, "moe_op": replace(runs[0].nodes["moe_op"], experts=cold)}
-    merged = combine_channels([replace(runs[0], nodes=nodes), runs[1]], "ab").nodes["moe_op"].experts
+    merged = merge_channels([replace(runs[0], nodes=nodes), runs[1]], "ab").nodes["moe_op"].experts
     warm = runs[1].nodes["moe_op"].experts
     assert (merged.intermediate == warm.intermediate).all() and (merged.tokens == warm.tokens).all()
     other = replace(runs[1].nodes["moe_op"], experts=replace(warm, down=warm.down * 2))
     with pytest.raises(ModelError, match="experts down of moe_op differs"):
-        combine_channels([runs[0], replace(runs[1], nodes={**runs[1].nodes, "moe_op": other})], "ab")
+        merge_channels([runs[0], replace(runs[1], nodes={**runs[1].nodes, "moe_op": other})], "ab")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_channel_ranges_of_another_model_are_refused(change: Callable, complaint
     a, b = make_channels(1), make_channels(2)
     b = replace(b, nodes={**b.nodes, "o_proj": change(b.nodes["o_proj"])})
     with pytest.raises(ValueError, match=complaint) as error:
-        combine_channels([a, b], ["first.safetensors", "second.safetensors"])
+        merge_channels([a, b], ["first.safetensors", "second.safetensors"])
     assert error.value.where == "second.safetensors"
 
 
@@ -324,8 +324,8 @@ def make_model_run(
         write_run(root / device, seed, {1: (0,)})
         path = root / device / MANIFEST_NAME
         model = ModelFacts(name="model", fingerprint=fingerprint)
-        started = start_manifest(path, command=["gaudi-calib", "measure", str(seed)], device=device, model=model)
-        finish_manifest(path, started)
+        with record_run(path, command=["gaudi-calib", "measure", str(seed)], device=device, model=model):
+            pass
     return root
 
 
@@ -398,7 +398,8 @@ def test_bad_input_is_a_clear_error_and_nothing_is_written(case: str, tmp_path: 
     damage, complaint = BAD_INPUTS[case]
     a, b = (write_run(tmp_path / name, seed, {2: (0, 1)}, reached=1) for seed, name in enumerate("ab"))
     path = b / MANIFEST_NAME
-    finish_manifest(path, start_manifest(path, command=["x"]))
+    with record_run(path, command=["x"]):
+        pass
     damage(b)
     before = list_tree(tmp_path)
     assert run(a, b, "-o", tmp_path / "out") == run(a, b, "-o", a) == 1

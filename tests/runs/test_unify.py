@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from gaudi_calib.cli.main import main
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import CalibrationError, RangeError, TopologyError, UsageError
 from gaudi_calib.files import write_json
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME
-from gaudi_calib.manifest import Topology, check_scales_fresh, finish_manifest, read_manifest, start_manifest
+from gaudi_calib.manifest import WorldFacts, read_manifest, record_run
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.unify import gather_world, unify_ranks
 from gaudi_calib.rankfiles.store import read_ranges, read_scales, read_world_dir, write_rank_set
-from gaudi_calib.runs.evidence import Evidence, settle_expert_parallel
+from gaudi_calib.runs.sharing import Evidence, settle_expert_parallel
 from gaudi_calib.runs.unify import Conversion, unify_dir
 from gaudi_calib.scales.compute import compute_scales
 from tests.support.topologies import OPS, make_rank, make_ranks, merge_plainly, write_world
@@ -190,7 +191,7 @@ def test_worlds_that_give_different_results_are_ambiguous(tmp_path: Path):
     with pytest.raises(CalibrationError, match="world sizes 4, 2") as error:
         unify_dir(source, 1, source, conversion=RANKS_ONLY)
     assert "--from-world" in error.value.fix
-    unify_dir(source, 1, tmp_path / "out", source_world=2, conversion=RANKS_ONLY)
+    unify_dir(source, 1, tmp_path / "out", from_world=2, conversion=RANKS_ONLY)
     assert is_equal(*read_world_dir(tmp_path / "out", 1), *unify(make_ranks(2, 2, experts=4), 1, expert_parallel=True))
 
 
@@ -198,7 +199,7 @@ def test_two_measurements_of_one_world_are_ambiguous(tmp_path: Path):
     """Files of another dump name beside: neither is taken silently."""
     source = write_world(tmp_path, make_ranks(1, 2, experts=2))
     write_world(source, [replace(rank, dump="older") for rank in make_ranks(2, 2, experts=2)])
-    with pytest.raises(CalibrationError, match="several files are rank 0 of 2"):
+    with pytest.raises(CalibrationError, match="two files are ranges of rank 0 of 2"):
         unify_dir(source, 1, source, conversion=RANKS_ONLY)
 
 
@@ -305,16 +306,17 @@ def test_the_manifest_covers_the_new_world(in_place: bool, tmp_path: Path):
     source = write_world(tmp_path / "run", ranks)
     for rank in ranks:
         write_rank_set(source, compute_scales(rank, "maxabs_hw", GAUDI3, weights=lambda _: None), method="MAXABS_HW")
-    topology = Topology(measured_world=4, worlds=[4], expert_parallel=True)
+    facts = {"measured_world": 4, "worlds": {4: WorldFacts(expert_parallel=True)}, "expert_parallel": True}
     path = source / MANIFEST_NAME
-    finish_manifest(path, start_manifest(path, command=["measure"], device="g3", topology=topology))
+    with record_run(path, command=["measure"], device="g3", **facts):
+        pass
     out = source if in_place else tmp_path / "out"
     written = unify_dir(source, 2, out)
     manifest = read_manifest(out / MANIFEST_NAME)
-    assert (manifest.status, manifest.device, manifest.topology.expert_parallel) == ("ok", "g3", True)
-    assert 2 in manifest.topology.worlds and [step.command for step in manifest.history] == [["measure"]]
+    assert (manifest.status, manifest.device, manifest.expert_parallel) == ("ok", "g3", True)
+    assert 2 in manifest.worlds and [step.command for step in manifest.history] == [["measure"]]
     assert {path.name for path in written} <= set(manifest.files)
-    stale = [one.name for one in check_scales_fresh(manifest, out) if "_2." in one.name]
+    stale = [stale.path.name for stale in CalibrationDir(out).find_stale() if "_2." in stale.path.name]
     assert stale == []
     assert manifest.scales["inc_output_hooks_maxabs_MAXABS_HW_1_2.npz"].settings["device"] == "g3"
     unify_dir(out, 1, out)  # the new manifest tells it again

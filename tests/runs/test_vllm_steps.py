@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.engines.vllm_runner import cluster, platforms, process
 from gaudi_calib.engines.vllm_runner.phases import EngineOptions, Phase
 from gaudi_calib.errors import CalibrationError, FileError, RangeError
 from gaudi_calib.fp8 import GAUDI2
 from gaudi_calib.layout import parse_rank_file
-from gaudi_calib.manifest import check_scales_fresh, read_manifest
+from gaudi_calib.manifest import read_manifest
 from gaudi_calib.rankfiles.store import list_worlds, read_scales, read_world_dir, write_rank_set
-from gaudi_calib.runs.calibrate import RunOptions, calibrate, list_files, measure
+from gaudi_calib.runs.calibrate import calibrate, list_files, measure
+from gaudi_calib.runs.options import RunOptions
 from tests.serve.test_serve import write_prompts
 from tests.support import paths
 
@@ -87,8 +89,8 @@ def test_calibration_on_a_gaudi(cards, tmp_path):
             cache = rank_set.nodes["model.layers.0.self_attn.attn.impl.k_cache"]
             assert impl.inputs[1] == cache.inputs[0]
     manifest = read_manifest(directory / "calibration_manifest.json")
-    assert (manifest.engine, manifest.platform, manifest.topology.measured_world) == ("vllm", "hpu", 2)
-    assert check_scales_fresh(manifest, directory) == []
+    assert (manifest.engine, manifest.platform, manifest.measured_world) == ("vllm", "hpu", 2)
+    assert CalibrationDir(directory).find_stale() == []
     assert str(directory / "inc_output") in result.quant_configs["g2"].read_text()
     assert sorted(str(path) for path in result.files) == sorted(
         str(path) for path in list_files(options(tmp_path, unified_world=1)) if path.name != "calibration_manifest.json"

@@ -17,7 +17,8 @@ from gaudi_calib.engines.detect import Platform
 from gaudi_calib.errors import CalibrationError, ConfigError, FileError, ModelError, TopologyError, UsageError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.models.source import ServedModel, find_model
-from gaudi_calib.runs.calibrate import RunOptions, calibrate
+from gaudi_calib.runs.calibrate import calibrate
+from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.serve.command import ServeCommand, ServeOptions, plan_serve
 from tests.support import paths
 

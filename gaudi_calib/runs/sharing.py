@@ -6,7 +6,7 @@ it is; these do, the weightiest first:
 1. `calibration_manifest.json` beside the ranges, where it covers the world;
 2. the number of experts of the model (`channel_ranges.safetensors` of the run, `config.json`):
    a rank that has them all holds slices;
-3. idle experts (experts.py).
+3. idle experts (ranges/experts.py).
 """
 
 import json
@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, TopologyError
 from gaudi_calib.files import read_json
-from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME
+from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.ranges.experts import detect_expert_parallel
 from gaudi_calib.ranges.unify import World
 
-# Key of a manifest's notes: whether experts were split by expert, by world size.
-NOTE = "expert_parallel"
 _COUNT_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 
 
@@ -38,8 +37,8 @@ class Evidence(NamedTuple):
     reason: str
 
 
-def find_evidence(directory: Path, world: World, model: Path | None = None) -> list[Evidence]:
-    """Return what the surroundings of the ranges in `directory` say, the weightiest first.
+def find_evidence(source: CalibrationDir, world: World, model: Path | None = None) -> list[Evidence]:
+    """Return what the surroundings of the ranges in `source` say, the weightiest first.
 
     Args:
         model: the checkpoint, whose config.json tells the number of experts.
@@ -50,13 +49,12 @@ def find_evidence(directory: Path, world: World, model: Path | None = None) -> l
     """
     if not world.layers:
         return []
-    found = [_ask_manifest(directory / MANIFEST_NAME, len(world.ranks))]
-    channels = directory.resolve().parent / CHANNEL_RANGES_NAME
-    if channels.is_file():
-        found.append(_compare_count(world, count_channel_experts(channels), channels))
+    found = [_ask_manifest(source, len(world.ranks))]
+    if source.channel_file.is_file():
+        found.append(_compare_count(world, count_channel_experts(source.channel_file), source.channel_file))
     if model is not None:
         found.append(_compare_count(world, count_config_experts(model / "config.json"), model / "config.json"))
-    return [one for one in found if one is not None]
+    return [clue for clue in found if clue is not None]
 
 
 def settle_expert_parallel(world: World, flag: bool | None, evidence: Sequence[Evidence] = ()) -> bool:
@@ -80,8 +78,10 @@ def settle_expert_parallel(world: World, flag: bool | None, evidence: Sequence[E
         found.append(Evidence(by_data, f"the ranges: {same}"))
     if flag is not None:
         found.append(Evidence(flag, "--expert-parallel" if flag else "--no-expert-parallel"))
-    if len({one.expert_parallel for one in found}) > 1:
-        told = [f"{'expert' if one.expert_parallel else 'tensor'} parallel according to {one.reason}" for one in found]
+    if len({clue.expert_parallel for clue in found}) > 1:
+        told = [
+            f"{'expert' if clue.expert_parallel else 'tensor'} parallel according to {clue.reason}" for clue in found
+        ]
         raise TopologyError(
             "it is not clear how the experts were split over the ranks",
             where=world.layers[0].op,
@@ -131,18 +131,11 @@ def count_config_experts(path: Path) -> int | None:
     return None
 
 
-def _ask_manifest(path: Path, world: int) -> Evidence | None:
-    if not path.is_file():
+def _ask_manifest(source: CalibrationDir, world: int) -> Evidence | None:
+    manifest = source.manifest
+    if manifest is None or world not in (manifest.measured_world, *manifest.worlds):
         return None
-    from gaudi_calib.manifest import read_manifest
-
-    manifest = read_manifest(path).good
-    if manifest is None:
-        return None
-    noted = manifest.notes.get(NOTE, {}).get(str(world))
-    if noted is None and world in (manifest.topology.measured_world, *manifest.topology.worlds):
-        noted = manifest.topology.expert_parallel
-    return None if noted is None else Evidence(noted, path.name)
+    return Evidence(manifest.shares_experts(world), MANIFEST_NAME)
 
 
 def _compare_count(world: World, count: int | None, path: Path) -> Evidence | None:
@@ -152,7 +145,7 @@ def _compare_count(world: World, count: int | None, path: Path) -> Evidence | No
     local = {layer.size for layer in world.layers}
     if local == {count}:
         return Evidence(False, f"{path.name}: each rank has all {count} experts")
-    if {one * ranks for one in local} == {count}:
+    if {size * ranks for size in local} == {count}:
         return Evidence(True, f"{path.name}: each rank has a share of the {count} experts")
     raise TopologyError(
         f"ranks with {', '.join(map(str, sorted(local)))} experts are not those of a model with {count}",
