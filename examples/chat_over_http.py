@@ -102,13 +102,20 @@ def run_server(command: list[str], port: int, log: Path) -> Iterator[str]:
         wait_until_ready(server, f"{address}/health", log)
         yield address
     finally:
-        server.send_signal(signal.SIGINT)
+        stop(server)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server and the processes that it started."""
+    for _ in range(6):  # asked once while it starts, vLLM may not hear it
+        server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(60)
-        # Its engine is another process, which outlives a server that was killed.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+            server.wait(10)
+            break
+    # Its engine is another process, which outlives a server that was killed.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
