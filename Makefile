@@ -8,8 +8,8 @@ TORCH_VERSION := 2.13.0
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
-MODEL := demo/tiny-llama
-SERVED := demo/out/tiny-llama/maxabs_quant_g3.json
+MODEL := demo/smollm2-135m-instruct
+SERVED := demo/out/smollm2-135m-instruct/maxabs_quant_g3.json
 SOURCES := gaudi_calib tests scripts examples docs benchmarks
 
 export HF_HUB_OFFLINE := 1
@@ -44,21 +44,23 @@ bench: $(VENV)/run.stamp ## speed and memory of measure, unify and expand agains
 	$(BIN)/python benchmarks/topology.py
 	$(BIN)/python benchmarks/measure.py
 
-demo: $(MODEL)/config.json ## train a tiny Llama, calibrate it, show what to run on a Gaudi
-	PATH="$(BIN):$$PATH" scripts/calibrate_model.sh -m $(MODEL) -d builtin -o demo/out -t 2 -r 1 -l 64
+demo: $(MODEL)/config.json ## calibrate SmolLM2-135M-Instruct, show what to run on a Gaudi
+	PATH="$(BIN):$$PATH" scripts/calibrate_model.sh -m $(MODEL) -d builtin -o demo/out -t 3 -r 1 \
+	    -l 128 -- --max-tokens 512
 	@echo; echo "The model is in $(MODEL), its calibration in demo/out/ ($$(find demo/out -type f | wc -l) files)."
-	@echo "Copy both to the same paths on a Gaudi and run its two lines; under other paths,"
-	@echo "change dump_stats_path in maxabs_quant_*.json as well."
+	@echo "Copy both to the same paths on a Gaudi and run the two lines above for it; under other paths,"
+	@echo "change dump_stats_path in maxabs_quant_*.json as well. FP8 costs this model quality:"
+	@echo "make demo-serve shows its BF16 and FP8 answers side by side."
 
-demo-serve: $(SERVED) $(VENV)/test.stamp ## serve what `make demo` made, on this CPU, and chat with it over HTTP
-	$(BIN)/python examples/chat_over_http.py $(MODEL) $(SERVED)
+demo-serve: $(SERVED) $(VENV)/test.stamp ## chat with what `make demo` made, on this CPU, in BF16 and in FP8
+	$(BIN)/python examples/chat_over_http.py $(MODEL) $(SERVED) --logs demo
 
 $(SERVED):
 	$(MAKE) demo
 
-$(MODEL)/config.json: examples/train_tiny_llama.py | $(VENV)/run.stamp
-	$(BIN)/python examples/train_tiny_llama.py $(MODEL).new
-	rm -rf $(MODEL) && mv $(MODEL).new $(MODEL)
+$(MODEL)/config.json: examples/prepare_smollm2.py requirements/demo.txt | $(VENV)/demo.stamp
+	rm -rf $(MODEL)
+	$(BIN)/python examples/prepare_smollm2.py $(MODEL)
 
 # torch comes first and alone, so that nothing below can pull another build of it.
 $(VENV)/torch-$(TORCH_VERSION).stamp:
@@ -75,6 +77,10 @@ $(VENV)/run.stamp: requirements/run.txt setup.cfg pyproject.toml $(VENV)/torch-$
 
 $(VENV)/test.stamp: requirements/test.txt $(VENV)/run.stamp
 	$(PIP) --no-deps -r requirements/test.txt
+	@touch $@
+
+$(VENV)/demo.stamp: requirements/demo.txt $(VENV)/run.stamp
+	$(PIP) --no-deps -r requirements/demo.txt
 	@touch $@
 
 clean: ## remove .venv and demo/
