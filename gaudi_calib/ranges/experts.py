@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gaudi_calib.errors import TopologyError
-from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, Shape
+from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable
 
 LISTS = ("w13_list", "w2_list")
 _FUSED_OP = "moe_op"
@@ -75,7 +75,6 @@ def find_expert_layers(inventory: Inventory) -> list[ExpertLayer]:
     for name, shape in zip(inventory.names, inventory.shapes, strict=True):
         if not name.endswith(_FUSED_OP) or name.rpartition(".")[2] != _FUSED_OP:
             continue
-        assert isinstance(shape, RangeShape)
         experts = len(shape.outputs or ()) - 1
         if name not in layers and experts > 0:
             layers[name] = ExpertLayer(name, experts, {})
@@ -161,7 +160,7 @@ def regroup(inventory: Inventory, layers: Sequence[ExpertLayer], choose: Choose)
         choose: which experts the new rank gets in each layer.
     """
     names: list[str] = []
-    shapes: list[Shape] = []
+    shapes: list[RangeShape] = []
     starts: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     for position, layer, kind in _walk(inventory.names, layers):
@@ -179,7 +178,6 @@ def regroup(inventory: Inventory, layers: Sequence[ExpertLayer], choose: Choose)
             starts.append(choice.banks * inventory.size + inventory.starts[places])
             sizes.append(inventory.sizes[places])
         else:
-            assert isinstance(shape, RangeShape)
             assert shape.outputs is not None
             names.append(layer.op)
             shapes.append(RangeShape(shape.inputs, (1,) * (1 + len(choice.experts)), shape.weight))
@@ -228,7 +226,6 @@ def detect_expert_parallel(tables: Sequence[RangeTable], layers: Sequence[Expert
     inventory, chance = tables[0].inventory, 0.0
     for layer in layers:
         shape = inventory.shapes[inventory.index[layer.op]]
-        assert isinstance(shape, RangeShape)
         start = int(inventory.starts[inventory.index[layer.op]]) + sum(shape.inputs) + 1
         idle = np.array([table.numbers[start : start + layer.size] == 0 for table in tables])
         if (idle != idle[0]).any():

@@ -69,12 +69,15 @@ def merge_ranks(runs: Sequence[RankSet[Node]], sources: Sequence[object]) -> Ran
                 where=source,
                 fix="combine the same rank of each run",
             )
-    nodes: list[Mapping[str, Node]] = [run.nodes if run.world > 1 else _without_garbage(run.nodes) for run in runs]
+    tables = [tabulate_ranges(run.nodes) for run in runs]
+    if first.world == 1:
+        tables = [_without_garbage(table) for table in tables]
     samples = [run.num_samples for run in runs if run.num_samples is not None]
     modules = join_names([run.modules for run in runs])
-    combined = _combine_alike([tabulate_ranges(one) for one in nodes])
+    combined = _combine_alike(tables)
     if combined is None:
-        combined = _combine_nodes(nodes, modules, sources, f" on rank {first.rank} of {first.world}")
+        nodes = _combine_nodes(tables, modules, sources, f" on rank {first.rank} of {first.world}")
+        combined = tabulate_ranges(nodes)
     return RankSet(
         first.rank,
         first.world,
@@ -120,7 +123,7 @@ def join_names(orders: Sequence[Sequence[str]]) -> tuple[str, ...]:
         for name, following in itertools.pairwise(order):
             followers[name].add(following)
     before = dict.fromkeys(followers, 0)
-    for name in (one for names in followers.values() for one in names):
+    for name in itertools.chain.from_iterable(followers.values()):
         before[name] += 1
     ready = [_sort_key(name) for name, count in before.items() if count == 0]
     heapq.heapify(ready)
@@ -140,21 +143,24 @@ def _sort_key(name: str) -> tuple[list[str | int], str]:
     return parts, name
 
 
-def _without_garbage(nodes: Mapping[str, Node]) -> dict[str, Node]:
-    cleaned = dict(nodes)
-    for name, node in nodes.items():
-        if node.outputs is not None and find_op(name, node) is Op.ROW_PARALLEL_LINEAR:
-            cleaned[name] = replace(node, outputs=(node.outputs[0], node.outputs[0]))
-    return cleaned
+def _without_garbage(table: RangeTable) -> RangeTable:
+    """Give row-parallel layers their first output for the second one."""
+    inventory, numbers = table.inventory, table.numbers.copy()
+    for name, shape, start in zip(inventory.names, inventory.shapes, inventory.starts.tolist(), strict=True):
+        if shape.outputs is not None and find_op(name, shape) is Op.ROW_PARALLEL_LINEAR:
+            first, second = shape.outputs
+            start += sum(shape.inputs)
+            numbers[start + first : start + first + second] = numbers[start : start + first]
+    return RangeTable(inventory, numbers)
 
 
-def _combine_alike(tables: Sequence[RangeTable]) -> Mapping[str, Node] | None:
+def _combine_alike(tables: Sequence[RangeTable]) -> RangeTable | None:
     """Combine runs with the same nodes at once; None where they differ, or something is wrong."""
     inventory = tables[0].inventory
     if not all(table.inventory.equals(inventory) for table in tables):
         return None
     numbers = np.stack([table.numbers for table in tables])
-    weights = np.array([getattr(shape, "weight", None) or 0 for shape in inventory.shapes], dtype=np.int64)
+    weights = inventory.per_node([shape.weight or 0 for shape in inventory.distinct_shapes])
     ends = inventory.starts + inventory.sizes
     is_weight = np.arange(inventory.size) >= np.repeat(ends - weights, inventory.sizes)
     if not np.isfinite(numbers).all() or (numbers != numbers[0])[:, is_weight].any():

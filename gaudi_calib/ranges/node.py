@@ -2,13 +2,13 @@
 
 A *range* is an array of shape (channels,), float32; almost always one channel
 (per tensor). A *scale* is a float, or an array for weights. The nested lists and
-matrices of the file format exist only in `store.py`.
+matrices of the file format exist only in `rankfiles/`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from enum import Enum
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -114,8 +114,20 @@ _OP_BY_SUFFIX = {
 }
 
 
-def find_op(name: str, node: Node) -> Op:
-    """Tell what the module `name` computes from its name and the shape of its ranges.
+class Measured(Protocol):
+    """What tells ops apart: a `Node`, or the shape of one."""
+
+    @property
+    def outputs(self) -> Sized | None:
+        """As in `Node`."""
+
+    @property
+    def weight(self) -> object:
+        """As in `Node`."""
+
+
+def find_op(name: str, node: Measured) -> Op:
+    """Tell what the module `name` computes from its name and which ranges it has.
 
     >>> find_op("model.layers.0.self_attn.attn.impl.k_cache", Node(inputs=(np.ones(1),)))
     <Op.KV_CACHE: 'kv_cache'>

@@ -8,7 +8,9 @@ when it is asked for.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from itertools import compress
+from types import MappingProxyType
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -50,70 +52,67 @@ class ScaleShape(NamedTuple):
         return self.inputs + self.outputs + self.weight
 
 
-Shape = RangeShape | ScaleShape
+S = TypeVar("S", bound=RangeShape | ScaleShape)
 
 
-class Inventory:
+class Inventory(Generic[S]):
     """The nodes of a rank without their values.
 
     Attributes:
         names: in module order.
-        shapes: one per name; equal shapes are one object.
-        distinct_shapes: each shape once.
-        sizes, starts: int64 of shape (nodes,): how many values a node has, and where they start.
+        shapes: one per name.
+        distinct_shapes: each shape once, in the order of their first nodes.
+        kinds: int64, shape (nodes,): the shape of each node as its position in `distinct_shapes`.
+        sizes, starts: int64, shape (nodes,): how many values a node has, and where they start.
         size: number of all values.
     """
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[Shape]):
-        self.names = tuple(names)
-        distinct: dict[Shape, Shape] = {}
-        known = {id(shape): shape for shape in shapes}  # few objects: only those are hashed
-        known = {key: distinct.setdefault(shape, shape) for key, shape in known.items()}
-        self.shapes = tuple([known[id(shape)] for shape in shapes])
-        self.distinct_shapes = tuple(distinct)
-        by_id = {key: shape.size for key, shape in known.items()}
-        self.sizes = np.array([by_id[id(shape)] for shape in shapes], dtype=np.int64)
+    def __init__(self, names: Sequence[str], shapes: Sequence[S]):
+        self.names, self.shapes = tuple(names), tuple(shapes)
+        found: dict[S, int] = {}
+        self.kinds = np.array([found.setdefault(shape, len(found)) for shape in self.shapes], dtype=np.int64)
+        self.distinct_shapes = tuple(found)
+        self.sizes = self.per_node([shape.size for shape in found])
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.size = int(self.sizes.sum())
+
+    def per_node(self, facts: Sequence[int]) -> np.ndarray:
+        """Spread a number per distinct shape over the nodes: int64, shape (nodes,)."""
+        return np.array(facts, dtype=np.int64)[self.kinds]
 
     @cached_property
     def index(self) -> dict[str, int]:
         """Position of each name."""
         return {name: position for position, name in enumerate(self.names)}
 
-    @cached_property
-    def is_per_tensor(self) -> bool:
-        """True where no range has more than one channel."""
-        return all(set(shape.channels) <= {1} for shape in self.distinct_shapes if isinstance(shape, RangeShape))
-
-    @cached_property
-    def longest_name(self) -> int:
-        """Bytes of the longest name in UTF-8."""
-        return max((len(name.encode("utf-8", "surrogatepass")) for name in self.names), default=0)
-
-    def equals(self, other: "Inventory") -> bool:
+    def equals(self, other: "Inventory[S]") -> bool:
         """Tell whether `other` has the same nodes in the same order."""
-        return self is other or (self.names == other.names and self.shapes == other.shapes)
+        if self is other:
+            return True
+        same_shapes = self.distinct_shapes == other.distinct_shapes and np.array_equal(self.kinds, other.kinds)
+        return same_shapes and self.names == other.names
 
-    def describe_number(self, position: int) -> tuple[str, str]:
-        """Return the node and the part (`inputs[0]`) that the number at `position` belongs to."""
-        node = int(np.searchsorted(self.starts, position, side="right")) - 1
-        while self.sizes[node] == 0:
-            node -= 1
-        shape, left = self.shapes[node], position - int(self.starts[node])
-        assert isinstance(shape, RangeShape)
-        for part, counts in (("inputs", shape.inputs), ("outputs", shape.outputs or ())):
-            for number, channels in enumerate(counts):
-                if left < channels:
-                    return self.names[node], f"{part}[{number}]"
-                left -= channels
-        return self.names[node], "weight"
+    def rename(self, names: Sequence[str]) -> "Inventory[S]":
+        """Return the same nodes by other names."""
+        return Inventory(names, self.shapes)
+
+    def select(self, keep: Sequence[bool] | np.ndarray) -> "Inventory[S]":
+        """Return the nodes for which `keep` is true."""
+        return Inventory(tuple(compress(self.names, keep)), tuple(compress(self.shapes, keep)))
 
 
 class _Table(Mapping[str, N]):
-    """What `RangeTable` and `ScaleTable` share: the order and number of nodes."""
+    """What `RangeTable` and `ScaleTable` share.
+
+    Attributes:
+        inventory: names and shapes of the nodes.
+        numbers: float32, shape (inventory.size,).
+        others: nodes that are not flat numbers (of ranges, none are).
+    """
 
     inventory: Inventory
+    numbers: np.ndarray
+    others: Mapping[str, N] = MappingProxyType({})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.inventory.names)
@@ -133,17 +132,39 @@ class RangeTable(_Table[Node]):
         numbers: float32, shape (inventory.size,).
     """
 
-    def __init__(self, inventory: Inventory, numbers: np.ndarray):
+    def __init__(self, inventory: Inventory[RangeShape], numbers: np.ndarray):
         self.inventory, self.numbers = inventory, numbers
 
     def __getitem__(self, name: str) -> Node:
         position = self.inventory.index[name]
         shape, start = self.inventory.shapes[position], int(self.inventory.starts[position])
-        assert isinstance(shape, RangeShape)
         parts = _split(self.numbers, start, shape.channels)
         count = len(shape.inputs)
         weight = None if shape.weight is None else parts.pop()
         return Node(tuple(parts[:count]), None if shape.outputs is None else tuple(parts[count:]), weight)
+
+    def rename(self, names: Sequence[str]) -> "RangeTable":
+        """Return the same ranges by other names."""
+        return RangeTable(self.inventory.rename(names), self.numbers)
+
+    def select(self, keep: Sequence[bool] | np.ndarray) -> "RangeTable":
+        """Return the nodes for which `keep`, one bool per node, is true; itself where that is all."""
+        if all(keep):
+            return self
+        kept = np.repeat(np.asarray(keep, dtype=bool), self.inventory.sizes)
+        return RangeTable(self.inventory.select(keep), self.numbers[kept])
+
+    def describe_number(self, position: int) -> tuple[str, str]:
+        """Return the node and the part (`inputs[0]`) that the number at `position` belongs to."""
+        inventory = self.inventory
+        node = int(np.searchsorted(inventory.starts + inventory.sizes, position, side="right"))
+        name, shape, left = inventory.names[node], inventory.shapes[node], position - int(inventory.starts[node])
+        for part, counts in (("inputs", shape.inputs), ("outputs", shape.outputs or ())):
+            for number, channels in enumerate(counts):
+                if left < channels:
+                    return name, f"{part}[{number}]"
+                left -= channels
+        return name, "weight"
 
 
 class ScaleTable(_Table[ScaleNode]):
@@ -155,7 +176,7 @@ class ScaleTable(_Table[ScaleNode]):
         others: nodes with a scale per channel, and with `OPT` weights; in `inventory` too, with size 0.
     """
 
-    def __init__(self, inventory: Inventory, numbers: np.ndarray, others: Mapping[str, ScaleNode]):
+    def __init__(self, inventory: Inventory[ScaleShape], numbers: np.ndarray, others: Mapping[str, ScaleNode]):
         self.inventory, self.numbers, self.others = inventory, numbers, others
 
     def __getitem__(self, name: str) -> ScaleNode:
@@ -163,7 +184,6 @@ class ScaleTable(_Table[ScaleNode]):
             return self.others[name]
         position = self.inventory.index[name]
         shape, start = self.inventory.shapes[position], int(self.inventory.starts[position])
-        assert isinstance(shape, ScaleShape)
         scales = self.numbers[start : start + shape.size].tolist()
         weight = scales.pop() if shape.weight else None
         return ScaleNode(tuple(scales[: shape.inputs]), tuple(scales[shape.inputs :]), weight)
@@ -207,7 +227,7 @@ def tabulate_scales(nodes: Mapping[str, ScaleNode]) -> ScaleTable:
 
 def join_values(arrays: Iterable[np.ndarray]) -> np.ndarray:
     """Return all values of `arrays` (any shapes) one after the other, float32, shape (values,)."""
-    flat = [np.ravel(one) for one in arrays]
+    flat = [np.ravel(array) for array in arrays]
     return np.concatenate(flat).astype(np.float32, copy=False) if flat else np.empty(0, dtype=np.float32)
 
 

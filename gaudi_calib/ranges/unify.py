@@ -67,7 +67,7 @@ def unify_ranks(world: World, size: int, *, expert_parallel: bool) -> list[RankS
         raise TopologyError(
             f"cannot unify {count} ranks into {size}",
             why=f"{size} does not divide {count}",
-            fix="choose one of " + ", ".join(str(one) for one in range(1, count + 1) if count % one == 0),
+            fix="choose one of " + ", ".join(str(divisor) for divisor in range(1, count + 1) if count % divisor == 0),
         )
     group = count // size
     joins = expert_parallel and group > 1 and bool(world.layers)
@@ -178,7 +178,7 @@ def _require_finite(rank: RankSet[Node], table: RangeTable) -> RangeTable:
     bad = np.flatnonzero(~np.isfinite(table.numbers)).tolist()
     numbers = table.numbers.copy() if bad else table.numbers
     for position in bad:
-        name, part = table.inventory.describe_number(position)
+        name, part = table.describe_number(position)
         if rank.world == 1 and part == "outputs[1]" and rank.nodes[name].weight is not None:
             numbers[position] = numbers[position - 1]
         if not np.isfinite(numbers[position]):

@@ -11,86 +11,51 @@ from typing import Any
 
 import numpy as np
 
-from gaudi_calib.ranges.table import Inventory, RangeShape, Shape
-from gaudi_calib.rankfiles.pickle_form import Head
+from gaudi_calib.ranges.table import Inventory
+from gaudi_calib.rankfiles.nested import HOLE, Head, decode_head, encode_rank, encode_samples, to_lists
 
-_MARK = 0.123456789
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 # Text of every bfloat16 seen so far, by its 16 bits.
 _BFLOAT16_TEXTS = np.full(1 << 16, None, dtype=object)
 _NODES = b'    "Nodes": {'
+_CUT = "\0"  # json escapes it wherever else it stands
 
 
 class JsonForm:
     """The json of any rank that has the nodes of one inventory, with holes for the numbers."""
 
     def __init__(self, inventory: Inventory):
-        texts: dict[int, list[str]] = {}
-        pieces: list[str] = []
-        text = ""
-        for name, shape in zip(inventory.names, inventory.shapes, strict=True):
-            cut = texts.get(id(shape))
-            if cut is None:
-                cut = texts[id(shape)] = _cut_node(shape)
-            text = f"{text},\n        {encode_basestring_ascii(name)}: {cut[0]}"
-            if len(cut) > 1:
-                pieces.append(text)
-                pieces += cut[1:-1]
-                text = cut[-1]
-        if inventory.names:
-            text += "\n    "
-        self._pieces = [*pieces, text + "}\n}"]
-        self._pieces[0] = self._pieces[0].removeprefix(",")
+        texts = [_write_node(node) for node in encode_samples(inventory.distinct_shapes)]
+        names = map(encode_basestring_ascii, inventory.names)
+        nodes = [f"\n        {name}: {texts[kind]}" for name, kind in zip(names, inventory.kinds.tolist(), strict=True)]
+        self._pieces = (",".join(nodes) + ("\n    }\n}" if nodes else "}\n}")).split(_CUT)
 
     def fill(self, values: np.ndarray) -> bytes:
         """Return the text after `"Nodes": {`, the same for all heads."""
-        return "".join(self._join(values)).encode("ascii")
-
-    def write(self, head: Head, values: np.ndarray) -> bytes:
-        """Return the whole text."""
-        return "".join([write_head(head), *self._join(values)]).encode("ascii")
-
-    def _join(self, values: np.ndarray) -> list[str]:
         words: list[str] = [""] * (2 * len(self._pieces) - 1)
         words[::2] = self._pieces
         words[1::2] = _write_numbers(values)
-        return words
+        return "".join(words).encode("ascii")
 
-
-def write_head(head: Head) -> str:
-    """Return the text up to the first node."""
-    content: dict[str, Any] = {} if head.num_samples is None else {"NumSamples": head.num_samples}
-    content |= {"GlobalRank": None, "LocalRank": head.local_rank, "Mode": head.mode, "Nodes": {}}
-    return json.dumps(content, indent=4).removesuffix("}\n}")
+    def finish(self, head: Head, filled: bytes) -> bytes:
+        """Return the whole text."""
+        return json.dumps(encode_rank(head, {}), indent=4).removesuffix("}\n}").encode("ascii") + filled
 
 
 def read_head(text: bytes) -> Head | None:
     """Return the head of a json file, or None where it is not laid out as `JsonForm` does it."""
     start, nodes, _ = text[:1000].partition(_NODES)
     try:
-        content = json.loads(start + nodes + b"}}")
-        head = Head(content["Mode"], content["LocalRank"], content.get("NumSamples"))
-    except (ValueError, KeyError, TypeError):
+        return decode_head(json.loads(start + nodes + b"}}"))
+    except ValueError:
         return None
-    known = isinstance(head.mode, str) and type(head.local_rank) is int and type(head.num_samples) in (int, type(None))
-    return head if known else None
 
 
-def _cut_node(shape: Shape) -> list[str]:
-    """Return the text of a node of `shape` between its numbers."""
-    node: dict[str, Any]
-    if isinstance(shape, RangeShape):
-        node = {"inputs": [[[_MARK]] * channels for channels in shape.inputs]}
-        if shape.outputs is not None:
-            node["outputs"] = [[[_MARK]] * channels for channels in shape.outputs]
-        if shape.weight is not None:
-            node["params"] = {"weight": [[_MARK]] * shape.weight}
-    else:
-        params = {"weight": _MARK} if shape.weight else {}
-        node = {"inputs": [_MARK] * shape.inputs, "outputs": [_MARK] * shape.outputs, "params": params}
-    text = json.dumps({"Nodes": {"": node}}, indent=4)
+def _write_node(node: dict[str, Any]) -> str:
+    """Return the text of a sample node, with cuts where its numbers stand."""
+    text = json.dumps({"Nodes": {"": to_lists(node)}}, indent=4)
     start = text.index('"": ') + len('"": ')
-    return text[start : -len("\n    }\n}")].split(repr(_MARK))
+    return text[start : -len("\n    }\n}")].replace(repr(float(HOLE)), _CUT)
 
 
 def _write_numbers(values: np.ndarray) -> list[str]:

@@ -1,7 +1,6 @@
 """The npz of a rank: one pickled dict under `arr_0`, as `np.savez` stores it and `np.load` finds it."""
 
 import io
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,15 @@ from gaudi_calib.errors import FileError
 from gaudi_calib.files import load_pickle
 
 _MEMBER = "arr_0.npy"
-_MAGIC = b"\x93NUMPY\x01\x00"
-_HEADER = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }"
+_HEADER = {"descr": "|O", "fortran_order": False, "shape": ()}
 
 
 def pack_pickle(pickled: bytes) -> bytes:
     """Return the npz file of an object array whose pickle is `pickled`."""
-    header = _HEADER.ljust(-(len(_MAGIC) + 2 + len(_HEADER) + 1) % 64 + len(_HEADER)) + b"\n"
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive, archive.open(_MEMBER, "w", force_zip64=True) as member:
-        member.write(b"".join((_MAGIC, struct.pack("<H", len(header)), header, pickled)))
+        np.lib.format.write_array_header_1_0(member, _HEADER)
+        member.write(pickled)
     return buffer.getvalue()
 
 

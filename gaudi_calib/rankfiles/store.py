@@ -1,15 +1,8 @@
 """Rank files on disk. The only way to and from nested lists and pickled npz.
 
-A rank's ranges (or scales) are one value, written twice:
-
-    {"NumSamples": 10, "GlobalRank": null, "LocalRank": 0, "Mode": "DynamicRange", "Nodes": {
-        "<module>": {"inputs": [[[x]], ...], "outputs": [[[x]], ...], "params": {"weight": [[x]]}}}}
-
-`.json` is for people. `.npz` holds the same dict, pickled under `arr_0` with float32
-arrays as leaves; it is all that INC reads. Keys that do not apply to ranges are
-absent. In a scale file `Mode` is `Scale`, every node has all three keys, a scale is a
-bare number, and a per-channel weight is {0: per output channel, 1: per input channel}.
-`_mod_list.json` lists the modules INC patched.
+A rank's ranges (or scales) are one value (nested.py), written twice: `.json` is for people; `.npz`
+holds the same dict, pickled under `arr_0`, and is all that INC reads. `_mod_list.json` lists the
+modules INC patched.
 
 Ranks of one world have the same nodes. Their files are then equal but for the numbers:
 the text and the opcodes in between are made once (json_form.py, pickle_form.py), and a
@@ -28,13 +21,23 @@ import numpy as np
 from gaudi_calib.errors import FileError
 from gaudi_calib.files import read_json
 from gaudi_calib.layout import RankFile, parse_rank_file
-from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
+from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.ranges.table import Inventory, RangeTable, ScaleTable, tabulate_ranges, tabulate_scales
 from gaudi_calib.rankfiles.background import BackgroundWriter
-from gaudi_calib.rankfiles.decode import RANGES_MODE, SCALES_MODE, decode_table, is_same_table
-from gaudi_calib.rankfiles.json_form import JsonForm, read_head, write_head
+from gaudi_calib.rankfiles.json_form import JsonForm, read_head
+from gaudi_calib.rankfiles.nested import (
+    RANGES_MODE,
+    SCALES_MODE,
+    Head,
+    decode_head,
+    decode_table,
+    encode_node,
+    encode_rank,
+    is_same_table,
+    to_lists,
+)
 from gaudi_calib.rankfiles.npz import load_value, pack_pickle, pack_value, read_pickle
-from gaudi_calib.rankfiles.pickle_form import Head, PickleForm, can_pickle_flat
+from gaudi_calib.rankfiles.pickle_form import PickleForm, can_pickle_flat
 
 _json_form = lru_cache(maxsize=4)(JsonForm)
 _pickle_form = lru_cache(maxsize=4)(PickleForm)
@@ -176,7 +179,7 @@ def _read_rank(path: Path, mode: str, like: Inventory | None = None) -> RankSet[
     table, samples = found or _parse_rank(path, mode)
     if like is not None and table.inventory.equals(like):
         table.inventory = like
-    modules = _read_modules(path, file, tuple(table)) if mode == RANGES_MODE else ()
+    modules = _read_modules(path, file, table.inventory.names) if mode == RANGES_MODE else ()
     return RankSet(file.rank or 0, file.world or 1, table, modules, samples, file.dump)
 
 
@@ -187,13 +190,11 @@ def _match_rank(path: Path, mode: str, like: Inventory) -> tuple[RangeTable, int
         return None
     text = path.read_bytes()
     head = read_head(text)
-    if head is None or head.mode != mode or not can_pickle_flat(like, head):
+    values = _match_pickle(like, head, read_pickle(npz)) if head and head.mode == mode else None
+    if head is None or values is None:
         return None
-    values = _pickle_form(like, counts_samples=head.num_samples is not None).match(head, read_pickle(npz))
-    if values is None:
-        return None
-    is_same = _json_form(like).write(head, values) == text
-    return (RangeTable(like, values), head.num_samples) if is_same else None
+    form = _json_form(like)
+    return (RangeTable(like, values), head.num_samples) if form.finish(head, form.fill(values)) == text else None
 
 
 def _parse_rank(path: Path, mode: str) -> tuple[RangeTable | ScaleTable, int | None]:
@@ -203,11 +204,9 @@ def _parse_rank(path: Path, mode: str) -> tuple[RangeTable | ScaleTable, int | N
     if not npz.is_file():
         return table, value.get("NumSamples")
     pickled = read_pickle(npz)
-    head = Head(mode, value.get("LocalRank", 0), value.get("NumSamples"))
-    if _is_head(head) and not _others(table) and can_pickle_flat(table.inventory, head):
-        values = _pickle_form(table.inventory, counts_samples=head.num_samples is not None).match(head, pickled)
-        if values is not None and np.array_equal(values, table.numbers, equal_nan=True):
-            return table, head.num_samples
+    values = None if table.others else _match_pickle(table.inventory, decode_head(value), pickled)
+    if values is not None and np.array_equal(values, table.numbers, equal_nan=True):
+        return table, value.get("NumSamples")
     loaded = load_value(pickled, npz)
     stored = decode_table(npz, loaded, mode)
     if not is_same_table(table, stored):
@@ -220,12 +219,11 @@ def _parse_rank(path: Path, mode: str) -> tuple[RangeTable | ScaleTable, int | N
     return stored, {**value, **loaded}.get("NumSamples")
 
 
-def _is_head(head: Head) -> bool:
-    return type(head.local_rank) is int and type(head.num_samples) in (int, type(None))
-
-
-def _others(table: RangeTable | ScaleTable) -> Mapping[str, ScaleNode]:
-    return table.others if isinstance(table, ScaleTable) else {}
+def _match_pickle(inventory: Inventory, head: Head | None, pickled: bytes) -> np.ndarray | None:
+    """Return the numbers in a pickle of just these nodes, or None."""
+    if head is None or not can_pickle_flat(inventory):
+        return None
+    return _pickle_form(inventory, counts_samples=head.num_samples is not None).match(head, pickled)
 
 
 def _read_modules(path: Path, file: RankFile, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -239,25 +237,21 @@ class _Renderer:
     def __init__(self, mode: str):
         self._mode = mode
         self._last: RangeTable | ScaleTable | None = None
-        self._text, self._stream = b"", b""
+        self._filled = b"", b""
         self._modules: tuple[tuple[str, ...], str] | None = None
 
     def render(self, rank_set: RankSet[Any]) -> tuple[bytes, bytes]:
         """Return the json and the npz of one rank."""
-        is_range = self._mode == RANGES_MODE
-        table = tabulate_ranges(rank_set.nodes) if is_range else tabulate_scales(rank_set.nodes)
+        table = tabulate_ranges(rank_set.nodes) if self._mode == RANGES_MODE else tabulate_scales(rank_set.nodes)
         head = Head(self._mode, rank_set.rank, rank_set.num_samples)
-        if _others(table) or not can_pickle_flat(table.inventory, head):
-            return _render_nested(rank_set, self._mode)
-        json_form = _json_form(table.inventory)
+        if table.others or not can_pickle_flat(table.inventory):
+            return render_nested(head, table)
+        text_form = _json_form(table.inventory)
         pickle_form = _pickle_form(table.inventory, counts_samples=head.num_samples is not None)
         if self._last is None or not _is_one_table(self._last, table):
-            self._last, self._text, self._stream = table, b"", pickle_form.fill(table.numbers)
-            text = json_form.write(head, table.numbers)
-        else:
-            self._text = self._text or json_form.fill(table.numbers)
-            text = write_head(head).encode() + self._text
-        return text, pack_pickle(pickle_form.finish(head, self._stream))
+            self._last, self._filled = table, (text_form.fill(table.numbers), pickle_form.fill(table.numbers))
+        text, stream = self._filled
+        return text_form.finish(head, text), pack_pickle(pickle_form.finish(head, stream))
 
     def render_modules(self, modules: tuple[str, ...]) -> str:
         """Return the text of `_mod_list.json`."""
@@ -271,48 +265,7 @@ def _is_one_table(left: RangeTable | ScaleTable, right: RangeTable | ScaleTable)
     return left.inventory is right.inventory and left.numbers is right.numbers
 
 
-def _render_nested(rank_set: RankSet[Any], mode: str) -> tuple[bytes, bytes]:
-    """The plain way, for what has a number per channel."""
-    encode = _encode_ranges if mode == RANGES_MODE else _encode_scales
-    value: dict[str, Any] = {} if rank_set.num_samples is None else {"NumSamples": rank_set.num_samples}
-    value |= {
-        "GlobalRank": None,
-        "LocalRank": rank_set.rank,
-        "Mode": mode,
-        "Nodes": {name: encode(node) for name, node in rank_set.nodes.items()},
-    }
-    return json.dumps(_to_lists(value), indent=4).encode(), pack_value(value)
-
-
-def _encode_ranges(node: Node) -> dict[str, Any]:
-    value: dict[str, Any] = {"inputs": [_matrix(one) for one in node.inputs]}
-    if node.outputs is not None:
-        value["outputs"] = [_matrix(one) for one in node.outputs]
-    if node.weight is not None:
-        value["params"] = {"weight": _matrix(node.weight)}
-    return value
-
-
-def _matrix(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values, dtype=np.float32).reshape(-1, 1)
-
-
-def _encode_scales(node: ScaleNode) -> dict[str, Any]:
-    params: dict[str, Any] = {}
-    if isinstance(node.weight, PerChannelWeight):
-        params["weight"] = {0: np.float32(node.weight.out_channels), 1: np.float32(node.weight.in_channels)}
-    elif node.weight is not None:
-        params["weight"] = np.asarray(node.weight, dtype=np.float32)
-    return {
-        "inputs": [np.asarray(scale, dtype=np.float32) for scale in node.inputs],
-        "outputs": tuple(np.asarray(scale, dtype=np.float32) for scale in node.outputs),
-        "params": params,
-    }
-
-
-def _to_lists(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {key: _to_lists(one) for key, one in value.items()}
-    return [_to_lists(one) for one in value] if isinstance(value, (list, tuple)) else value
+def render_nested(head: Head, nodes: Mapping[str, Node | ScaleNode]) -> tuple[bytes, bytes]:
+    """Return the json and the npz of one rank the plain way, which any nodes can go."""
+    value = encode_rank(head, {name: encode_node(node) for name, node in nodes.items()})
+    return json.dumps(to_lists(value), indent=4).encode(), pack_value(value)

@@ -27,7 +27,7 @@ from gaudi_calib.errors import ConfigError, RangeError
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges import bf16
 from gaudi_calib.ranges.layer_types import find_layer_type, is_expert_matmul
-from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, RankSet, ScaleNode, classify
+from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, RankSet, ScaleNode, find_op
 from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, ScaleShape, ScaleTable, tabulate_ranges
 from gaudi_calib.scales.optimal import choose_tensor_scale
 from gaudi_calib.scales.rounding import round_scales
@@ -72,18 +72,18 @@ def compute_scales(
     shapes = [ScaleShape(0, 0, False)] * count
     solved = []
     others: dict[str, ScaleNode] = {}
-    for one in _find_classes(measured.inventory, table, layer_types or {}):
-        scales = _solve_class(one, measured, device)
+    for alike in _find_classes(measured.inventory, table, layer_types or {}):
+        scales = _solve_class(alike, measured, device)
         if scales.weight_rule is not None:
-            for row, inputs, output in zip(one.rows.tolist(), scales.inputs, scales.output, strict=True):
+            for row, inputs, output in zip(alike.rows.tolist(), scales.inputs, scales.output, strict=True):
                 rule = scales.weight_rule
                 others[names[row]] = _scale_node(names[row], inputs.tolist(), output, rule, weights, device)
             continue
         shape = ScaleShape(scales.inputs.shape[1], 1, scales.weight is not None)
-        for row in one.rows.tolist():
+        for row in alike.rows.tolist():
             shapes[row] = shape
         columns = [scales.inputs, scales.output[:, None], *([] if scales.weight is None else [scales.weight[:, None]])]
-        solved.append((one.rows, np.concatenate(columns, axis=1)))
+        solved.append((alike.rows, np.concatenate(columns, axis=1)))
     inventory = Inventory(names, shapes)
     numbers = np.empty(inventory.size, dtype=np.float32)
     for rows, matrix in solved:
@@ -124,23 +124,20 @@ class _ClassScales(NamedTuple):
 
 
 def _find_classes(inventory: Inventory, table: MethodTable, layer_types: Mapping[str, str]) -> list[_Class]:
-    ops: dict[tuple[str, int], Op] = {}
-    classes: dict[tuple[Op, int, int], list[int]] = {}
-    found: dict[tuple[Op, int, int], tuple[Op, RangeShape, ScaleMethod]] = {}
     is_uniform = not (table.nodes or table.layers or table.layer_types)
-    for row, (name, shape) in enumerate(zip(inventory.names, inventory.shapes, strict=True)):
-        assert isinstance(shape, RangeShape)
+    ops: dict[tuple[str, int], Op] = {}
+    classes: dict[tuple[Op, int, ScaleMethod | None], list[int]] = {}
+    for row, (name, kind) in enumerate(zip(inventory.names, inventory.kinds.tolist(), strict=True)):
         suffix = name[name.rfind(".") + 1 :]
-        op = ops.get((suffix, id(shape)))
+        op = ops.get((suffix, kind))
         if op is None:
-            outputs = None if shape.outputs is None else len(shape.outputs)
-            op = ops[suffix, id(shape)] = classify(suffix, outputs, has_weight=shape.weight is not None)
-        rules = table.default if is_uniform else _find_rules(name, op, table, layer_types)
-        key = (op, id(shape), id(rules))
-        if key not in classes:
-            classes[key], found[key] = [], (op, shape, rules)
-        classes[key].append(row)
-    return [_Class(*found[key], np.array(rows, dtype=np.int64), inventory.names) for key, rows in classes.items()]
+            op = ops[suffix, kind] = find_op(suffix, inventory.distinct_shapes[kind])
+        rules = None if is_uniform else _find_rules(name, op, table, layer_types)
+        classes.setdefault((op, kind, rules), []).append(row)
+    return [
+        _Class(op, inventory.distinct_shapes[kind], rules or table.default, np.array(rows), inventory.names)
+        for (op, kind, rules), rows in classes.items()
+    ]
 
 
 def _find_rules(name: str, op: Op, table: MethodTable, layer_types: Mapping[str, str]) -> ScaleMethod:
@@ -170,66 +167,66 @@ def _find_sources(op: Op, shape: RangeShape) -> tuple[list[Part], Part | None]:
     return [("inputs", 0)], ("outputs", 0) if op is Op.ROW_PARALLEL_LINEAR else None
 
 
-def _solve_class(one: _Class, measured: RangeTable, device: Device) -> _ClassScales:
-    activation, (inputs, output) = one.rules.activation, _find_sources(one.op, one.shape)
-    is_linear = one.op in (Op.LINEAR, Op.ROW_PARALLEL_LINEAR)
+def _solve_class(alike: _Class, measured: RangeTable, device: Device) -> _ClassScales:
+    activation, (inputs, output) = alike.rules.activation, _find_sources(alike.op, alike.shape)
+    is_linear = alike.op in (Op.LINEAR, Op.ROW_PARALLEL_LINEAR)
     if is_linear and activation.is_fixed:
         output = ("outputs", 0)
     parts = inputs if output is None else [*inputs, output]
-    scales = _scale_parts(one, parts, activation, measured, device)
+    scales = _scale_parts(alike, parts, activation, measured, device)
     entries = scales[:, : len(inputs)]
-    if one.op is Op.KV_CACHE:
+    if alike.op is Op.KV_CACHE:
         return _ClassScales(entries, entries[:, 0])
     if not is_linear:
         product = bf16.multiply(entries[:, 0], entries[:, 1]) if output is None else scales[:, -1]
         return _ClassScales(entries, product)
-    rule, own = one.rules.weight, scales[:, -1] if output is not None else None
-    has_range = one.shape.weight is not None and rule.scale_value_type == "MAXABS" and not rule.is_per_channel
+    rule, own = alike.rules.weight, scales[:, -1] if output is not None else None
+    has_range = alike.shape.weight is not None and rule.scale_value_type == "MAXABS" and not rule.is_per_channel
     if not (rule.is_fixed or has_range):
         return _ClassScales(entries, np.full(len(scales), np.nan) if own is None else own, weight_rule=rule)
-    weight = _scale_parts(one, [("weight", 0)], rule, measured, device)[:, 0]
+    weight = _scale_parts(alike, [("weight", 0)], rule, measured, device)[:, 0]
     return _ClassScales(entries, bf16.multiply(weight, entries[:, 0]) if own is None else own, weight)
 
 
 def _scale_parts(
-    one: _Class, parts: Sequence[Part], rule: TensorScaling, measured: RangeTable, device: Device
+    alike: _Class, parts: Sequence[Part], rule: TensorScaling, measured: RangeTable, device: Device
 ) -> np.ndarray:
     """Return the scales of some ranges of a class: float32, shape (nodes, parts)."""
     if rule.is_fixed:
-        return scale_ranges(np.zeros((len(one.rows), len(parts))), rule, device)
-    measured_ranges = _take_ranges(one, parts, measured)
+        return scale_ranges(np.zeros((len(alike.rows), len(parts))), rule, device)
+    measured_ranges = _take_ranges(alike, parts, measured)
     ranges = bf16.round_to_bf16(measured_ranges)
     bad = ~(np.isfinite(ranges) & (ranges >= 0))
     if bad.any():
         node, part = np.argwhere(bad)[0].tolist()
         found = float(measured_ranges[node, part])
-        raise _bad_range(one.names[one.rows[node]], _label(parts[part]), found, int(bad.sum()))
+        raise _bad_range(alike.names[alike.rows[node]], _label(parts[part]), found, int(bad.sum()))
     scales = scale_ranges(ranges, rule, device)
     for node, part in np.argwhere((scales == 0) | ~np.isfinite(scales)).tolist():
-        name, label = one.names[one.rows[node]], _label(parts[part])
+        name, label = alike.names[alike.rows[node]], _label(parts[part])
         if not (ranges[node, part] == 0 and is_expert_matmul(name) and label == "inputs[0]"):
             raise _bad_scale(name, label, float(measured_ranges[node, part]), float(scales[node, part]), rule)
     return scales
 
 
-def _take_ranges(one: _Class, parts: Sequence[Part], measured: RangeTable) -> np.ndarray:
+def _take_ranges(alike: _Class, parts: Sequence[Part], measured: RangeTable) -> np.ndarray:
     """Return the largest channel of each range: float32, shape (nodes, parts)."""
     places: dict[Part, tuple[int, int]] = {}
     offset = 0
-    for kind, counts in (("inputs", one.shape.inputs), ("outputs", one.shape.outputs or ())):
+    for kind, counts in (("inputs", alike.shape.inputs), ("outputs", alike.shape.outputs or ())):
         for index, channels in enumerate(counts):
             places[kind, index] = (offset, channels)
             offset += channels
-    places["weight", 0] = (offset, one.shape.weight or 0)
+    places["weight", 0] = (offset, alike.shape.weight or 0)
     missing = next((part for part in parts if places.get(part, (0, 0))[1] == 0), None)
     if missing is not None:
         raise RangeError(
-            f"node {one.names[one.rows[0]]!r} has no range {_label(missing)}",
-            where=one.names[one.rows[0]],
-            why=f"the scales of a {one.op.value} need it",
+            f"node {alike.names[alike.rows[0]]!r} has no range {_label(missing)}",
+            where=alike.names[alike.rows[0]],
+            why=f"the scales of a {alike.op.value} need it",
             fix="measure again; `gaudi-calib check DIR` lists all gaps",
         )
-    starts = measured.inventory.starts[one.rows][:, None]
+    starts = measured.inventory.starts[alike.rows][:, None]
     chosen = [places[part] for part in parts]
     if all(channels == 1 for _, channels in chosen):
         return measured.numbers[starts + np.array([offset for offset, _ in chosen], dtype=np.int64)]

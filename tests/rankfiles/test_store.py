@@ -18,13 +18,14 @@ from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
 from gaudi_calib.rankfiles.background import BackgroundWriter
+from gaudi_calib.rankfiles.nested import Head
 from gaudi_calib.rankfiles.store import (
-    _render_nested,
     _Renderer,
     list_worlds,
     read_ranges,
     read_scales,
     read_world_dir,
+    render_nested,
     write_rank_set,
 )
 from tests.support import paths
@@ -174,7 +175,7 @@ def test_fast_writing_equals_the_plain_way(seed: int, count: int, outputs: int):
     """Same text as json.dumps, same opcodes as np.savez (which only cuts them into frames), for any set of nodes."""
     rank_set = _random_rank(seed, count, outputs)
     text, npz = _Renderer("DynamicRange").render(rank_set)
-    plain_text, plain_npz = _render_nested(rank_set, "DynamicRange")
+    plain_text, plain_npz = render_nested(Head("DynamicRange", rank_set.rank, rank_set.num_samples), rank_set.nodes)
     assert text == plain_text
     assert _list_opcodes(npz) == _list_opcodes(plain_npz)
     assert np.load(io.BytesIO(npz), allow_pickle=True)["arr_0"].item()["LocalRank"] == seed
@@ -190,7 +191,7 @@ def test_fast_writing_of_scales_equals_the_plain_way(count: int):
         nodes[f"n{index}"] = ScaleNode(tuple(inputs), tuple(outputs), 0.5 if random.random() < 0.5 else None)
     rank_set = RankSet(0, 1, nodes)
     text, npz = _Renderer("Scale").render(rank_set)
-    plain_text, plain_npz = _render_nested(rank_set, "Scale")
+    plain_text, plain_npz = render_nested(Head("Scale", 0), rank_set.nodes)
     assert text == plain_text
     assert _list_opcodes(npz) == _list_opcodes(plain_npz)
 
