@@ -8,9 +8,9 @@ from torch import nn
 
 from gaudi_calib.checkpoints.plan import LinearPlan, ModelPlan
 from gaudi_calib.engines.observe.nodes import attention_nodes
+from gaudi_calib.engines.observe.peak import Peak
 from gaudi_calib.engines.vllm_plugin.attention import OBSERVED
 from gaudi_calib.engines.vllm_plugin.experts import MeasuredExpertsMethod
-from gaudi_calib.engines.vllm_plugin.observer import Peak
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import ModelError, RangeError
 from gaudi_calib.ranges.channels import ChannelNode, ChannelRanges
@@ -115,7 +115,7 @@ def _collect_attention(modules: dict[str, nn.Module], plan: ModelPlan, session: 
     channels: dict[str, ChannelNode] = {}
     for index in plan.attention_layers:
         observed = getattr(modules.get(plan.node_name(index, plan.layout.attention.name)), OBSERVED, None)
-        if observed is not None and observed.ranges.tensors:
+        if observed is not None and observed.ranges.peaks:
             channels |= attention_nodes(plan, index, observed.ranges)
     return dict(derive_rank(ChannelRanges(channels, (), 0), 0, Topology(1), session.device).nodes)
 

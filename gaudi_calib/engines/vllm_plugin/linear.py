@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from gaudi_calib.engines.vllm_plugin.observer import Peak
+from gaudi_calib.engines.observe.peak import Peak
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.ranges.node import Node
 
