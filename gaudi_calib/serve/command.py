@@ -12,9 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
+from gaudi_calib.engines import QUANTIZATION
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.engines.vllm_runner.settings import (
-    EMULATION_METHOD,
     NODE_CARDS,
     Settings,
     bind_cpus,
@@ -207,7 +207,7 @@ def _describe(calibration: Calibration, platform: Platform) -> str:
         return f"FP8 by INC with {calibration.path}"
     device = f"Gaudi {calibration.device.name[1]}" if calibration.device else "the calibrated Gaudi"
     return (
-        f"no Gaudi here: the vLLM plugin {EMULATION_METHOD} computes on {platform.name} what {device} would; "
+        f"no Gaudi here: the vLLM plugin {QUANTIZATION} computes on {platform.name} what {device} would; "
         "answers are those of FP8, speed and memory are not"
     )
 

@@ -34,12 +34,12 @@ def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[
     scaled = ChannelRange(round_to_bf16(round_to_bf16(decoded.values) * np.float32(seen.scale)), heads)
     averaged = per_head("latent_out") if latent else out
     sums, probability, weight = (per_head(name) for name in ("softmax_sum", "probability", "weight"))
-    one = ChannelRange(np.ones(1, dtype=np.float32), Axis())
+    ones = ChannelRange(np.ones(1, dtype=np.float32), Axis())
     nodes = {
         "matmul_qk": ChannelNode(Op.MATMUL, (scaled, per_head("latent") if latent else key)),
         "matmul_av": ChannelNode(Op.MATMUL, (weight, per_head("latent_v") if latent else value)),
-        "batch2block_matmul": ChannelNode(Op.B2B_MATMUL, (one, scaled), (scaled,), softmax_sums=sums),
-        "block2batch_matmul": ChannelNode(Op.B2B_MATMUL, (one, averaged), (averaged,), softmax_sums=sums),
+        "batch2block_matmul": ChannelNode(Op.B2B_MATMUL, (ones, scaled), (scaled,), softmax_sums=sums),
+        "block2batch_matmul": ChannelNode(Op.B2B_MATMUL, (ones, averaged), (averaged,), softmax_sums=sums),
         "k_cache": ChannelNode(Op.KV_CACHE, (key,)),
         "v_cache": ChannelNode(Op.KV_CACHE, (value,)),
         "fused_scaled_dot_product_attention": ChannelNode(Op.FUSED_SDPA, (query, key, value), (out, probability)),

@@ -40,7 +40,7 @@ def _without_weights() -> Iterator[None]:
     """Put the parameters of the modules that are built in the block, but not their buffers, on the meta device."""
 
     def drop(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        # Of one that two modules share there stays one.
+        # One that is there already is shared by two modules, and stays the same object.
         return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     handle = register_module_parameter_registration_hook(drop)  # type: ignore[arg-type] # may return one
