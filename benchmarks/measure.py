@@ -51,7 +51,7 @@ def run_idle(directory: Path) -> None:
 
 
 def run_measure(directory: Path) -> None:
-    from gaudi_calib.engines.torch.stream import measure_channels
+    from gaudi_calib.engines.torch.measure import measure_channels
 
     measure_channels(directory, make_prompts())
 
@@ -83,7 +83,7 @@ def run_task(name: str, directory: Path) -> None:
     if name == "measure":
         import transformers.models.llama.modeling_llama  # noqa: F401 - importing is not measuring
 
-        import gaudi_calib.engines.torch.stream  # noqa: F401
+        import gaudi_calib.engines.torch.measure  # noqa: F401
     start = time.perf_counter()
     seconds = TASKS[name](directory)
     seconds = time.perf_counter() - start if seconds is None else seconds

@@ -44,8 +44,7 @@ def serve(only_print: bool, **arguments: Any) -> None:
     Checks the files behind the config first. On a Gaudi INC quantizes; elsewhere this
     package's vLLM plugin computes what the Gaudi would.
     """
-    from gaudi_calib.engines.detect import Platform
-    from gaudi_calib.engines.vllm_runner.platforms import detect_apart
+    from gaudi_calib.engines.detect import Platform, detect_apart
     from gaudi_calib.fp8 import get_device
     from gaudi_calib.serve.command import ServeOptions, plan_serve, run_serve
 

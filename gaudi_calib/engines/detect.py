@@ -1,13 +1,17 @@
-"""Which accelerator this machine has. Imports neither torch nor Habana's package until one may be there."""
+"""What runs now: a Gaudi, a GPU or the CPU. Loads neither torch nor Habana's package until one may be there."""
 
 import importlib
+import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 from gaudi_calib.errors import CalibrationError
-from gaudi_calib.fp8 import DEVICES, Device
+from gaudi_calib.fp8 import DEVICES, Device, get_device
 
+_HABANA = "habana_frameworks"
 # Device files of NVIDIA (native, WSL) and AMD GPUs, both `cuda` to torch.
 _GPU_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
@@ -38,6 +42,28 @@ def detect_platform() -> Platform:
     return Platform("cuda" if _has_gpu() else "cpu")
 
 
+def detect_apart() -> Platform:
+    """Return what `detect_platform` says, without keeping the device.
+
+    A Gaudi that this process has opened is busy for its children, so it is asked in a process of its own.
+
+    Raises:
+        CalibrationError: Habana's software does not work, or the Gaudi is of another generation.
+    """
+    if find_spec(_HABANA) is None:
+        return detect_platform()
+    child = subprocess.run([sys.executable, "-m", "gaudi_calib", "detect", "--json"], capture_output=True, text=True)
+    try:
+        facts = json.loads(child.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        raise CalibrationError(
+            "the devices of this machine could not be detected",
+            why=child.stderr.strip()[-800:] or f"`gaudi-calib detect` ended with exit code {child.returncode}",
+            fix="run `gaudi-calib detect`, and check that driver and habana-torch-plugin have the same version",
+        ) from None
+    return Platform(facts["platform"], get_device(facts["device"]) if facts["device"] else None)
+
+
 def require_gaudi(platform: Platform) -> Device:
     """Return the Gaudi of `platform`.
 
@@ -47,7 +73,7 @@ def require_gaudi(platform: Platform) -> Device:
     if platform.device is None:
         raise CalibrationError(
             "no Gaudi on this machine",
-            why=f"habana_frameworks finds none; running on {platform.name}",
+            why=f"{_HABANA} finds none; running on {platform.name}",
             fix="run on a Gaudi node, or name the serving device with --device g2 or --device g3",
         )
     return platform.device
@@ -55,14 +81,14 @@ def require_gaudi(platform: Platform) -> Device:
 
 def _read_gaudi_name() -> str | None:
     """Return the device name that Habana's package reports, None without package or device."""
-    if find_spec("habana_frameworks") is None:
+    if find_spec(_HABANA) is None:
         return None
     try:
-        hpu = importlib.import_module("habana_frameworks.torch.hpu")
+        hpu = importlib.import_module(f"{_HABANA}.torch.hpu")
         return str(hpu.get_device_name()) if hpu.is_available() else None
     except Exception as error:  # driver and library mismatches raise many unrelated types
         raise CalibrationError(
-            "habana_frameworks is installed but does not work",
+            f"{_HABANA} is installed but does not work",
             why=f"{type(error).__name__}: {error}",
             fix="check that driver, firmware and habana-torch-plugin have the same version (`hl-smi`)",
         ) from error

@@ -20,7 +20,7 @@ def measure_model(run: Run) -> None:
     from tqdm import tqdm
 
     from gaudi_calib.engines.torch.experts import ColdPolicy
-    from gaudi_calib.engines.torch.stream import DEFAULT_WORLDS, measure_channels
+    from gaudi_calib.engines.torch.measure import DEFAULT_WORLDS, measure_channels
 
     assert run.prompts is not None
     with tqdm(total=run.prompts.token_count, unit="tok", unit_scale=True, desc="measure") as bar:

@@ -47,7 +47,7 @@ def settle_engine(options: RunOptions) -> RunOptions:
     """
     if options.engine == "torch":
         return _without_vllm(options)
-    from gaudi_calib.engines.vllm_runner.platforms import detect_apart
+    from gaudi_calib.engines.detect import detect_apart
 
     platform = detect_apart()
     if options.engine == "auto" and platform.name != "hpu":

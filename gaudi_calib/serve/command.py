@@ -13,9 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
+from gaudi_calib.engines import QUANTIZATION
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.engines.vllm_runner.settings import (
-    EMULATION_METHOD,
     NODE_CARDS,
     Settings,
     bind_cpus,
@@ -218,7 +218,7 @@ def _describe(calibration: Calibration, platform: Platform) -> str:
         return f"FP8 by INC with {calibration.path}"
     device = f"Gaudi {calibration.placed.device.name[1]}" if calibration.placed.device else "the calibrated Gaudi"
     return (
-        f"no Gaudi here: the vLLM plugin {EMULATION_METHOD} computes on {platform.name} what {device} would; "
+        f"no Gaudi here: the vLLM plugin {QUANTIZATION} computes on {platform.name} what {device} would; "
         "answers are those of FP8, speed and memory are not"
     )
 

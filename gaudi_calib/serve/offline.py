@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gaudi_calib.engines.detect import detect_apart
 from gaudi_calib.engines.vllm_runner.child import open_engine
-from gaudi_calib.engines.vllm_runner.platforms import detect_apart
 from gaudi_calib.serve.command import ServeOptions, plan_engine
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gaudi_calib.engines.torch.experts import ColdPolicy
-from gaudi_calib.engines.torch.stream import measure_channels
+from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.errors import ModelError, RangeError, TopologyError
 from gaudi_calib.fp8 import GAUDI2
 from gaudi_calib.ranges.derive import derive_rank

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gaudi_calib.engines.torch.stream import measure_channels
+from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.fp8 import GAUDI2
 from gaudi_calib.models.families import find_family
 from gaudi_calib.ranges.channels import ChannelRanges

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gaudi_calib.checkpoints.plan import plan_model
-from gaudi_calib.engines.torch.stream import measure_channels
+from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.fp8 import GAUDI3
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.derive import derive_rank

@@ -10,7 +10,8 @@ import torch
 
 from gaudi_calib.checkpoints.plan import ModelPlan, plan_model
 from gaudi_calib.engines.torch.linear import chain_worlds, max_signed, sum_neighbours
-from gaudi_calib.engines.torch.stream import make_batches, measure_channels
+from gaudi_calib.engines.torch.measure import measure_channels
+from gaudi_calib.engines.torch.stream import make_batches
 from gaudi_calib.errors import ModelError, RangeError, TopologyError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.models.modules import Split
@@ -283,9 +284,9 @@ def _edit(path: Path, old: str, new: str):
 
 
 def test_batches_bound_sequences_and_tokens():
-    """A batch holds at most `batch_size` prompts and 1024 tokens, or one longer prompt."""
+    """A batch holds at most `batch_size` prompts and `max_tokens` tokens, or one longer prompt."""
     prompts = [[0] * length for length in (500, 500, 100, 3000, 1, 1, 1)]
-    batches = make_batches(prompts, batch_size=2)
+    batches = make_batches(prompts, batch_size=2, max_tokens=1024)
     assert [batch.bounds for batch in batches] == [[0, 500, 1000], [0, 100], [0, 3000], [0, 1, 2], [0, 1]]
     assert batches[0].positions[0, [0, 499, 500]].tolist() == [0, 499, 0]
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gaudi_calib.engines.torch import experts as engine
-from gaudi_calib.engines.torch import stream as torch_stream
+from gaudi_calib.engines.torch import measure as measuring
 from gaudi_calib.engines.torch.experts import ColdPolicy
-from gaudi_calib.engines.torch.stream import measure_channels
+from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.errors import TopologyError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device
 from gaudi_calib.ranges.channels import ChannelRanges, ExpertChannels
@@ -225,8 +225,8 @@ CHANGES: dict[str, tuple[Any, dict[str, int], int]] = {
     "no cache": (engine, {"_CACHE_BYTES": 0}, 32),
     "cache for some experts": (engine, {"_CACHE_BYTES": 300_000}, 32),
     "one prompt at a time": (engine, {}, 1),
-    "batches of 60 tokens": (torch_stream, {"_MAX_EXPERT_TOKENS": 60, "_MAX_TOKENS": 60}, 32),
-    "few sums at once": (torch_stream, {"_MAX_EXPERT_SUMS": 128 * 17 * 60, "_MAX_TOKENS": 60}, 2),
+    "batches of 60 tokens": (measuring, {"_MAX_EXPERT_TOKENS": 60, "_MAX_TOKENS": 60}, 32),
+    "few sums at once": (measuring, {"_MAX_EXPERT_SUMS": 128 * 17 * 60, "_MAX_TOKENS": 60}, 2),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from gaudi_calib.checkpoints.plan import plan_model
 from gaudi_calib.config.presets import parse_quant_config, read_quant_config, write_quant_config
-from gaudi_calib.engines.torch.stream import measure_channels
+from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.engines.vllm_plugin.session import Session, find_serving_device
 from gaudi_calib.errors import ConfigError, FileError, ModelError, RangeError, TopologyError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3

@@ -92,7 +92,7 @@ def _run_task(task: EngineTask) -> list[Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from gaudi_calib.engines.vllm_plugin import QUANTIZATION, WORKER_EXTENSION
+    from gaudi_calib.engines import QUANTIZATION, WORKER_EXTENSION
 
     arguments: dict[str, Any] = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 256, "max_logprobs": -1}
     os.environ.pop("QUANT_CONFIG", None)

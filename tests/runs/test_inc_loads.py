@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gaudi_calib.checkpoints.plan import plan_model
-from gaudi_calib.engines.torch.stream import measure_channels
+from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.layout import DUMP_NAME, RankFile
 from gaudi_calib.ranges.channels import ChannelRanges

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.engines import detect
 from gaudi_calib.engines.detect import Platform
-from gaudi_calib.engines.vllm_runner import cluster, platforms, process
+from gaudi_calib.engines.vllm_runner import cluster, process
 from gaudi_calib.engines.vllm_runner.phases import EngineOptions, Phase
 from gaudi_calib.errors import CalibrationError, FileError, RangeError
 from gaudi_calib.fp8 import GAUDI2
@@ -60,7 +61,7 @@ class FakeCards:
 @pytest.fixture
 def cards(monkeypatch) -> FakeCards:
     fake = FakeCards()
-    monkeypatch.setattr(platforms, "detect_apart", lambda: Platform("hpu", GAUDI2))
+    monkeypatch.setattr(detect, "detect_apart", lambda: Platform("hpu", GAUDI2))
     monkeypatch.setattr("gaudi_calib.runs.vllm_steps.find_spec", lambda name: True)
     monkeypatch.setattr(process, "run_phase", fake.run_phase)
     return fake

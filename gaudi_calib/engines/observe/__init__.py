@@ -1,1 +1,7 @@
-"""What both engines share: magnitudes, attention, the FP8 cast, and the nodes made of what was seen."""
+"""What both engines share.
+
+peak         the largest magnitude of a tensor
+attention    what an attention layer has seen, and its softmax
+nodes        from that to the ranges of its nodes
+fp8_cast     the FP8 cast of the devices
+"""

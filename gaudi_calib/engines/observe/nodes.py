@@ -1,58 +1,13 @@
-"""From what was observed to channel ranges, under the names and rules of vllm-gaudi."""
-
-from collections.abc import Iterator
+"""From what an attention layer has seen to channel ranges, under the names and rules of vllm-gaudi."""
 
 import numpy as np
-import torch
 
-from gaudi_calib.checkpoints.plan import LinearPlan, ModelPlan
+from gaudi_calib.checkpoints.plan import ModelPlan
 from gaudi_calib.engines.observe.attention import AttentionRanges
-from gaudi_calib.engines.torch.experts import ObservedExperts
-from gaudi_calib.engines.torch.linear import LinearRanges, max_weight, require_finite_weight
-from gaudi_calib.models.modules import Split
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.channels import ChannelNode, ChannelRange
 from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.topology import Axis
-
-_WEIGHT_VALUES = 2**24  # of a weight, looked at at a time
-
-
-def linear_node(plan: ModelPlan, linear: LinearPlan, ranges: LinearRanges) -> ChannelNode:
-    """Return the channel ranges of one linear layer."""
-    assert ranges.seen is not None
-    weight = _weight_range(plan, linear)
-    require_finite_weight(linear.node, torch.from_numpy(weight.values))
-    outputs = None
-    if linear.op is Op.ROW_PARALLEL_LINEAR:
-        total = ChannelRange(_array(torch.tensor([max(ranges.products[1])])))
-        outputs = (total, total)
-    return ChannelNode(
-        linear.op,
-        inputs=(ChannelRange(_array(ranges.seen), linear.in_axis),),
-        outputs=outputs,
-        weight=weight,
-        partial_products=dict(ranges.products),
-    )
-
-
-def _weight_range(plan: ModelPlan, linear: LinearPlan) -> ChannelRange:
-    """Read the weight from the checkpoint piece by piece; per input column for row-parallel layers, else per row."""
-    if linear.split is Split.ROW:
-        columns = torch.stack([max_weight(piece, 0) for piece in _weight_pieces(plan, linear)]).amax(0)
-        return ChannelRange(_array(columns), linear.in_axis)
-    values = np.concatenate([_array(max_weight(piece, 1)) for piece in _weight_pieces(plan, linear)])
-    order = plan.canonical_rows(linear)
-    if order is not None:
-        values = values[order]
-    return ChannelRange(np.pad(values, (0, linear.padding)), linear.out_axis)
-
-
-def _weight_pieces(plan: ModelPlan, linear: LinearPlan) -> Iterator[torch.Tensor]:
-    for name in linear.weights:
-        weight = plan.checkpoint.read([name])[name]
-        for piece in weight.split(max(1, _WEIGHT_VALUES // weight.shape[1])):
-            yield plan.served(piece)
 
 
 def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[str, ChannelNode]:
@@ -71,7 +26,7 @@ def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[
 
     def per_head(name: str) -> ChannelRange:
         axis = plan.kv_axis if name in ("k", "v") else heads
-        return ChannelRange(_array(seen.tensors[name]), Axis() if name in ("latent", "latent_v") else axis)
+        return ChannelRange(seen.peaks[name].to_array(), Axis() if name in ("latent", "latent_v") else axis)
 
     latent = plan.layout.attention.latent
     query, key, value, out = (per_head(name) for name in ("q", "k", "v", "out"))
@@ -79,12 +34,12 @@ def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[
     scaled = ChannelRange(round_to_bf16(round_to_bf16(decoded.values) * np.float32(seen.scale)), heads)
     averaged = per_head("latent_out") if latent else out
     sums, probability, weight = (per_head(name) for name in ("softmax_sum", "probability", "weight"))
-    one = ChannelRange(np.ones(1, dtype=np.float32), Axis())
+    ones = ChannelRange(np.ones(1, dtype=np.float32), Axis())
     nodes = {
         "matmul_qk": ChannelNode(Op.MATMUL, (scaled, per_head("latent") if latent else key)),
         "matmul_av": ChannelNode(Op.MATMUL, (weight, per_head("latent_v") if latent else value)),
-        "batch2block_matmul": ChannelNode(Op.B2B_MATMUL, (one, scaled), (scaled,), softmax_sums=sums),
-        "block2batch_matmul": ChannelNode(Op.B2B_MATMUL, (one, averaged), (averaged,), softmax_sums=sums),
+        "batch2block_matmul": ChannelNode(Op.B2B_MATMUL, (ones, scaled), (scaled,), softmax_sums=sums),
+        "block2batch_matmul": ChannelNode(Op.B2B_MATMUL, (ones, averaged), (averaged,), softmax_sums=sums),
         "k_cache": ChannelNode(Op.KV_CACHE, (key,)),
         "v_cache": ChannelNode(Op.KV_CACHE, (value,)),
         "fused_scaled_dot_product_attention": ChannelNode(Op.FUSED_SDPA, (query, key, value), (out, probability)),
@@ -92,13 +47,3 @@ def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[
     if latent:
         nodes["latent_cache_k"] = ChannelNode(Op.KV_CACHE, (per_head("latent"),))
     return {plan.attention_node(layer, op): nodes[op] for op in plan.attention_ops if op in nodes}
-
-
-def experts_node(observed: ObservedExperts) -> ChannelNode:
-    """Return the channel ranges of a layer's routed experts."""
-    assert observed.input is not None
-    return ChannelNode(Op.DYNAMIC_MOE, (ChannelRange(_array(observed.input)),), experts=observed.finish())
-
-
-def _array(values: torch.Tensor) -> np.ndarray:
-    return values.float().cpu().numpy().copy()

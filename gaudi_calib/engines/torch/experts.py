@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from gaudi_calib.checkpoints.expert_weights import ExpertWeights
-from gaudi_calib.engines.observe.attention import max_magnitude
-from gaudi_calib.engines.torch.linear import chain_worlds, max_weight, require_finite_weight, sum_neighbours
+from gaudi_calib.engines.observe.peak import Peak, max_magnitude
+from gaudi_calib.engines.torch.linear import chain_worlds, require_finite_weight, sum_neighbours
 from gaudi_calib.models.modules import Experts
-from gaudi_calib.ranges.channels import ExpertChannels
+from gaudi_calib.ranges.channels import ChannelNode, ChannelRange, ExpertChannels
+from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.topology import Topology
 
 # Weights of a layer's experts that stay in memory between batches, in compute dtype.
@@ -37,8 +39,7 @@ class ObservedExperts:
     """Runs and observes one layer's experts in place of Hugging Face's experts module.
 
     Attributes:
-        input: largest magnitude the fused op was given, shape (1,), or None.
-        channels: what was measured, in progress.
+        input: of the fused op.
     """
 
     def __init__(
@@ -47,14 +48,15 @@ class ObservedExperts:
         module: nn.Module,
         topologies: Sequence[Topology],
         dtype: torch.dtype,
+        device: torch.device,
         tokens: int,
     ):
-        """Prepare for `tokens` tokens, in batches of any size."""
-        self.weights, self.module, self.dtype = weights, module, dtype
-        self.input: torch.Tensor | None = None
+        """Prepare for `tokens` tokens, in batches of any size, computed in `dtype` on `device`."""
+        self.weights, self.module, self.dtype, self.device = weights, module, dtype, device
+        self.input = Peak()
         count, channels = weights.count, weights.channels
-        self._intermediate = torch.zeros(count, channels)
-        self._gate_up, self._down = torch.zeros(count, channels), torch.zeros(count, channels)
+        self._intermediate = torch.zeros(count, channels, device=device)
+        self._gate_up, self._down = (np.zeros((count, channels), dtype=np.float32) for _ in range(2))
         self._tokens = torch.zeros(count, dtype=torch.int64)
         self._filled = torch.zeros(count, dtype=torch.int64)
         self._routing, self._bias = 0.0, 0.0
@@ -76,7 +78,7 @@ class ObservedExperts:
         Returns:
             Weighted sum of the experts' outputs, shape (tokens, hidden size).
         """
-        self._observe_input(hidden)
+        self.input.observe(hidden)
         self._routing = max(self._routing, float(weights.float().abs().sum(-1).max()))
         out = torch.zeros_like(hidden)
         for sums in (*self._slices, *self._wholes):
@@ -88,11 +90,6 @@ class ObservedExperts:
             sums.finish()
         self._keep_spare(hidden)
         return out
-
-    def _observe_input(self, hidden: torch.Tensor) -> None:
-        lowest, highest = torch.aminmax(hidden)
-        largest = torch.maximum(highest, -lowest).view(1)
-        self.input = largest if self.input is None else torch.maximum(self.input, largest)
 
     def _run_expert(
         self, expert: int, x: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
@@ -117,13 +114,14 @@ class ObservedExperts:
 
     def _observe_intermediate(self, expert: int, loaded: "_Expert", x: torch.Tensor) -> torch.Tensor:
         inner = _gate(self.module, nn.functional.linear(x, loaded.gate_up, loaded.gate_up_bias))
-        self._intermediate[expert] = torch.maximum(self._intermediate[expert], max_magnitude(inner, (0,)).float())
+        self._intermediate[expert] = torch.maximum(self._intermediate[expert], max_magnitude(inner, 0).float())
         return inner
 
-    def find_damaged(self) -> dict[str, torch.Tensor]:
-        """Return the maxima of experts that are not finite, by the node of the layer they enter."""
-        damaged = (~torch.isfinite(self._intermediate).all(1)).nonzero().flatten().tolist()
-        return {f"{self.weights.node}.w2_list.{expert}": self._intermediate[expert] for expert in damaged}
+    def find_damaged(self) -> list[str]:
+        """Return the nodes whose input is not finite: the fused op, and the down projections of experts."""
+        experts = (~torch.isfinite(self._intermediate).all(1)).nonzero().flatten().tolist()
+        inner = [f"{self.weights.node}.w2_list.{expert}" for expert in experts]
+        return inner if self.input.is_finite else [self.weights.node, *inner]
 
     def _load(self, expert: int) -> "_Expert":
         if expert in self._cache:
@@ -135,16 +133,15 @@ class ObservedExperts:
 
     def _read(self, expert: int) -> "_Expert":
         gate_up, down = self.weights.read_gate_up(expert), self.weights.read_down(expert)
-        rows = max_weight(gate_up, 1).float()
-        self._gate_up[expert] = self.weights.order_gate_up(rows).amax(0)
-        self._down[expert] = max_weight(down, 0).float()
+        rows = max_magnitude(gate_up, 1).float()
+        self._gate_up[expert] = self.weights.order_gate_up(rows).amax(0).numpy()
+        self._down[expert] = max_magnitude(down, 0).float().numpy()
         for part, ranges in (("w13_list", self._gate_up), ("w2_list", self._down)):
             require_finite_weight(f"{self.weights.node}.{part}.{expert}", ranges[expert])
-        biases = self.weights.read_biases(expert)
-        if biases is None:
-            return _Expert(gate_up.to(self.dtype), down.to(self.dtype))
-        self._bias = max(self._bias, float(biases[1].abs().max()))
-        return _Expert(gate_up.to(self.dtype), down.to(self.dtype), *(bias.to(self.dtype) for bias in biases))
+        biases = self.weights.read_biases(expert) or ()
+        if biases:
+            self._bias = max(self._bias, float(max_magnitude(biases[1])))
+        return _Expert(*(tensor.to(self.device, self.dtype) for tensor in (gate_up, down, *biases)))
 
     def _keep_spare(self, hidden: torch.Tensor) -> None:
         # Every so many tokens one, wherever batches end.
@@ -169,24 +166,22 @@ class ObservedExperts:
                 self._observe_intermediate(expert, loaded, spare[chosen])
                 self._filled[expert] = len(chosen)
 
-    def finish(self) -> ExpertChannels:
-        """Return what was measured."""
+    def to_node(self) -> ChannelNode:
+        """Return the channel ranges of the fused op."""
         for expert in range(self.weights.count):
             if not self._gate_up[expert].any():
                 self._read(expert)
-        outputs = {
-            key: values.numpy() for sums in (*self._slices, *self._wholes) for key, values in sums.largest.items()
-        }
-        return ExpertChannels(
-            self._intermediate.numpy(),
-            self._gate_up.numpy(),
-            self._down.numpy(),
+        channels = ExpertChannels(
+            self._intermediate.cpu().numpy(),
+            self._gate_up,
+            self._down,
             self._tokens.numpy(),
             self._filled.numpy(),
             self._routing / self._late_factor,
             self._bias,
-            outputs,
+            {key: peak.to_array() for sums in (*self._slices, *self._wholes) for key, peak in sums.peaks.items()},
         )
+        return ChannelNode(Op.DYNAMIC_MOE, (ChannelRange(self.input.to_array()),), experts=channels)
 
 
 @dataclass(frozen=True)
@@ -221,12 +216,12 @@ class _Sums:
     """The sums that each rank computes, over worlds of which each divides the one before.
 
     Attributes:
-        largest: topology key -> largest magnitude by rank, float32, shape (world,).
+        peaks: by topology key, of shape (world,).
     """
 
     def __init__(self, topologies: list[Topology]):
         self.topologies, self.world = topologies, topologies[0].world
-        self.largest = {one.key: torch.zeros(one.world) for one in topologies}
+        self.peaks = {topology.key: Peak() for topology in topologies}
         self._sums = torch.empty(0)
 
     def start(self, hidden: torch.Tensor) -> None:
@@ -241,8 +236,7 @@ class _Sums:
         sums = self._sums
         for topology in self.topologies:
             sums = sum_neighbours(sums, topology.world)
-            seen = self.largest[topology.key]
-            torch.maximum(seen, max_magnitude(sums, (1, 2)).float(), out=seen)
+            self.peaks[topology.key].observe(sums, (1, 2))
         self._sums = torch.empty(0)
 
 
@@ -254,7 +248,8 @@ def _add_rows(sums: torch.Tensor, rows: torch.Tensor, parts: torch.Tensor) -> No
 
 def _chain(topologies: Sequence[Topology], dtype: torch.dtype, *, by_expert: bool) -> list[list[Topology]]:
     """Group topologies so that the sums of each follow from those of the one before; one rank goes with the finest."""
-    worlds = [one.world for one in topologies if one.world > 1 and one.expert_parallel == by_expert]
+    matching = [topology for topology in topologies if topology.expert_parallel == by_expert]
+    worlds = [topology.world for topology in matching if topology.world > 1]
     # Below float32 sums round, so each is formed on its own, as the devices would.
     groups = chain_worlds(worlds) if dtype is torch.float32 else [[world] for world in worlds]
     chains = [[Topology(world, by_expert) for world in group] for group in groups]

@@ -1,17 +1,23 @@
 """Observing linear layers: per-channel inputs, and the partial products of row parallelism."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
-from gaudi_calib.engines.observe.attention import max_magnitude
+from gaudi_calib.checkpoints.plan import LinearPlan, ModelPlan
+from gaudi_calib.engines.observe.peak import Peak, max_magnitude
 from gaudi_calib.errors import RangeError
+from gaudi_calib.models.modules import Split
+from gaudi_calib.ranges.channels import ChannelNode, ChannelRange
+from gaudi_calib.ranges.node import Op
 
 # Tokens whose partial products are formed together; bounds their memory.
 _CHUNK = 1024
+_WEIGHT_VALUES = 2**24  # of a weight, looked at at a time
 
 
 class Scratch:
@@ -20,49 +26,75 @@ class Scratch:
     def __init__(self) -> None:
         self._flat = torch.empty(0)
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor; it is overwritten after the next call."""
+    def take(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """Return an uninitialised tensor of dtype and device of `like`; it is overwritten after the next call."""
         size = math.prod(shape)
-        if self._flat.numel() < size or self._flat.dtype is not dtype:
-            self._flat = torch.empty(size, dtype=dtype)
+        if self._flat.numel() < size or self._flat.dtype is not like.dtype:
+            self._flat = like.new_empty(size)
         return self._flat[:size].view(shape)
 
 
 @dataclass
-class LinearRanges:
-    """What one linear node has seen.
+class ObservedLinear:
+    """What one linear layer has seen.
 
     Attributes:
-        seen: largest input magnitude, shape (in,) where ranks split the input, else (1,); or None.
+        input: of shape (in,) where ranks split the input, else (1,).
         products: world -> range of the partial products, without bias: one value for all
             ranks, which reduce them first, or one per rank.
+        detach: ends the observation.
     """
 
-    seen: torch.Tensor | None = None
+    input: Peak = field(default_factory=Peak)
     products: dict[int, tuple[float, ...]] = field(default_factory=dict)
     detach: Callable[[], None] = lambda: None
 
-    def observe(self, x: torch.Tensor, *, per_channel: bool) -> None:
-        """Take in an input of shape (..., in)."""
-        if per_channel:
-            values = max_magnitude(x.flatten(0, -2), (0,))
-        else:  # every rank sees all channels; one pass over memory is several times faster
-            lowest, highest = torch.aminmax(x)
-            values = torch.maximum(highest, -lowest).view(1)
-        self.seen = values if self.seen is None else torch.maximum(self.seen, values)
+    def to_node(self, plan: ModelPlan, linear: LinearPlan) -> ChannelNode:
+        """Return the channel ranges of the layer, whose weight is read piece by piece.
+
+        Raises:
+            RangeError: the weight is not finite.
+        """
+        weight = _measure_weight(plan, linear)
+        require_finite_weight(linear.node, weight.values)
+        outputs = None
+        if linear.op is Op.ROW_PARALLEL_LINEAR:
+            total = ChannelRange(np.array([max(self.products[1])], dtype=np.float32))
+            outputs = (total, total)
+        inputs = (ChannelRange(self.input.to_array(), linear.in_axis),)
+        return ChannelNode(linear.op, inputs, outputs, weight, partial_products=dict(self.products))
 
 
-def observe_input(module: nn.Module) -> LinearRanges:
+def _measure_weight(plan: ModelPlan, linear: LinearPlan) -> ChannelRange:
+    """Return the ranges of a weight, per input column for row-parallel layers, else per row."""
+    dim, axis = (0, linear.in_axis) if linear.split is Split.ROW else (1, linear.out_axis)
+    pieces = [max_magnitude(piece, dim).float().numpy() for piece in _read_pieces(plan, linear)]
+    if linear.split is Split.ROW:
+        return ChannelRange(np.maximum.reduce(pieces), axis)
+    values, order = np.concatenate(pieces), plan.canonical_rows(linear)
+    if order is not None:
+        values = values[order]
+    return ChannelRange(np.pad(values, (0, linear.padding)), axis)
+
+
+def _read_pieces(plan: ModelPlan, linear: LinearPlan) -> Iterator[torch.Tensor]:
+    for name in linear.weights:
+        weight = plan.checkpoint.read([name])[name]
+        for piece in weight.split(max(1, _WEIGHT_VALUES // weight.shape[1])):
+            yield plan.served(piece)
+
+
+def observe_input(module: nn.Module) -> ObservedLinear:
     """Watch the input of a layer that every rank feeds with all of it."""
-    ranges = LinearRanges()
-    handle = module.register_forward_pre_hook(lambda module, args: ranges.observe(args[0], per_channel=False))
-    ranges.detach = handle.remove
-    return ranges
+    observed = ObservedLinear()
+    handle = module.register_forward_pre_hook(lambda module, args: observed.input.observe(args[0]))
+    observed.detach = handle.remove
+    return observed
 
 
 def observe_row_parallel(
     module: nn.Module, worlds: Sequence[int], scratch: Scratch, *, reduces: bool = True
-) -> LinearRanges:
+) -> ObservedLinear:
     """Watch a row-parallel layer's input and its partial products over each of `worlds`.
 
     With `reduces`, a partial product's range is that of the elementwise maximum over
@@ -74,23 +106,23 @@ def observe_row_parallel(
     finest partial products, at no extra multiplications; in bfloat16, where sums
     round, each is formed on its own, as the devices would.
     """
-    ranges = LinearRanges()
+    observed = ObservedLinear()
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
     sums = weight.dtype is torch.float32
     chains = chain_worlds(worlds) if sums else [[world] for world in worlds if world > 1]
 
     def observe(world: int, parts: torch.Tensor) -> None:
-        before = ranges.products.get(world, (0.0,) * (1 if reduces else world))
+        before = observed.products.get(world, (0.0,) * (1 if reduces else world))
         if reduces:
-            ranges.products[world] = (max_signed(parts, before[0]),)
+            observed.products[world] = (max_signed(parts, before[0]),)
         else:
-            largest = (_max_product(part) for part in parts)
-            ranges.products[world] = tuple(max(pair) for pair in zip(before, largest, strict=True))
+            largest = (float(max_magnitude(part)) for part in parts)
+            observed.products[world] = tuple(max(pair) for pair in zip(before, largest, strict=True))
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        ranges.observe(x, per_channel=True)
         flat = x.flatten(0, -2)
+        observed.input.observe(flat, 0)
         parts = [_observe_products(flat, weight, chain, observe, scratch) for chain in chains]
         exact = not sums or not parts
         product = flat @ weight.T if exact else parts[0]
@@ -100,8 +132,8 @@ def observe_row_parallel(
         return (product if bias is None else product.add_(bias)).unflatten(0, x.shape[:-1])
 
     module.forward = forward
-    ranges.detach = lambda: module.__dict__.pop("forward")
-    return ranges
+    observed.detach = lambda: module.__dict__.pop("forward")
+    return observed
 
 
 def chain_worlds(worlds: Sequence[int]) -> list[list[int]]:
@@ -137,7 +169,7 @@ def _observe_products(
     product = x.new_empty(tokens, rows)
     for start in range(0, tokens, _CHUNK):
         chunk = x[start : start + _CHUNK]
-        parts = scratch.take((chain[0], chunk.shape[0], rows), x.dtype)
+        parts = scratch.take((chain[0], chunk.shape[0], rows), x)
         torch.bmm(chunk.unflatten(1, (chain[0], width)).transpose(0, 1), weight_by_rank, out=parts)
         for world in chain:
             parts = sum_neighbours(parts, world)
@@ -146,19 +178,14 @@ def _observe_products(
     return product
 
 
-def require_finite_weight(node: str, ranges: torch.Tensor) -> None:
+def require_finite_weight(node: str, ranges: np.ndarray) -> None:
     """Raise RangeError where the weight ranges of `node` are not finite."""
-    if not torch.isfinite(ranges).all():
+    if not np.isfinite(ranges).all():
         raise RangeError(
             f"{node} has NaN or infinity in its weight",
             why="the checkpoint is damaged, or was converted wrongly",
             fix="download or convert the checkpoint again",
         )
-
-
-def _max_product(part: torch.Tensor) -> float:
-    lowest, highest = torch.aminmax(part)
-    return max(float(highest), -float(lowest))
 
 
 def sum_neighbours(parts: torch.Tensor, world: int) -> torch.Tensor:
@@ -186,11 +213,3 @@ def max_signed(parts: torch.Tensor, floor: float) -> float:
     if max(float(extreme.min) for extreme in extremes) < -largest:
         largest = max(largest, -float(parts.amax(0).min()))
     return largest
-
-
-def max_weight(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    """Largest magnitudes of a weight over `dim`."""
-    if weight.dtype is not torch.bfloat16:
-        return max_magnitude(weight, (dim,))
-    # Without its sign bit, a bfloat16 is ordered as the integer of the same bits (NaN above all).
-    return (weight.view(torch.int16) & 0x7FFF).amax(dim).view(torch.bfloat16)

@@ -1,19 +1,19 @@
-"""A Hugging Face model without weights, and giving parts of it theirs for a while."""
+"""A Hugging Face model without weights, and giving parts of it theirs."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from gaudi_calib.checkpoints.plan import ModelPlan, WeightNames
-from gaudi_calib.engines.observe.attention import ATTENTION_NAME, register_attention
+from gaudi_calib.engines.torch.attention import ATTENTION_NAME, register_attention
 
 
-def build_skeleton(plan: ModelPlan, dtype: torch.dtype) -> nn.Module:
-    """Return the Hugging Face model without weights (parameters on the meta device)."""
-    from accelerate import init_empty_weights
+def build_skeleton(plan: ModelPlan, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Return the Hugging Face model with its buffers on `device` and its parameters on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     register_attention()
@@ -24,12 +24,30 @@ def build_skeleton(plan: ModelPlan, dtype: torch.dtype) -> nn.Module:
         del config.quantization_config  # the checkpoint reader dequantizes
     _serve_long_rope(config)
     implementation = ATTENTION_NAME if plan.layout.uses_attention_interface else "sdpa"
-    with init_empty_weights(include_buffers=False):
+    with _without_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
-    for name, buffer in model.named_buffers():  # transformers keeps them so whatever the model's dtype
-        if any(part in name for part in getattr(model, "_keep_in_fp32_modules_strict", None) or ()):
-            buffer.data = buffer.data.float()
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        # transformers keeps some in float32 whatever the model's dtype.
+        is_kept = any(part in name for part in getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        _owner_of(model, name)._buffers[name.rpartition(".")[2]] = buffer.to(
+            device, torch.float32 if is_kept else buffer.dtype
+        )
     return model.eval()
+
+
+@contextlib.contextmanager
+def _without_weights() -> Iterator[None]:
+    """Put the parameters of the modules that are built in the block, but not their buffers, on the meta device."""
+
+    def drop(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        # One that is there already is shared by two modules, and stays the same object.
+        return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(drop)  # type: ignore[arg-type] # may return one
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _serve_long_rope(config: Any) -> None:
@@ -43,44 +61,52 @@ def _serve_long_rope(config: Any) -> None:
         rope["short_factor"] = rope["long_factor"]
 
 
-@contextlib.contextmanager
-def loaded(module: nn.Module, prefix: str, names: WeightNames, dtype: torch.dtype, plan: ModelPlan) -> Iterator[None]:
-    """Give `module` its weights (not those of experts), in `dtype`, while the block runs."""
-    experts = plan.layout.experts
-    skipped = experts.module + "." if experts else "/"
-    empty = {name: one for name, one in module.named_parameters() if not name.startswith(skipped)}
-    wanted = {name: names.find(f"{prefix}.{name}") for name in empty}
-    tensors = plan.checkpoint.read(wanted.values())
-    for name in module.state_dict().keys() - dict(module.named_parameters()).keys():  # buffers that are stored
-        source = names.find(f"{prefix}.{name}")
-        module.get_buffer(name).copy_(plan.checkpoint.read([source])[source])
-    for name, source in wanted.items():
-        _set_parameter(module, name, plan.served(tensors.pop(source)).to(dtype))
-    try:
-        yield
-    finally:
-        for name, parameter in empty.items():
-            _set_parameter(module, name, parameter)
+class WeightLoader:
+    """Gives the modules of a skeleton their weights from the checkpoint, in the compute dtype, on the device."""
+
+    def __init__(self, plan: ModelPlan, dtype: torch.dtype, device: torch.device):
+        self.plan, self.dtype, self.device = plan, dtype, device
+        self._names = WeightNames(plan.checkpoint, plan.layout)
+
+    def load_outer(self, model: nn.Module) -> None:
+        """Load what lies outside the decoder layers; the embedding stays in its source dtype, mapped."""
+        layout = self.plan.layout
+        head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}  # type: ignore[operator]
+        embedding = f"{layout.embedding}.weight"
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if name.startswith(layout.layers + ".") or (id(parameter) in head and name != embedding):
+                continue
+            tensor = self.plan.served(self._read([name])[name]).to(self.device)
+            _set_parameter(model, name, tensor if name == embedding else tensor.to(self.dtype))
+        model.get_submodule(layout.embedding).register_forward_hook(lambda module, args, output: output.to(self.dtype))
+
+    @contextlib.contextmanager
+    def loaded(self, module: nn.Module, prefix: str) -> Iterator[None]:
+        """Give `module`, called `prefix` in the model, its weights (not those of experts) while the block runs."""
+        experts = self.plan.layout.experts
+        skipped = experts.module + "." if experts else "/"
+        empty = {name: weight for name, weight in module.named_parameters() if not name.startswith(skipped)}
+        stored = module.state_dict().keys() - dict(module.named_parameters()).keys()  # buffers
+        for name, tensor in self._read(stored, prefix).items():
+            module.get_buffer(name).copy_(tensor)
+        tensors = self._read(empty, prefix)
+        for name in empty:
+            _set_parameter(module, name, self.plan.served(tensors.pop(name)).to(self.device, self.dtype))
+        try:
+            yield
+        finally:
+            for name, parameter in empty.items():
+                _set_parameter(module, name, parameter)
+
+    def _read(self, names: Iterable[str], prefix: str = "") -> dict[str, torch.Tensor]:
+        sources = {name: self._names.find(f"{prefix}.{name}" if prefix else name) for name in names}
+        tensors = self.plan.checkpoint.read(sources.values())
+        return {name: tensors[source] for name, source in sources.items()}
 
 
-@contextlib.contextmanager
-def outer_weights(model: nn.Module, plan: ModelPlan, names: WeightNames, dtype: torch.dtype) -> Iterator[None]:
-    """Load what lies outside the decoder layers; the embedding stays in its source dtype, mapped."""
-    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}  # type: ignore[operator]
-    embedding = f"{plan.layout.embedding}.weight"
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if name.startswith(plan.layout.layers + ".") or (id(parameter) in head and name != embedding):
-            continue
-        source = names.find(name)
-        tensor = plan.served(plan.checkpoint.read([source])[source])
-        _set_parameter(model, name, tensor if name == embedding else tensor.to(dtype))
-    handle = model.get_submodule(plan.layout.embedding).register_forward_hook(
-        lambda module, args, output: output.to(dtype)
-    )
-    yield
-    handle.remove()
+def _owner_of(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name.rpartition(".")[0])
 
 
 def _set_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    _owner_of(module, name)._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor, requires_grad=False)

@@ -4,8 +4,8 @@
     LLM(model, quantization="gaudi_fp8", enforce_eager=True)
 
 On CPU and CUDA, with a MEASURE config, it observes vLLM's own modules, every rank its own;
-`collective_rpc("save_ranges")` then writes each rank's INC files (`WORKER_EXTENSION` has to be
-given as `worker_extension_cls`). With a QUANTIZE config it computes what the target device would.
+`collective_rpc("save_ranges")` then writes each rank's INC files (`engines.WORKER_EXTENSION` has to
+be given as `worker_extension_cls`). With a QUANTIZE config it computes what the target device would.
 
 vLLM calls `register` in every process (entry point `vllm.general_plugins`). Nothing else
 happens, and nothing heavy is imported, unless that quantization is asked for.
@@ -19,8 +19,7 @@ happens, and nothing heavy is imported, unless that quantization is asked for.
     worker        what can be asked of workers
 """
 
-QUANTIZATION = "gaudi_fp8"
-WORKER_EXTENSION = "gaudi_calib.engines.vllm_plugin.worker.WorkerExtension"
+from gaudi_calib.engines import QUANTIZATION
 
 
 def register() -> None:

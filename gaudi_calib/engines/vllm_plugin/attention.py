@@ -7,7 +7,8 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.attention import Attention
 
-from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, max_magnitude
+from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring
+from gaudi_calib.engines.observe.peak import max_magnitude
 from gaudi_calib.engines.vllm_plugin.scores import KeyHistory, Sequences, observe_bound, observe_scores
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.fp8 import GAUDI2
@@ -50,9 +51,9 @@ class ObservedAttention:
         metadata = find_metadata(layer.layer_name)
         if metadata is not None and self.session.is_live():
             sequences = Sequences.from_metadata(metadata)
-            tensors = {"q": (query, layer.num_heads), "k": (key, layer.num_kv_heads), "v": (value, layer.num_kv_heads)}
-            tensors["out"] = (out, layer.num_heads)
-            self._observe({name: _split(*one, sequences.tokens) for name, one in tensors.items()}, sequences)
+            heads = {"q": layer.num_heads, "k": layer.num_kv_heads, "v": layer.num_kv_heads, "out": layer.num_heads}
+            tensors = zip(heads.items(), (query, key, value, out), strict=True)
+            self._observe({name: _split(x, count, sequences.tokens) for (name, count), x in tensors}, sequences)
         return out
 
     def reset(self) -> None:
@@ -63,7 +64,7 @@ class ObservedAttention:
         impl = self.layer.impl
         self.ranges.scale = impl.scale
         for name, tensor in tensors.items():
-            self.ranges.observe(name, max_magnitude(tensor, (0, 2)))
+            self.ranges.take(name, max_magnitude(tensor, (0, 2)))
         query, key = tensors["q"], tensors["k"]
         sinks = getattr(impl, "sinks", None)
         if self.session.device is not GAUDI2 and sinks is None:

@@ -1,16 +1,14 @@
 """From what the modules of one rank have seen to the rank's file."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 from torch import nn
 
 from gaudi_calib.checkpoints.plan import LinearPlan, ModelPlan
 from gaudi_calib.engines.observe.nodes import attention_nodes
+from gaudi_calib.engines.observe.peak import Peak
 from gaudi_calib.engines.vllm_plugin.attention import OBSERVED
 from gaudi_calib.engines.vllm_plugin.experts import MeasuredExpertsMethod
-from gaudi_calib.engines.vllm_plugin.observer import Peak
+from gaudi_calib.engines.vllm_plugin.linear import ObservedLinear
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import ModelError, RangeError
 from gaudi_calib.ranges.channels import ChannelNode, ChannelRanges
@@ -37,7 +35,7 @@ def collect_ranges(model: nn.Module, plan: ModelPlan, session: Session, rank: in
     names = tuple(name for name in plan.node_names if name in found or not is_expert_matmul(name))
     nodes = {name: found[name] for name in names if name in found}
     # The output projection may run more often than the model, for the prompt's log-probabilities.
-    samples = min((peaks.calls for peaks in _find_peaks(modules) if peaks.calls), default=0)
+    samples = min((linear.calls for linear in _find_linears(modules).values() if linear.calls), default=0)
     if not samples:
         raise RangeError(
             "nothing was measured",
@@ -55,21 +53,24 @@ def collect_ranges(model: nn.Module, plan: ModelPlan, session: Session, rank: in
 def reset_modules(model: nn.Module) -> None:
     """Forget what was seen so far."""
     modules = dict(model.named_modules())
-    for peaks in (*_find_peaks(modules), *_find_experts(modules).values()):
-        peaks.reset()
+    for linear in _find_linears(modules).values():
+        linear.reset()
+    for experts in _find_experts(modules).values():
+        experts.reset()
     for module in modules.values():
         if hasattr(module, OBSERVED):
             getattr(module, OBSERVED).reset()
 
 
-def _find_peaks(modules: dict[str, nn.Module]) -> Iterator:
-    for module in modules.values():
-        peaks = getattr(getattr(module, "quant_method", None), "peaks", None)
-        if peaks is not None:
-            yield peaks
+def _find_linears(modules: dict[str, nn.Module]) -> dict[str, ObservedLinear]:
+    """Observed linear layers by the name of their module."""
+    observed = {
+        name: getattr(getattr(module, "quant_method", None), "observed", None) for name, module in modules.items()
+    }
+    return {name: linear for name, linear in observed.items() if isinstance(linear, ObservedLinear)}
 
 
-def _find_experts(modules: dict[str, nn.Module]) -> dict[str, Any]:
+def _find_experts(modules: dict[str, nn.Module]) -> dict[str, MeasuredExpertsMethod]:
     """Observed experts by the name of their module."""
     methods = {name: getattr(module, "quant_method", None) for name, module in modules.items()}
     return {name: method for name, method in methods.items() if isinstance(method, MeasuredExpertsMethod)}
@@ -86,15 +87,14 @@ def _collect_experts(modules: dict[str, nn.Module], plan: ModelPlan) -> dict[str
 
 
 def _collect_linears(modules: dict[str, nn.Module], plan: ModelPlan, experts: dict[str, Node]) -> dict[str, Node]:
-    nodes, routers = {}, _find_routers(plan)
+    nodes, routers, linears = {}, _find_routers(plan), _find_linears(modules)
     for name, linear in plan.linears.items():
-        module = modules.get(name)
-        if module is None:
+        if name not in modules:
             raise _unknown_module(name, linear)
-        peaks = getattr(getattr(module, "quant_method", None), "peaks", None)
-        if peaks is not None and peaks.input.is_seen:
-            nodes[name] = peaks.to_node()
-        elif peaks is None and routers.get(linear.modules) in experts:
+        observed = linears.get(name)
+        if observed is not None and observed.input.is_seen:
+            nodes[name] = observed.to_node()
+        elif observed is None and routers.get(linear.modules) in experts:
             # vLLM's class for routers bypasses quantization methods; its input is that of the experts.
             peak = Peak()
             peak.observe(plan.read_weight(name))
@@ -115,14 +115,14 @@ def _collect_attention(modules: dict[str, nn.Module], plan: ModelPlan, session: 
     channels: dict[str, ChannelNode] = {}
     for index in plan.attention_layers:
         observed = getattr(modules.get(plan.node_name(index, plan.layout.attention.name)), OBSERVED, None)
-        if observed is not None and observed.ranges.tensors:
+        if observed is not None and observed.ranges.peaks:
             channels |= attention_nodes(plan, index, observed.ranges)
     return dict(derive_rank(ChannelRanges(channels, (), 0), 0, Topology(1), session.device).nodes)
 
 
 def _require_finite(name: str, node: Node) -> None:
     ranges = [*node.inputs, *(node.outputs or ()), *(() if node.weight is None else (node.weight,))]
-    if not all(np.isfinite(one).all() for one in ranges):
+    if not all(np.isfinite(values).all() for values in ranges):
         raise RangeError(
             f"{name} saw NaN or infinity",
             where=name,

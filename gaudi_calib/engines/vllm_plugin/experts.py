@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.activation import (
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-from gaudi_calib.engines.vllm_plugin.observer import Peak
+from gaudi_calib.engines.observe.peak import Peak, max_magnitude
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.ranges.experts import list_children
 from gaudi_calib.ranges.node import Node
@@ -113,7 +113,7 @@ class MeasuredExpertsMethod(ExpertsMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self.inner = [Peak() for _ in layer.w13_weight]
-        both = [weight.abs().amax((1, 2)).float().cpu().numpy() for weight in (layer.w13_weight, layer.w2_weight)]
+        both = [max_magnitude(weight, (1, 2)).float().cpu().numpy() for weight in (layer.w13_weight, layer.w2_weight)]
         self.weights = tuple(np.concatenate(both).reshape(-1, 1))
 
     def reset(self) -> None:

@@ -36,7 +36,6 @@ class QuantizedAttention:
     def __init__(self, layer: Attention, scales: dict[str, ScaleNode], source: ScaleSource):
         """Take the scales of the layer's ops by their short names; ops that are missing stay in bfloat16."""
         self.layer, self.scales, self.source = layer, scales, source
-        self._decode_query = [("batch2block_matmul", 1), ("matmul_qk", 0)]
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
@@ -59,7 +58,8 @@ class QuantizedAttention:
         if not bool(decodes.any()):
             return prefill
         factor = float(self.layer.impl.scale)
-        scaled = self._round((query * factor).to(query.dtype), [self._input(*one) for one in self._decode_query])
+        scales = [self._input("batch2block_matmul", 1), self._input("matmul_qk", 0)]
+        scaled = self._round((query * factor).to(query.dtype), scales)
         return _select(decodes, (scaled.float() / factor).to(query.dtype), prefill)
 
     def _round(self, x: torch.Tensor, scales: Sequence[float | None]) -> torch.Tensor:

@@ -38,7 +38,7 @@ class QuantizedExpertsMethod(ExpertsMethod):
             f"{op}.{child}": (layer.w13_weight if child.startswith("w13") else layer.w2_weight)[index % count]
             for index, child in enumerate(list_children(count))
         }
-        wanted = {op: stand_in(1, 1 + count)} | {name: stand_in(1, None, one) for name, one in weights.items()}
+        wanted = {op: stand_in(1, 1 + count)} | {name: stand_in(1, None, weight) for name, weight in weights.items()}
         found = self.source.find(wanted, lambda name: read_weight(weights[name]))
         if len(found) < len(wanted):
             return

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from gaudi_calib.config.methods import TensorScaling
 from gaudi_calib.engines.observe.fp8_cast import quantize
+from gaudi_calib.engines.observe.peak import max_magnitude
 from gaudi_calib.engines.vllm_plugin.scales import ScaleSource, stand_in
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.node import PerChannelWeight, ScaleNode
@@ -32,7 +33,7 @@ def scale_tokens(x: torch.Tensor, rule: TensorScaling, device: Device) -> torch.
     Returns:
         float32, shape (..., 1); 1 for a token of zeros.
     """
-    largest = x.abs().amax(-1, keepdim=True).float()
+    largest = max_magnitude(x, -1).unsqueeze(-1).float()
     scales = torch.from_numpy(scale_ranges(largest.cpu().numpy(), rule, device)).to(x.device)
     return torch.where(scales > 0, scales, torch.ones_like(scales))
 

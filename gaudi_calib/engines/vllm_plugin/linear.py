@@ -10,12 +10,12 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from gaudi_calib.engines.vllm_plugin.observer import Peak
+from gaudi_calib.engines.observe.peak import Peak
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.ranges.node import Node
 
 
-class LinearPeaks:
+class ObservedLinear:
     """What one linear layer of this rank has seen.
 
     Attributes:
@@ -59,22 +59,22 @@ class _Measured:
     """Mixed into vLLM's unquantized methods: observes, and computes as they do."""
 
     session: Session
-    peaks: LinearPeaks
+    observed: ObservedLinear
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self.peaks.weight.observe(layer.weight)  # type: ignore[arg-type]
+        self.observed.weight.observe(layer.weight)  # type: ignore[arg-type]
         super().process_weights_after_loading(layer)  # type: ignore[misc]
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         compute = super().apply  # type: ignore[misc]
         if not self.session.is_live():
             return compute(layer, x, bias)
-        self.peaks.calls += 1
-        self.peaks.input.observe(x)
+        self.observed.calls += 1
+        self.observed.input.observe(x)
         if not isinstance(layer, RowParallelLinear):
             return compute(layer, x, bias)
         product = compute(layer, x, None)
-        self.peaks.observe_product(layer, product)
+        self.observed.observe_product(layer, product)
         return product if bias is None else product + bias.to(product.dtype)
 
 
@@ -84,7 +84,7 @@ class MeasuredLinearMethod(_Measured, UnquantizedLinearMethod):
 
     def __init__(self, session: Session):
         super().__init__()
-        self.session, self.peaks = session, LinearPeaks()
+        self.session, self.observed = session, ObservedLinear()
 
 
 class MeasuredHeadMethod(_Measured, UnquantizedEmbeddingMethod):
@@ -92,4 +92,4 @@ class MeasuredHeadMethod(_Measured, UnquantizedEmbeddingMethod):
 
     def __init__(self, session: Session):
         super().__init__()
-        self.session, self.peaks = session, LinearPeaks()
+        self.session, self.observed = session, ObservedLinear()

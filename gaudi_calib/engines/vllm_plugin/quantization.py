@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from gaudi_calib.engines.vllm_plugin import QUANTIZATION
+from gaudi_calib.engines import QUANTIZATION
 from gaudi_calib.errors import ConfigError, ModelError
 
 # Classes of linear layers that INC patches; it compares names as a whole, so a subclass is not one of them.

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from gaudi_calib.config.presets import convert_backoffs, get_scales_device
+from gaudi_calib.engines.observe.peak import max_magnitude
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import FileError, RangeError
 from gaudi_calib.fp8 import Device
@@ -117,5 +118,5 @@ class ScaleSource:
 
 def stand_in(inputs: int, outputs: int | None = None, weight: torch.Tensor | None = None) -> Node:
     """Return a node of this shape; its ranges mean nothing, but for the weight's."""
-    largest = None if weight is None else weight.abs().amax().float().cpu().numpy().reshape(1)
+    largest = None if weight is None else max_magnitude(weight).float().cpu().numpy().reshape(1)
     return Node((_ANY,) * inputs, None if outputs is None else (_ANY,) * outputs, largest)

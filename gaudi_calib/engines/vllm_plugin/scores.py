@@ -9,11 +9,8 @@ from typing import Any
 
 import torch
 
-from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, weigh
+from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, count_rows, weigh
 from gaudi_calib.errors import ConfigError
-
-# Bounds the memory of the score matrix: heads x queries x keys values at a time.
-_MAX_SCORES = 2**22
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def observe_scores(
             observe_bound(ranges, query[0], length)
             continue
         keys = history.fetch(slots).float()
-        rows = max(1, _MAX_SCORES // (heads * length))
+        rows = count_rows(heads, length)
         for first in range(start, stop, rows):
             last = min(first + rows, stop)
             seen = keys[:, : length - (stop - last)]
@@ -132,6 +129,6 @@ def observe_scores(
 def observe_bound(ranges: AttentionRanges, query: torch.Tensor, keys: int) -> None:
     """Take in what no softmax over `keys` keys exceeds, for a query of shape (heads, dim)."""
     ones = torch.ones(query.shape[0], device=query.device)
-    ranges.observe("probability", ones)
-    ranges.observe("weight", ones)
-    ranges.observe("softmax_sum", ones * keys)
+    ranges.take("probability", ones)
+    ranges.take("weight", ones)
+    ranges.take("softmax_sum", ones * keys)

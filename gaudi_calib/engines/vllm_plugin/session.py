@@ -101,7 +101,7 @@ class Session:
     def require_files(self) -> None:
         """Raise FileError unless some rank file is there; each rank looks for its own later."""
         found = [parse_rank_file(path.name) for path in self.directory.glob("*.json")]
-        if not any(one and one.dump == self.dump and not one.is_mod_list for one in found):
+        if not any(file and file.dump == self.dump and not file.is_mod_list for file in found):
             raise FileError(
                 "no ranges and no scales",
                 where=self.directory,

@@ -80,7 +80,7 @@ def _generate(llm: Any, spec: Mapping[str, Any]) -> int:
             for limit in limits[first : first + size]
         ]
         outputs = llm.generate(batch, sampling, use_tqdm=False)
-        new_tokens += sum(len(one.outputs[0].token_ids) for one in outputs)
+        new_tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
         done = first + len(batch)
         left_s = (time.monotonic() - start) / done * (len(prompts) - done)
         print(f"{done} of {len(prompts)} prompts, {left_s:.0f} s left", flush=True)

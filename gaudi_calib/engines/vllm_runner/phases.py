@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from gaudi_calib.config.model import QuantConfig
+from gaudi_calib.engines import WORKER_EXTENSION
 from gaudi_calib.engines.vllm_runner.settings import NODE_CARDS, Settings, bind_cpus, forward_to_ray, plan_settings
 from gaudi_calib.errors import DataError, UsageError
 from gaudi_calib.models.families import Family
-
-WORKER_EXTENSION = "gaudi_calib.engines.vllm_plugin.worker.WorkerExtension"
 
 PhaseName = Literal["measure", "quantize"]
 Saving = Literal["ask", "shutdown", "none"]

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gaudi_calib.config.model import QuantConfig
+from gaudi_calib.engines import QUANTIZATION
 from gaudi_calib.models.families import Family
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import Op, classify
 
 INC_METHOD = "inc"
 INC_CACHE_DTYPE = "fp8_inc"
-EMULATION_METHOD = "gaudi_fp8"
 
 # Cards of one Gaudi node; more ranks need Ray.
 NODE_CARDS = 8
@@ -91,7 +91,7 @@ def plan_settings(
     if expert_parallel and world > 1:
         shared["enable_expert_parallel"] = True
     if platform != "hpu":
-        return Settings({"quantization": EMULATION_METHOD, "enforce_eager": True, "dtype": "bfloat16", **shared}, env)
+        return Settings({"quantization": QUANTIZATION, "enforce_eager": True, "dtype": "bfloat16", **shared}, env)
     args: dict[str, object] = {} if quantization else {"quantization": INC_METHOD}
     if quantization and quantization.get("weight_block_size"):
         env["VLLM_HPU_FORCE_CHANNEL_FP8"] = "0"
