@@ -76,7 +76,7 @@ class ConversionPlan:
     @cached_property
     def is_flavored(self) -> bool:
         """Whether config.json gets the mark by which vllm-gaudi knows that the values fit Gaudi 2."""
-        return self.checkpoint.quantization.get("quant_method") == _FLAVORED_METHOD
+        return (self.checkpoint.source.quantization or {}).get("quant_method") == _FLAVORED_METHOD
 
     def count(self, action: Action) -> int:
         """Return how many tensors an action is for."""

@@ -25,10 +25,10 @@ def convert_weights(model: str, out: Path, dry_run: bool, as_json: bool) -> None
     call goes on where a stopped one was.
     """
     from gaudi_calib.checkpoints import convert_weights as conversion
-    from gaudi_calib.checkpoints.checkpoint import resolve_model
     from gaudi_calib.checkpoints.convert_plan import plan_conversion
+    from gaudi_calib.models.source import download_model
 
-    plan = plan_conversion(resolve_model(model), out)
+    plan = plan_conversion(download_model(model), out)
     click.echo(conversion.describe_plan(plan, is_full=dry_run), err=as_json)
     if dry_run:
         return

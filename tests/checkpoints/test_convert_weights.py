@@ -156,7 +156,7 @@ def test_the_result_stands_for_the_same_weights(tmp_path: Path) -> None:
     before, after = Checkpoint(source), Checkpoint(tmp_path / "out")
     assert before.shapes == after.shapes
     changed = 0
-    for name in before.files:
+    for name in before.weights:
         old, new = before.read([name])[name].double(), after.read([name])[name].double()
         changed += int((old != new).sum())
         assert float((old - new).abs().max()) <= 1.01 * 2**-9 if "up_proj" in name else torch.equal(old, new)
@@ -169,7 +169,7 @@ def test_ranges_of_the_golden_model_survive(tmp_path: Path) -> None:
     _, tally = convert(source, tmp_path / "out")
     before, after = Checkpoint(source), Checkpoint(tmp_path / "out")
     ranges = [
-        {name: float(weight.abs().max()) for name, weight in checkpoint.read(checkpoint.files).items()}
+        {name: float(weight.abs().max()) for name, weight in checkpoint.read(checkpoint.weights).items()}
         for checkpoint in (before, after)
     ]
     assert ranges[0] == ranges[1]
