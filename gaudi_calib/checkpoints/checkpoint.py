@@ -107,10 +107,14 @@ class Checkpoint:
             ) from error
 
     @cached_property
+    def headers(self) -> dict[str, Header]:
+        """Header of every weight file, by its name."""
+        return {name: self._read_header(name) for name in sorted(set(self.tensors.values()))}
+
+    @cached_property
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type (safetensors' word for it) and shape of every tensor, from the headers alone."""
-        headers = [self._read_header(name) for name in sorted(set(self.tensors.values()))]
-        return {span.name: (span.dtype, span.shape) for header in headers for span in header.spans}
+        return {span.name: (span.dtype, span.shape) for header in self.headers.values() for span in header.spans}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

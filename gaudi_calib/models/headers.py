@@ -35,10 +35,6 @@ class Span:
     start: int
     stop: int
 
-    @property
-    def size_bytes(self) -> int:
-        return self.stop - self.start
-
 
 @dataclass(frozen=True)
 class Header:
@@ -58,6 +54,11 @@ class Header:
     def prefix(self) -> bytes:
         """What a file with this header begins with, up to its first tensor."""
         return len(self.content).to_bytes(_LENGTH_BYTES, "little") + self.content
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self.spans[-1].stop if self.spans else len(self.prefix)
 
 
 def read_header(path: Path) -> Header:
