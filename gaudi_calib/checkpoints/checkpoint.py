@@ -4,7 +4,7 @@ Weights that are stored as FP8 or MXFP4 are read as the bf16 values they stand f
 (`dequantize.py`), so that nobody else needs to know how a weight is stored.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -23,40 +23,15 @@ from gaudi_calib.checkpoints.dequantize import (
     packed_shape,
     plan_grid,
 )
-from gaudi_calib.errors import ModelError
+from gaudi_calib.errors import FileError, ModelError
 from gaudi_calib.files import read_json
+from gaudi_calib.models.headers import Header, read_header
+from gaudi_calib.models.source import open_model
 
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
-_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
+_DAMAGED = "the file is damaged or incomplete; download it again"
 _SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
-
-
-def resolve_model(model: str) -> Path:
-    """Return the local directory of `model`, downloading a hub name into the cache.
-
-    Raises:
-        ModelError: neither a directory nor a hub model that can be reached.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ModelError(
-            f"no model directory {model!r}",
-            where=path.resolve(),
-            fix="give the directory that holds config.json, or a hub name such as organisation/model",
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
-    except Exception as error:  # the hub client raises many unrelated types
-        raise ModelError(
-            f"cannot get model {model!r}",
-            why=f"no such directory, and the hub said: {str(error).splitlines()[0]}",
-            fix="check the name, log in with `hf auth login` if it is gated, or download it and give its directory",
-        ) from error
 
 
 class Checkpoint:
@@ -64,43 +39,34 @@ class Checkpoint:
 
     Attributes:
         directory: where it is.
-        config: config.json as a dict.
-        files: file name of every weight, by its logical name; scales are no weights.
-        weights: the tensors that hold each of them.
-        tensors: file name of every tensor, scales too.
-        quantization: `quantization_config` of config.json, empty where there is none.
+        source: what its config.json says.
+        config: config.json; of a larger model, what describes its language model.
+        tensors: file name of every tensor.
+        weights: the tensors that hold each weight, by its logical name; scales are no weights.
     """
 
     def __init__(self, directory: Path):
         """Read the index.
 
         Raises:
-            ModelError: config.json, the safetensors files or a shard is missing, or the
-                weights are quantized in a way that cannot be read.
+            ModelError: config.json, the safetensors files or a shard is missing or damaged, or
+                the weights are quantized in a way that cannot be read.
         """
         self.directory = directory
-        if not (directory / "config.json").is_file():
-            raise ModelError(
-                "no config.json in the model directory",
-                where=directory,
-                fix="give the directory of a Hugging Face checkpoint (config.json beside *.safetensors)",
-            )
-        self.config: dict[str, Any] = read_json(directory / "config.json")
+        self.source = open_model(directory)
+        self.config = self.source.text_config
         self.tensors = self._find_tensors()
-        self.quantization = _find_quantization(self.config)
-        self._block = find_block(self.quantization)
+        self._block = find_block(self.source.quantization or {})
         foreign = find_foreign(self.tensors)
         if foreign is not None:
             raise self._cannot_read(foreign, "belongs to a format other than FP8 and MXFP4")
         self.weights: dict[str, StoredWeight] = find_weights(self.tensors)
-        self.files = {name: self.tensors[weight.values] for name, weight in self.weights.items()}
 
     def narrow(self, prefix: str) -> None:
-        """Leave the language model of a larger one: tensors below `prefix`, without it, and `text_config`."""
-        self.weights = {name.removeprefix(prefix): one for name, one in self.weights.items() if name.startswith(prefix)}
-        self.files = {name: self.tensors[weight.values] for name, weight in self.weights.items()}
-        kept = {name: self.config[name] for name in ("model_type", "quantization_config") if name in self.config}
-        self.config = dict(self.config["text_config"]) | kept
+        """Leave the tensors of the language model of a larger one: those below `prefix`, called without it."""
+        self.weights = {
+            name.removeprefix(prefix): weight for name, weight in self.weights.items() if name.startswith(prefix)
+        }
 
     def _find_tensors(self) -> dict[str, str]:
         index = self.directory / _INDEX_NAME
@@ -124,30 +90,31 @@ class Checkpoint:
                 why=f"found {others[0]}, which is a pickle" if others else "neither model.safetensors nor its index",
                 fix="convert it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
             )
-        with self._open(_SINGLE_NAME) as file:
-            return dict.fromkeys(file.keys(), _SINGLE_NAME)
+        return dict.fromkeys(sorted(span.name for span in self._read_header(_SINGLE_NAME).spans), _SINGLE_NAME)
+
+    def _read_header(self, name: str) -> Header:
+        try:
+            return read_header(self.directory / name)
+        except FileError as error:
+            raise ModelError(error.what, where=error.where, why=error.why, fix=_DAMAGED) from error
 
     def _open(self, name: str) -> Any:
         try:
             return safe_open(self.directory / name, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"cannot read {name}",
-                where=self.directory / name,
-                why=str(error),
-                fix="the file is damaged or incomplete; download it again",
+                f"cannot read {name}", where=self.directory / name, why=str(error), fix=_DAMAGED
             ) from error
+
+    @cached_property
+    def headers(self) -> dict[str, Header]:
+        """Header of every weight file, by its name."""
+        return {name: self._read_header(name) for name in sorted(set(self.tensors.values()))}
 
     @cached_property
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type (safetensors' word for it) and shape of every tensor, from the headers alone."""
-        stored = {}
-        for name in sorted(set(self.tensors.values())):
-            with self._open(name) as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    stored[key] = part.get_dtype(), tuple(part.get_shape())
-        return stored
+        return {span.name: (span.dtype, span.shape) for header in self.headers.values() for span in header.spans}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -177,7 +144,7 @@ class Checkpoint:
         if kind == "F8_E4M3" and weight.scale is None:
             raise ModelError(
                 f"{name!r} is FP8 and has no scale",
-                where=self.directory / self.files[name],
+                where=self.directory / self.tensors[weight.values],
                 why=f"neither {name}_scale_inv nor {name}_scale is in the checkpoint",
                 fix="get the checkpoint again from its source, or give the unquantized one",
             )
@@ -193,7 +160,7 @@ class Checkpoint:
             self._grid(name)
 
     def _cannot_read(self, name: str, why: str) -> ModelError:
-        method = self.quantization.get("quant_method")
+        method = (self.source.quantization or {}).get("quant_method")
         return ModelError(
             "the checkpoint is quantized in a way that cannot be read",
             where=self.directory,
@@ -261,15 +228,3 @@ class Checkpoint:
         if weight.packed:
             return dequantize_packed(values, load(weight.scale, rows))
         return dequantize(values, load(weight.scale, None), self._grid(name), first=rows.start if rows else 0)
-
-    def under(self, prefix: str) -> list[str]:
-        """Names of the tensors below the module path `prefix`."""
-        return [name for name in self.files if name.startswith(prefix + ".")]
-
-
-def _find_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `quantization_config` of config.json, which multimodal models may keep in `text_config`."""
-    for place in (config, config.get("text_config") or {}):
-        if isinstance(place.get("quantization_config"), dict):
-            return dict(place["quantization_config"])
-    return {}

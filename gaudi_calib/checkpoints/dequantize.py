@@ -13,8 +13,9 @@ Scales are float32, bf16, or E8M0 (powers of two; as its own dtype or as uint8).
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -100,7 +101,7 @@ def find_foreign(names: Iterable[str]) -> str | None:
     return next((name for name in names if _FOREIGN.search(name)), None)
 
 
-def find_block(quantization: dict[str, object]) -> tuple[int, int] | None:
+def find_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the rows and columns that share a scale, from config.json's `quantization_config`; None if unstated.
 
     >>> find_block({"quant_method": "fp8", "weight_block_size": [128, 128]})

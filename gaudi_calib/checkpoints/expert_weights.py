@@ -35,7 +35,7 @@ class ExpertWeights:
     @property
     def stacked(self) -> bool:
         """Whether the checkpoint holds one tensor for all experts."""
-        return bool(self.facts.stacked) and f"{self.layer}.{self.facts.stacked[0]}" in self.checkpoint.files
+        return bool(self.facts.stacked) and f"{self.layer}.{self.facts.stacked[0]}" in self.checkpoint.weights
 
     def read_gate_up(self, expert: int) -> torch.Tensor:
         """Return gate and up rows in the order they are stored, shape (2 * channels, hidden size), served dtype."""
@@ -88,12 +88,19 @@ def find_expert_weights(
     """
     if router is None:
         return None
-    count = next(int(checkpoint.config[name]) for name in COUNT_NAMES if checkpoint.config.get(name))
-    is_stacked = not facts.each or any(f"{layer}.{name}" in checkpoint.files for name in facts.stacked)
+    count = checkpoint.source.expert_count
+    if count is None:
+        raise ModelError(
+            "config.json does not say how many experts there are",
+            where=checkpoint.directory,
+            why=f"the checkpoint has a router, {router!r}",
+            fix="check that config.json belongs to these weights",
+        )
+    is_stacked = not facts.each or any(f"{layer}.{name}" in checkpoint.weights for name in facts.stacked)
     names = [f"{layer}.{name}" for name in (facts.stacked if is_stacked else _name_each(facts, count))]
     if facts.biased:
         names += [f"{name}_bias" for name in names]
-    missing = next((name for name in names if name not in checkpoint.files), None)
+    missing = next((name for name in names if name not in checkpoint.weights), None)
     if missing is not None:
         raise ModelError(
             f"the checkpoint has no tensor {missing!r}",
@@ -120,7 +127,3 @@ def _check_count(checkpoint: Checkpoint, count: int, shapes: Mapping[str, tuple[
                 why=f"config.json calls for {count}",
                 fix="check that config.json belongs to these weights",
             )
-
-
-# config.json's names of the number of experts.
-COUNT_NAMES = ("n_routed_experts", "num_local_experts", "num_experts")

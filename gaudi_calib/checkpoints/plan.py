@@ -10,7 +10,7 @@ import torch
 from gaudi_calib.checkpoints.checkpoint import Checkpoint
 from gaudi_calib.checkpoints.expert_weights import ExpertWeights, find_expert_weights
 from gaudi_calib.errors import ModelError, TopologyError
-from gaudi_calib.models.families import Family, count_kv_heads, find_family
+from gaudi_calib.models.families import Family, count_kv_heads
 from gaudi_calib.models.modules import Attention, Experts, Layout, Linear, Split, Unmeasured
 from gaudi_calib.ranges.experts import list_children
 from gaudi_calib.ranges.node import Op
@@ -220,7 +220,7 @@ def plan_model(model_dir: Path, dtype: str = "bfloat16") -> ModelPlan:
         ModelError: the checkpoint is incomplete, or of a family the torch engine does not run.
     """
     checkpoint = Checkpoint(model_dir)
-    family = find_family(str(checkpoint.config.get("model_type")))
+    family = checkpoint.source.require_family()
     if family.layout.text_prefix:
         checkpoint.narrow(family.layout.text_prefix)
     config = checkpoint.config
@@ -291,7 +291,7 @@ class WeightNames:
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout):
         self._checkpoint, self._renames = checkpoint, layout.renames
-        self._modules = {".".join(parts[:i]) for parts in _split_names(checkpoint.files) for i in range(len(parts))}
+        self._modules = {".".join(parts[:i]) for parts in _split_names(checkpoint.weights) for i in range(len(parts))}
 
     def has_module(self, name: str) -> bool:
         """Whether any tensor lies below the module path `name`."""
@@ -322,7 +322,7 @@ class WeightNames:
         for ours, theirs in self._renames:
             renamed = renamed.replace(ours, theirs)
         for candidate in (name, renamed, name.partition(".")[2], renamed.partition(".")[2]):
-            if candidate in self._checkpoint.files:
+            if candidate in self._checkpoint.weights:
                 return candidate
         return None
 
@@ -366,7 +366,7 @@ def _check_rows(name: str, found: int, expected: int) -> None:
 def _plan_lm_head(plan: ModelPlan, names: WeightNames) -> LinearPlan:
     layout = plan.layout
     assert layout.vllm_lm_head is not None
-    stored = [f"{name}.weight" for name in layout.lm_head if f"{name}.weight" in plan.checkpoint.files]
+    stored = [f"{name}.weight" for name in layout.lm_head if f"{name}.weight" in plan.checkpoint.weights]
     weight = stored[0] if stored else names.find(f"{layout.embedding}.weight")  # tied to the embedding
     rows = plan.checkpoint.shapes[weight][0]
     padding = -rows % VOCABULARY_PADDING

@@ -24,13 +24,13 @@ def convert_weights(model: str, out: Path, dry_run: bool, as_json: bool) -> None
     as it is. Each file is compared with its source before it is put in place. A second
     call goes on where a stopped one was.
     """
-    from gaudi_calib.checkpoints import convert_weights as conversion
-    from gaudi_calib.checkpoints.checkpoint import resolve_model
-    from gaudi_calib.checkpoints.convert_plan import plan_conversion
+    from gaudi_calib.checkpoints import gaudi2
+    from gaudi_calib.checkpoints.writer import run_conversion
+    from gaudi_calib.models.source import download_model
 
-    plan = plan_conversion(resolve_model(model), out)
-    click.echo(conversion.describe_plan(plan, is_full=dry_run), err=as_json)
+    plan = gaudi2.plan_gaudi2(download_model(model), out)
+    click.echo(gaudi2.describe_conversion(plan, is_full=dry_run), err=as_json)
     if dry_run:
         return
-    tally = conversion.convert_weights(plan, on_file=lambda name: click.echo(f"  done: {name}", err=True))
-    click.echo(conversion.dump_result(plan, tally) if as_json else conversion.describe_result(plan, tally))
+    counts = run_conversion(plan, on_file=lambda name: click.echo(f"  done: {name}", err=True))
+    click.echo(gaudi2.dump_result(plan, counts) if as_json else gaudi2.describe_result(plan, counts))

@@ -30,11 +30,12 @@ from gaudi_calib.config.model import (
     to_content,
     with_dump_stats_path,
 )
-from gaudi_calib.errors import ConfigError, Finding, ModelError, UsageError
-from gaudi_calib.files import read_json, write_json
+from gaudi_calib.errors import ConfigError, Finding, UsageError
+from gaudi_calib.files import write_json
 from gaudi_calib.fp8 import get_device
 from gaudi_calib.layout import RunLayout
-from gaudi_calib.models.families import FAMILIES, Family, find_family
+from gaudi_calib.models.families import FAMILIES, Family
+from gaudi_calib.models.source import open_model
 
 __all__ = [
     "DYNAMIC_BLOCKED_TYPES",
@@ -211,7 +212,7 @@ def choose_family(model: Path | None, name: str | None) -> Family:
     if (model is None) == (name is None):
         raise UsageError("give either a model directory or a family", fix="use -m DIR or --family NAME")
     if model is not None:
-        return find_family(_read_model_type(model))
+        return open_model(model).require_family()
     for family in FAMILIES:
         if family.name == name:
             return family
@@ -221,16 +222,6 @@ def choose_family(model: Path | None, name: str | None) -> Family:
         f"unknown family {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
         fix="choose one of " + ", ".join(known),
     )
-
-
-def _read_model_type(model: Path) -> str:
-    path = model / "config.json"
-    if not path.is_file():
-        raise ModelError("no config.json in the model directory", where=model, fix="give the directory of a checkpoint")
-    content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        raise ModelError("config.json names no model_type", where=path, fix="use the checkpoint's original config.json")
-    return content["model_type"]
 
 
 def describe_presets() -> dict[str, list[dict[str, Any]]]:

@@ -18,9 +18,10 @@ import numpy as np
 
 from gaudi_calib.data.rows import TOKEN_IDS, Row
 from gaudi_calib.data.sources import read_rows
-from gaudi_calib.data.tokens import Rendering, load_tokenizer, read_token_limits, require_model, tokenize_row
+from gaudi_calib.data.tokens import Rendering, load_tokenizer, tokenize_row
 from gaudi_calib.errors import DataError, UsageError
 from gaudi_calib.files import write_text
+from gaudi_calib.models.source import find_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,16 +115,15 @@ def prepare_prompts(
 
     Raises:
         DataError: the dataset or the tokenizer cannot be used, or no prompt is left; says why and the fix.
-        ModelError: the model directory does not exist.
+        ModelError: the model directory does not exist, or its config.json cannot be read.
         UsageError: an impossible limit, or an unknown column.
     """
     _check_options(limit, min_tokens, max_tokens)
-    require_model(model)
+    limits = find_model(model, needs_config=False).token_limits
     rows = read_rows(dataset, columns=columns)
     template = None if chat_template is None else _read_template(Path(chat_template))
     needs_tokenizer = any(row.token_ids is None for row in rows)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code) if needs_tokenizer else None
-    limits = read_token_limits(model)
     return build_prompts(
         rows,
         tokenizer,

@@ -6,20 +6,15 @@ tokenizer, which adds what it adds to a plain prompt, unless the text already st
 with BOS.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaudi_calib.data.rows import Message, Row
-from gaudi_calib.errors import DataError, ModelError
+from gaudi_calib.errors import DataError
+from gaudi_calib.models.source import locate_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
 class Rendering(Enum):
@@ -31,61 +26,21 @@ class Rendering(Enum):
     TEXT = "plain text"
 
 
-@dataclass(frozen=True)
-class TokenLimits:
-    """What a model's config.json says of its tokens; None where it does not say.
-
-    Attributes:
-        vocab_size: number of token ids.
-        context: most positions of a sequence.
-    """
-
-    vocab_size: int | None = None
-    context: int | None = None
-
-
-def require_model(model: str) -> None:
-    """Raise ModelError where `model` is a path (not a hub name) that leads to no directory."""
-    path = Path(model).expanduser()
-    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or path.exists()
-    if is_path and not path.is_dir():
-        why = "it is a file" if path.exists() else None
-        raise ModelError("no such model directory", where=path.absolute(), why=why, fix="check the path of -m")
-
-
-def read_token_limits(model: str) -> TokenLimits:
-    """Return the vocabulary size and the context length of a model directory (or hub name, where cached)."""
-    path = Path(model).expanduser() / "config.json"
-    try:
-        config: Mapping[str, Any] = json.loads(path.read_text()) if path.parent.is_dir() else _hub_config(model)
-    except (OSError, ValueError):
-        return TokenLimits()
-    config = {**config, **(config.get("text_config") or {})}
-    context = next((config[key] for key in _CONTEXT_KEYS if isinstance(config.get(key), int)), None)
-    return TokenLimits(config.get("vocab_size"), context)
-
-
-def _hub_config(model: str) -> Mapping[str, Any]:
-    from transformers import PretrainedConfig
-
-    return PretrainedConfig.get_config_dict(model)[0]
-
-
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of a model directory or hub name.
 
     Raises:
         DataError: there is none, or it needs code that `trust_remote_code` does not allow.
+        ModelError: a path that leads to no directory.
     """
     from transformers import AutoTokenizer
 
     fix = "copy the tokenizer files of the model into its directory, or give rows of prompt_token_ids"
-    path = Path(model).expanduser()
-    name = str(path) if path.is_dir() else model
-    if not path.is_dir():
+    directory = locate_model(model)
+    if directory is None:
         fix = "check -m: there is no such directory here, and the Hugging Face hub did not provide the model"
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory or model), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and its hub client raise many types
         why = " ".join(str(error).split())[:400]
         if "trust_remote_code" in why:

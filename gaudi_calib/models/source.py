@@ -1,29 +1,57 @@
-"""What a checkpoint is, from its config.json alone."""
+"""What `-m` means, and what the model's config.json says: the one answer to both.
+
+A model is a directory, or ORG/NAME on the Hugging Face hub. `find_model` asks the hub for no
+more than config.json, `download_model` for all that serving needs, `open_model` is for what is
+known to be a directory.
+"""
 
 import logging
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gaudi_calib.errors import ModelError
+from gaudi_calib.errors import FileError, ModelError
 from gaudi_calib.files import read_json
 from gaudi_calib.models.families import Family, find_family
 
 _log = logging.getLogger(__name__)
 
+_CONFIG_NAME = "config.json"
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
 # Methods whose weights INC can quantize again: it dequantizes them first.
 _FP8_METHODS = ("fp8",)
+# Keys of the larger model that hold for its language model too.
+_OF_THE_WHOLE = ("model_type", "quantization_config")
+# config.json's names of the number of experts per layer, and of the most positions of a sequence.
+_EXPERT_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class TokenLimits:
+    """What a model's config.json says of its tokens; None where it does not say.
+
+    Attributes:
+        vocab_size: number of token ids.
+        context: most positions of a sequence.
+    """
+
+    vocab_size: int | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelSource:
     """A model as given with -m.
 
     Attributes:
         name: directory or hub name, as given.
-        directory: where it is, or None for a hub name whose weights are not downloaded yet.
-        config: config.json, empty where the hub cannot be reached.
+        directory: where it is, or None for a hub name whose weights are not downloaded.
+        config: config.json, empty where it could not be downloaded.
     """
 
     name: str
@@ -31,18 +59,59 @@ class ServedModel:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def model_type(self) -> str:
+        """The architecture's name.
+
+        Raises:
+            ModelError: config.json names none.
+        """
+        found = self.config.get("model_type")
+        if not isinstance(found, str):
+            where = self.name if self.directory is None else self.directory / _CONFIG_NAME
+            raise ModelError(
+                "config.json names no model_type", where=where, fix="use the checkpoint's original config.json"
+            )
+        return found
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """What describes the language model: config.json, with the values of `text_config` where a larger model has it.
+
+        >>> ModelSource("m", None, {"model_type": "a", "text_config": {"model_type": "b", "vocab_size": 9}}).text_config
+        {'model_type': 'a', 'vocab_size': 9}
+        """
+        config = dict(self.config)
+        text = config.pop("text_config", None)
+        if not isinstance(text, Mapping):
+            return config
+        return config | dict(text) | {name: config[name] for name in _OF_THE_WHOLE if name in config}
+
+    @property
+    def family(self) -> Family | None:
+        """The family's facts, None where nobody described it."""
+        try:
+            return self.require_family()
+        except ModelError:
+            return None
+
+    def require_family(self) -> Family:
+        """Return the family's facts.
+
+        Raises:
+            ModelError: config.json names no model_type, or one that nobody described.
+        """
+        return find_family(self.model_type)
+
+    @property
     def quantization(self) -> Mapping[str, Any] | None:
         """How the weights are stored, None where they are plain BF16."""
-        text = self.config.get("text_config")
-        nested = text.get("quantization_config") if isinstance(text, Mapping) else None
-        found = self.config.get("quantization_config") or self.config.get("compression_config") or nested
-        return found if isinstance(found, Mapping) else None
+        return next(iter(list_quantizations(self.config)), None)
 
     @property
     def method(self) -> str | None:
         """Quantization method that the checkpoint brings along (`awq`, `gptq`, `fp8`, ...), None for BF16.
 
-        >>> ServedModel("m", None, {"quantization_config": {"quant_method": "awq"}}).method
+        >>> ModelSource("m", None, {"quantization_config": {"quant_method": "awq"}}).method
         'awq'
         """
         found = self.quantization
@@ -54,42 +123,137 @@ class ServedModel:
         return self.method is None or self.method in _FP8_METHODS
 
     @property
-    def family(self) -> Family | None:
-        """The family's facts, None where nobody described it."""
-        try:
-            return find_family(str(self.config.get("model_type")))
-        except ModelError:
-            return None
+    def expert_count(self) -> int | None:
+        """Routed experts per layer, None where config.json states none."""
+        config = self.text_config
+        return next((config[key] for key in _EXPERT_KEYS if _is_count(config.get(key))), None)
+
+    @property
+    def token_limits(self) -> TokenLimits:
+        """Vocabulary size and context length."""
+        config = self.text_config
+        context = next((config[key] for key in _CONTEXT_KEYS if _is_count(config.get(key))), None)
+        return TokenLimits(config.get("vocab_size"), context)
 
 
-def find_model(model: str) -> ServedModel:
-    """Return what is known of `model`, asking the hub for no more than config.json.
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def list_quantizations(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the parts of a config.json that say how weights are stored, the one that decides first."""
+    text = config.get("text_config")
+    nested = text.get("quantization_config") if isinstance(text, Mapping) else None
+    places = (config.get("quantization_config"), config.get("compression_config"), nested)
+    return [place for place in places if isinstance(place, dict) and place]
+
+
+def locate_model(name: str) -> Path | None:
+    """Return the directory that `name` is, None where it is a hub name.
 
     Raises:
-        ModelError: a path that is no checkpoint.
+        ModelError: neither.
     """
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise ModelError(
-                f"no model directory {model!r}",
-                where=path.resolve(),
-                fix="give the directory that holds config.json, or a hub name such as organisation/model",
-            )
-        return _find_on_hub(model)
-    if not (path / "config.json").is_file():
-        raise ModelError("no config.json in the model directory", where=path, fix="give a checkpoint's directory")
-    return ServedModel(model, path, read_json(path / "config.json"))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not _HUB_NAME.fullmatch(name):
+        raise ModelError(
+            f"no model directory {name!r}",
+            where=path.absolute(),
+            why="it is a file" if path.exists() else None,
+            fix="give the directory that holds config.json, or a hub name such as organisation/model",
+        )
+    return None
 
 
-def _find_on_hub(model: str) -> ServedModel:
+def find_config(directory: Path) -> Path:
+    """Return the path of the config.json in `directory`.
+
+    Raises:
+        ModelError: there is none.
+    """
+    path = directory / _CONFIG_NAME
+    if not path.is_file():
+        raise ModelError(
+            "no config.json in the model directory",
+            where=directory,
+            fix="give the directory of a Hugging Face checkpoint (config.json beside *.safetensors)",
+        )
+    return path
+
+
+def open_model(directory: str | os.PathLike[str]) -> ModelSource:
+    """Return what the checkpoint in `directory` is.
+
+    Raises:
+        ModelError: there is no config.json, or it is no JSON object.
+    """
+    path = Path(directory)
+    return ModelSource(str(directory), path, _read_config(find_config(path)))
+
+
+def find_model(name: str, *, needs_config: bool = True) -> ModelSource:
+    """Return what is known of `name`, asking the hub for no more than config.json.
+
+    Args:
+        name: directory or hub name.
+        needs_config: False where a directory will do that has a tokenizer alone.
+
+    Raises:
+        ModelError: a path that is no checkpoint. A hub that does not answer is a warning.
+    """
+    directory = locate_model(name)
+    if directory is None:
+        return _find_on_hub(name)
+    if not (needs_config or (directory / _CONFIG_NAME).is_file()):
+        return ModelSource(name, directory)
+    return ModelSource(name, directory, _read_config(find_config(directory)))
+
+
+def download_model(name: str) -> Path:
+    """Return the directory of `name`, downloading a hub model into the cache.
+
+    Raises:
+        ModelError: neither a directory nor a hub model that can be reached.
+    """
+    directory = locate_model(name)
+    if directory is not None:
+        return directory.resolve()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+    except Exception as error:  # the hub client raises many unrelated types
+        raise ModelError(
+            f"model {name!r} could not be downloaded",
+            why=f"there is no such directory, and the hub said: {_first_line(error)}",
+            fix="check the name, log in with `hf auth login` if it is gated, or download it and give its directory",
+        ) from error
+
+
+def _find_on_hub(name: str) -> ModelSource:
     from huggingface_hub import hf_hub_download
 
     try:
-        config = Path(hf_hub_download(model, "config.json"))
+        config = Path(hf_hub_download(name, _CONFIG_NAME))
     except Exception as error:  # the hub client raises many unrelated types
-        reason = str(error).splitlines()[0]
-        _log.warning("config.json of %s cannot be had, so what it needs is not known: %s", model, reason)
-        return ServedModel(model, None)
+        _log.warning("config.json of %s could not be downloaded, nothing is known of it: %s", name, _first_line(error))
+        return ModelSource(name, None)
     is_downloaded = any(config.parent.glob("*.safetensors"))
-    return ServedModel(model, config.parent if is_downloaded else None, read_json(config))
+    return ModelSource(name, config.parent if is_downloaded else None, _read_config(config))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    fix = "restore it, or download the checkpoint again"
+    try:
+        config = read_json(path)
+    except FileError as error:
+        raise ModelError(error.what, where=path, why=error.why, fix=fix) from error
+    if not isinstance(config, dict):
+        raise ModelError("config.json is not a JSON object", where=path, fix=fix)
+    return config

@@ -29,6 +29,7 @@ from gaudi_calib.fp8 import Device, get_device
 from gaudi_calib.layout import DeviceLayout, RankFile, list_rank_files
 from gaudi_calib.manifest import DatasetFacts, ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
 from gaudi_calib.models.fingerprint import fingerprint_model
+from gaudi_calib.models.source import download_model
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.topology import Topology
@@ -103,13 +104,12 @@ class Run:
             serves: whether scales and QUANTIZE configs are written.
             fresh: False where the run adds to an earlier one.
         """
-        from gaudi_calib.checkpoints.checkpoint import resolve_model
         from gaudi_calib.checkpoints.plan import plan_model
 
         check_options(options)
         self.warnings: list[str] = []
         self.options, self.layout, self.serves, self.fresh = options, options.layout, serves, fresh
-        self.plan: ModelPlan = plan_model(resolve_model(options.model), options.dtype)
+        self.plan: ModelPlan = plan_model(download_model(options.model), options.dtype)
         if options.expert_parallel and not self.plan.experts:
             self.warn("-u/--expert-parallel has no effect: the model has no experts")
         for world in options.worlds:
@@ -175,7 +175,7 @@ class Run:
         model = ModelFacts(
             name=self.options.model,
             fingerprint=fingerprint_model(self.plan.checkpoint.directory),
-            model_type=self.plan.checkpoint.config["model_type"],
+            model_type=self.plan.checkpoint.source.model_type,
             family=self.plan.family.name,
         )
         with ExitStack() as stack:

@@ -13,16 +13,14 @@ import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, TopologyError
-from gaudi_calib.files import read_json
 from gaudi_calib.layout import MANIFEST_NAME
+from gaudi_calib.models.source import open_model
 from gaudi_calib.ranges.experts import detect_expert_parallel
 from gaudi_calib.ranges.unify import World
-
-_COUNT_KEYS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 
 
 class Evidence(NamedTuple):
@@ -53,7 +51,7 @@ def find_evidence(source: CalibrationDir, world: World, model: Path | None = Non
     if source.channel_file.is_file():
         found.append(_compare_count(world, count_channel_experts(source.channel_file), source.channel_file))
     if model is not None:
-        found.append(_compare_count(world, count_config_experts(model / "config.json"), model / "config.json"))
+        found.append(_compare_count(world, open_model(model).expert_count, model / "config.json"))
     return [clue for clue in found if clue is not None]
 
 
@@ -115,20 +113,6 @@ def count_channel_experts(path: Path) -> int | None:
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path.name} is damaged", where=path, why=str(error), fix="measure again") from error
     return counts.pop() if len(counts) == 1 else None
-
-
-def count_config_experts(path: Path) -> int | None:
-    """Return the experts per layer that a model's config.json states, or None.
-
-    Raises:
-        FileError: the file is missing or not JSON.
-    """
-    content: Any = read_json(path)
-    for part in (content, content.get("text_config") or {}) if isinstance(content, dict) else ():
-        for key in _COUNT_KEYS:
-            if isinstance(part.get(key), int):
-                return part[key]
-    return None
 
 
 def _ask_manifest(source: CalibrationDir, world: int) -> Evidence | None:

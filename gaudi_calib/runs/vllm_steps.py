@@ -158,16 +158,15 @@ def _staged_config(run: Run, name: str, target: Target, config: QuantConfig) -> 
 def _describe_model(run: Run) -> "PhaseModel":
     from gaudi_calib.engines.vllm_runner.phases import Target as PhaseModel
 
-    model = run.plan.checkpoint.config
-    context = model.get("max_position_embeddings")
+    source = run.plan.checkpoint.source
     return PhaseModel(
         run.plan.checkpoint.directory,
         run.options.world,
         run.plan.family,
         expert_parallel=run.expert_parallel,
-        quantization=run.plan.checkpoint.quantization or None,
+        quantization=source.quantization,
         modules=run.plan.node_names,
-        context=context if isinstance(context, int) else None,
+        context=source.token_limits.context,
     )
 
 

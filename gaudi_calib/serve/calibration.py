@@ -13,7 +13,7 @@ from gaudi_calib.fp8 import Device
 from gaudi_calib.layout import MANIFEST_NAME, RankFile
 from gaudi_calib.models.families import Family, find_family
 from gaudi_calib.models.fingerprint import fingerprint_model
-from gaudi_calib.models.source import ServedModel
+from gaudi_calib.models.source import ModelSource
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def open_calibration(path: Path) -> Calibration:
 
 def require_fit(
     calibration: Calibration,
-    model: ServedModel,
+    model: ModelSource,
     *,
     world: int,
     device: Device | None,
@@ -131,7 +131,7 @@ def _require_device(calibration: Calibration, device: Device | None) -> None:
     get_scales_device(calibration.config, device)
 
 
-def _require_files(calibration: Calibration, model: ServedModel, world: int) -> None:
+def _require_files(calibration: Calibration, model: ModelSource, world: int) -> None:
     tag = calibration.config.method_table.file_tag
     for method, what in ((None, "ranges"), (tag, "scales")):
         missing = calibration.placed.list_missing(world, method=method)
@@ -147,12 +147,12 @@ def _require_files(calibration: Calibration, model: ServedModel, world: int) -> 
             )
 
 
-def _quantize(calibration: Calibration, model: ServedModel, world: int) -> str:
+def _quantize(calibration: Calibration, model: ModelSource, world: int) -> str:
     """The command that makes scales for `world` ranks."""
     return f"gaudi-calib quantize -m {model.name} -o {calibration.path.parent.parent} -t {world}"
 
 
-def _no_world(calibration: Calibration, model: ServedModel, world: int) -> FileError:
+def _no_world(calibration: Calibration, model: ModelSource, world: int) -> FileError:
     worlds = calibration.worlds
     served = " or ".join(f"-t {size}" for size in worlds)
     return FileError(
@@ -164,7 +164,7 @@ def _no_world(calibration: Calibration, model: ServedModel, world: int) -> FileE
     )
 
 
-def _require_fresh(calibration: Calibration, model: ServedModel, world: int) -> None:
+def _require_fresh(calibration: Calibration, model: ModelSource, world: int) -> None:
     placed = calibration.placed
     if placed.manifest is None:
         _log.warning("no %s in %s: model and scales are not checked", MANIFEST_NAME, placed.path)
@@ -177,7 +177,7 @@ def _require_fresh(calibration: Calibration, model: ServedModel, world: int) -> 
         )
 
 
-def _require_model(calibration: Calibration, model: ServedModel) -> None:
+def _require_model(calibration: Calibration, model: ModelSource) -> None:
     measured = calibration.placed.manifest and calibration.placed.manifest.model
     if not measured or not measured.fingerprint:
         return

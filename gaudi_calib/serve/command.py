@@ -25,7 +25,7 @@ from gaudi_calib.engines.vllm_runner.settings import (
 )
 from gaudi_calib.errors import CalibrationError, ModelError, UsageError
 from gaudi_calib.fp8 import get_device
-from gaudi_calib.models.source import ServedModel, find_model
+from gaudi_calib.models.source import ModelSource, find_model
 from gaudi_calib.serve.calibration import Calibration, open_calibration, require_fit
 
 _log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def _refuse_own_flags(extra: tuple[str, ...]) -> None:
             )
 
 
-def _plan_own_method(options: ServeOptions, model: ServedModel) -> tuple[Settings, list[str]]:
+def _plan_own_method(options: ServeOptions, model: ModelSource) -> tuple[Settings, list[str]]:
     """Settings of a checkpoint that needs no QUANT_CONFIG, because it, or the caller, names a method."""
     asked = any(word.partition("=")[0] in _METHOD_FLAGS for word in options.extra)
     if model.config and model.method is None and not asked:
@@ -167,7 +167,7 @@ def _plan_own_method(options: ServeOptions, model: ServedModel) -> tuple[Setting
     return Settings(args), [f"no QUANT_CONFIG is used; quantization method: {method}"]
 
 
-def _plan_calibrated(options: ServeOptions, model: ServedModel, platform: Platform) -> tuple[Settings, list[str]]:
+def _plan_calibrated(options: ServeOptions, model: ModelSource, platform: Platform) -> tuple[Settings, list[str]]:
     assert options.quant_config is not None
     if any(word.partition("=")[0] in _METHOD_FLAGS for word in options.extra):
         raise UsageError(
@@ -195,7 +195,7 @@ def _plan_calibrated(options: ServeOptions, model: ServedModel, platform: Platfo
     return settings, [_describe(calibration, platform)]
 
 
-def _require_method(model: ServedModel, platform: Platform) -> None:
+def _require_method(model: ModelSource, platform: Platform) -> None:
     if model.can_requantize and (model.method is None or platform.name == "hpu"):
         return
     if model.can_requantize:

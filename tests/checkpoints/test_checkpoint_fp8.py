@@ -101,10 +101,9 @@ def test_scales_are_no_weights() -> None:
     """The names and shapes are those of the same model in bf16."""
     checkpoint = Checkpoint(GOLDEN / "model")
     stored = load_file(GOLDEN / "model" / "model.safetensors")
-    assert set(checkpoint.files) == {name for name in stored if not name.endswith("scale_inv")}
-    assert checkpoint.shapes == {name: tuple(stored[name].shape) for name in checkpoint.files}
-    assert not any("scale" in name for name in checkpoint.under("model.layers.0"))
-    assert {tensor.dtype for tensor in checkpoint.read(checkpoint.files).values()} == {torch.bfloat16}
+    assert set(checkpoint.weights) == {name for name in stored if not name.endswith("scale_inv")}
+    assert checkpoint.shapes == {name: tuple(stored[name].shape) for name in checkpoint.weights}
+    assert {tensor.dtype for tensor in checkpoint.read(checkpoint.weights).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("shape", [(256, 384), (200, 130), (64, 32), (1, 129), (129, 1)], ids=str)
@@ -189,7 +188,7 @@ def test_transformers_reads_the_golden_model_alike() -> None:
     )
     theirs = model.state_dict()
     checkpoint = Checkpoint(GOLDEN / "model")
-    compared = [name for name in checkpoint.files if name in theirs and "kv_a_proj" not in name]
+    compared = [name for name in checkpoint.weights if name in theirs and "kv_a_proj" not in name]
     assert len(compared) > 30
     for name in compared:
         ours = checkpoint.read([name])[name]
@@ -251,7 +250,7 @@ def test_a_scale_may_lie_in_another_shard(tmp_path: Path) -> None:
     values, scale = make_fp8(130, 256), make_scales(2, 2)
     tensors = {"a.weight": values, "a.weight_scale_inv": scale}
     checkpoint = save_checkpoint(tmp_path, tensors, BLOCK_FP8, shards=2)
-    assert checkpoint.files == {"a.weight": "part-0.safetensors"}
+    assert checkpoint.tensors == {"a.weight": "part-0.safetensors", "a.weight_scale_inv": "part-1.safetensors"}
     assert torch.equal(checkpoint.read(["a.weight"])["a.weight"], read_by_blocks(values, scale))
 
 
@@ -261,7 +260,7 @@ def test_scales_of_activations_and_caches_are_passed_over(tmp_path: Path) -> Non
     tensors = {"a.weight": make_fp8(8, 8), "a.weight_scale": make_scales(1)} | {
         name: torch.ones(1) for name in [*others, "a.input_scale_ub", "router.scale"]
     }
-    assert list(save_checkpoint(tmp_path, tensors).files) == ["a.weight", "router.scale"]
+    assert list(save_checkpoint(tmp_path, tensors).weights) == ["a.weight", "router.scale"]
 
 
 @pytest.mark.parametrize(

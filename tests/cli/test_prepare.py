@@ -84,7 +84,7 @@ def test_too_few_prompts_is_said_on_stderr(model, data, tmp_path, capfd):
         (["--column", "prompt=title", "--min-tokens", "100"], 1, "no prompt is left"),
         (["--chat-template", "missing.jinja"], 2, "missing.jinja"),
         (["-d", "missing.jsonl"], 1, "no such dataset file"),
-        (["-m", "./missing"], 1, "no such model directory"),
+        (["-m", "./missing"], 1, "no model directory"),
     ],
     ids=lambda value: " ".join(value) or "(none)" if isinstance(value, list) else "",
 )

@@ -16,7 +16,7 @@ from gaudi_calib.cli.main import main
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.errors import CalibrationError, ConfigError, FileError, ModelError, TopologyError, UsageError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
-from gaudi_calib.models.source import ServedModel, find_model
+from gaudi_calib.models.source import ModelSource, find_model
 from gaudi_calib.runs.calibrate import calibrate
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.serve.command import ServeCommand, ServeOptions, plan_serve
@@ -272,7 +272,7 @@ def test_quantized_checkpoints_keep_their_method(quantization, method, tmp_path)
 
 def test_what_quant_config_cannot_quantize(run, tmp_path):
     """AWQ weights are not quantized again; FP8 weights are, by INC alone, without `--quantization inc`."""
-    model = ServedModel("m", None, {"quantization_config": {"quant_method": "awq"}})
+    model = ModelSource("m", None, {"quantization_config": {"quant_method": "awq"}})
     assert not model.can_requantize
     config = json.loads((MODEL / "config.json").read_text())
     unit = tmp_path / "unit.json"
@@ -323,7 +323,7 @@ def test_a_hub_model_that_is_not_downloaded(tiny_model, tmp_path, monkeypatch, c
     made = expert_run(tiny_model, "granitemoehybrid", tmp_path)
     environment = {"QUANT_CONFIG": str(made.config("g3")), "VLLM_CONTIGUOUS_PA": "false"}
     assert made.plan(model="nobody/has-this").env == environment
-    assert "nobody/has-this cannot be had" in caplog.text
+    assert "config.json of nobody/has-this could not be downloaded" in caplog.text
     assert "is not downloaded: whether it is the model that was measured is not checked" in caplog.text
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(made.model / "config.json"))
     assert find_model("nobody/has-this").directory == made.model

@@ -33,13 +33,13 @@ class WorkerExtension:
             RangeError: nothing was measured, or a range is not finite; nothing is written.
             ModelError: vLLM names a module otherwise than expected.
         """
-        from gaudi_calib.checkpoints.checkpoint import resolve_model
         from gaudi_calib.checkpoints.plan import plan_model
         from gaudi_calib.engines.vllm_plugin.collect import collect_ranges
+        from gaudi_calib.models.source import download_model
         from gaudi_calib.rankfiles.store import write_rank_set
 
         session = _find_session(self.vllm_config)
-        plan = plan_model(resolve_model(self.vllm_config.model_config.model))
+        plan = plan_model(download_model(self.vllm_config.model_config.model))
         rank, world = session.find_rank()
         ranges = collect_ranges(_find_model(self), plan, session, rank, world)
         session.directory.mkdir(parents=True, exist_ok=True)
