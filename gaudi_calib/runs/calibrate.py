@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.config.model import QuantConfig, find_idle_patterns, get_scales_device
-from gaudi_calib.config.presets import parse_scale_method, to_content, write_quant_config
 from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.errors import FileError, RangeError
 from gaudi_calib.fp8 import Device
@@ -77,7 +77,7 @@ def list_files(options: RunOptions) -> list[Path]:
         paths.append(layout.quant_config(device.name))
         if not run.needs_ranges:
             continue
-        tag = parse_scale_method(to_content(run.quant_configs[device.name])["scale_method"]).file_tag
+        tag = run.quant_configs[device.name].method_table.file_tag
         ranks = [(rank, world) for world in options.worlds for rank in range(world)]
         names = [RankFile(rank=rank, world=world).name for rank, world in ranks]
         names += [RankFile(rank=rank, world=world, method=tag).name for rank, world in ranks]
@@ -236,7 +236,7 @@ def _quantize_worlds(run: Run, worlds: Iterable[int]) -> None:
     worlds = list(worlds)
     for device in run.devices:
         config = run.quant_configs[device.name]
-        method = parse_scale_method(to_content(config)["scale_method"])
+        method = config.method_table
         for finding in find_idle_patterns(config, run.plan.node_names):
             run.warn(f"{finding.what} ({finding.where})")
         for override in method.find_unused(run.plan.node_names):

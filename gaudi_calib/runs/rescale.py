@@ -160,17 +160,12 @@ def _find_device(directory: Path, device: str | None) -> str | None:
 
 def _read_recipe(path: Path, tag: str, device: Device) -> Recipe:
     if path.is_file():
-        from gaudi_calib.config.presets import (
-            describe_scaling,
-            get_scales_device,
-            parse_scale_method,
-            read_quant_config,
-            to_content,
-        )
+        from gaudi_calib.config.file import read_quant_config
+        from gaudi_calib.config.model import describe_scaling, get_scales_device
 
         config = read_quant_config(path)
-        table = parse_scale_method(to_content(config)["scale_method"]) if config.scale_method else None
-        if table is not None and table.file_tag == tag:
+        table = config.method_table
+        if table.file_tag == tag:
             return Recipe(tag, table, get_scales_device(config, device), describe_scaling(config, device))
     settings = {"device": device.name, "scale_method": tag.lower(), "fp8_config": "E4M3", "hp_dtype": "bf16"}
     return Recipe(tag, MethodTable(SCALE_METHODS[tag]), device, settings)

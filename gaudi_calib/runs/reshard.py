@@ -4,8 +4,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from gaudi_calib.config.check import parse_quant_config
+from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.config.model import QuantConfig
-from gaudi_calib.config.presets import read_quant_config
 from gaudi_calib.errors import FileError, TopologyError
 from gaudi_calib.files import stage_files
 from gaudi_calib.fp8 import DEVICES, get_device
@@ -104,7 +105,7 @@ def _read_config(run: Path, device: str, manifest: Manifest | None) -> QuantConf
             why="it says which nodes are blocked",
             fix=f"copy it beside {CHANNEL_RANGES_NAME}, or measure for {device}",
         )
-    return QuantConfig.model_validate(recorded)
+    return parse_quant_config(recorded, where=run / device / MANIFEST_NAME)
 
 
 def _read_manifest(directory: Path) -> Manifest | None:

@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gaudi_calib.config.model import QuantConfig, describe_scaling, get_scales_device, with_dump_stats_path
-from gaudi_calib.config.presets import measure_config, quant_config, read_quant_config, to_content, write_quant_config
+from gaudi_calib.config.file import read_quant_config, write_quant_config
+from gaudi_calib.config.model import QuantConfig, describe_scaling, get_scales_device, to_content, with_dump_stats_path
+from gaudi_calib.config.presets import measure_config, quant_config
 from gaudi_calib.data.prompts import Prompts
 from gaudi_calib.errors import ConfigError, ModelError
 from gaudi_calib.files import REPLACED_NAME, hash_file, set_aside, stage_files
