@@ -18,6 +18,7 @@ from gaudi_calib.runs.calibrate import RunOptions, calibrate, measure, quantize
 from gaudi_calib.runs.reshard import reshard_dir
 from gaudi_calib.runs.unify import unify_dir
 from tests.support import paths
+from tests.support.files import write_prompts
 from tests.support.tiny import COLD_EXPERTS
 
 COLD = "deepseek_v3-cold"
@@ -30,9 +31,7 @@ def dataset(tmp_path: Path) -> Path:
     """Random token ids, enough for every expert that is not cold by design."""
     rng = random.Random(0)
     rows = ([rng.randrange(300) for _ in range(64)] for _ in range(8))
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt_token_ids": row}) + "\n" for row in rows))
-    return path
+    return write_prompts(tmp_path, rows)
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from gaudi_calib.ranges.unify import expand_ranks, gather_world, unify_ranks
 from gaudi_calib.rankfiles.store import read_ranges, read_scales, read_world_dir, write_rank_set
 from gaudi_calib.runs.unify import Conversion, expand_dir, unify_dir
 from gaudi_calib.scales.compute import compute_scales
-from tests.runs.test_unify import LAYER, is_equal, snapshot
 from tests.support import paths
-from tests.support.topologies import make_rank, make_ranks, write_world
+from tests.support.files import snapshot
+from tests.support.topologies import LAYER, is_equal, make_rank, make_ranks, write_world
 
 GOLDEN = paths.GOLDEN
 

@@ -21,8 +21,8 @@ from gaudi_calib.layout import parse_rank_file
 from gaudi_calib.manifest import check_scales_fresh, read_manifest
 from gaudi_calib.rankfiles.store import list_worlds, read_scales, read_world_dir, write_rank_set
 from gaudi_calib.runs.calibrate import RunOptions, calibrate, list_files, measure
-from tests.serve.test_serve import write_prompts
 from tests.support import paths
+from tests.support.files import write_prompts
 
 GOLDEN = paths.GOLDEN / "llama-tiny"
 
