@@ -185,9 +185,9 @@ class CalibrationDir:
         recorded = self.manifest and self.manifest.config.get("measure")
         if not recorded:
             return None
-        from gaudi_calib.config.model import QuantConfig
+        from gaudi_calib.config.check import parse_quant_config
 
-        return QuantConfig.model_validate(recorded)
+        return parse_quant_config(recorded, where=self.path / MANIFEST_NAME)
 
     def hash_files(self) -> dict[str, str]:
         """Return the hash of every rank file by name."""
@@ -249,6 +249,6 @@ class CalibrationDir:
 
 
 def _read_config(path: Path) -> "QuantConfig":
-    from gaudi_calib.config.presets import read_quant_config
+    from gaudi_calib.config.file import read_quant_config
 
     return read_quant_config(path)

@@ -23,8 +23,7 @@ class CalibrationError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        rows = [("where", self.where), ("why", self.why), ("fix", self.fix)]
-        return "\n".join([self.what] + [f"  {key + ':':<6} {text}" for key, text in rows if text])
+        return _format(self)
 
 
 class UsageError(CalibrationError, ValueError):
@@ -74,5 +73,9 @@ class Finding:
     fix: str | None = None
 
     def __str__(self) -> str:
-        rows = [("where", self.where), ("why", self.why), ("fix", self.fix)]
-        return "\n".join([self.what] + [f"  {name + ':':<6} {text}" for name, text in rows if text])
+        return _format(self)
+
+
+def _format(told: CalibrationError | Finding) -> str:
+    rows = [(name, getattr(told, name)) for name in ("where", "why", "fix")]
+    return "\n".join([told.what] + [f"  {name + ':':<6} {text}" for name, text in rows if text])

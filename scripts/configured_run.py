@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gaudi_calib.cli.main import main
-from gaudi_calib.config.presets import read_quant_config
+from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.detect import detect_platform, require_gaudi
 from gaudi_calib.errors import UsageError

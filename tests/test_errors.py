@@ -9,7 +9,7 @@ import pytest
 
 import gaudi_calib
 from gaudi_calib import errors
-from gaudi_calib.config.presets import read_quant_config
+from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.data.sources import read_rows
 from gaudi_calib.errors import CalibrationError
 from gaudi_calib.files import read_json
@@ -37,11 +37,9 @@ def find_error_calls(source: str) -> Iterator[ast.Call]:
 
 
 def has_fix(call: ast.Call) -> bool:
-    """Whether a call passes a `fix` that is not literally empty."""
-    return any(
-        keyword.arg == "fix" and not (isinstance(keyword.value, ast.Constant) and not keyword.value.value)
-        for keyword in call.keywords
-    )
+    """Whether a call passes a `fix` that is not literally empty; it is the fourth argument of a finding."""
+    given = [*call.args[3:4], *(keyword.value for keyword in call.keywords if keyword.arg == "fix")]
+    return any(not isinstance(value, ast.Constant) or bool(value.value) for value in given)
 
 
 def test_every_error_of_the_package_says_how_to_fix_it() -> None:
@@ -62,12 +60,15 @@ def test_every_error_of_the_package_says_how_to_fix_it() -> None:
         ('Renamed("a")', [False]),
         ('errors.FileError("a")', [False]),
         ('click.UsageError("a")', []),
+        ('Finding("a", "b", "c", "d")', [True]),
+        ('Finding("a", "b", "c", "")', [False]),
+        ('Finding("a", "b", why="c")', [False]),
     ],
-    ids=["fix", "passed-on", "no-fix", "none", "alias", "by-module", "click"],
+    ids=["fix", "passed-on", "no-fix", "none", "alias", "by-module", "click", "finding", "empty", "finding-no-fix"],
 )
 def test_the_search_finds_errors_without_a_fix(call: str, expected: list[bool]) -> None:
     """The search knows our classes under any name, and no others."""
-    source = f"from gaudi_calib.errors import DataError, FileError as Renamed\n{call}\n"
+    source = f"from gaudi_calib.errors import DataError, FileError as Renamed, Finding\n{call}\n"
     assert [has_fix(found) for found in find_error_calls(source)] == expected
 
 

@@ -29,14 +29,16 @@ def show(model: Path | None, family_name: str | None, output: Path, device: str,
     Example:
       gaudi-calib config show -m models/my-llama --device g3
     """
-    from gaudi_calib.config.presets import choose_family, plan_configs, to_content
+    from gaudi_calib.config.model import to_content
+    from gaudi_calib.config.presets import choose_family, plan_configs
+    from gaudi_calib.config.rules import find_warnings
     from gaudi_calib.layout import RunLayout
 
     family = choose_family(model, family_name)
     layout = RunLayout(output.absolute(), str(model.absolute() if model else family.name))
     configs = plan_configs(family, layout, ["g2", "g3"] if device == "all" else [device], scale_method)
     click.echo(json.dumps({str(path): to_content(content) for path, content in configs.items()}, indent=2))
-    for warning in dict.fromkeys(finding for content in configs.values() for finding in content.warnings):
+    for warning in dict.fromkeys(finding for content in configs.values() for finding in find_warnings(content)):
         click.echo(f"Warning: {warning}", err=True)
 
 
@@ -53,7 +55,7 @@ def validate(files: tuple[Path, ...], device: str | None, as_json: bool) -> int:
     Example:
       gaudi-calib config validate --device g3 my_quant.json
     """
-    from gaudi_calib.config.presets import validate_file
+    from gaudi_calib.config.file import validate_file
 
     reports = {path: validate_file(path, device) for path in files}
     if as_json:
@@ -95,7 +97,7 @@ def schema() -> None:
     Example:
       gaudi-calib config schema > quant_config.schema.json
     """
-    from gaudi_calib.config.presets import describe_schema
+    from gaudi_calib.config.model import describe_schema
 
     click.echo(json.dumps(describe_schema(), indent=2))
 

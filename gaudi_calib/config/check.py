@@ -8,17 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gaudi_calib.config.method_form import (
-    MethodEntry,
-    MethodForm,
-    RuleError,
-    ScaleCandidates,
-    StrictModel,
-    TensorEntry,
-    build_table,
-)
-from gaudi_calib.config.methods import MethodTable
-from gaudi_calib.config.model import NodeFilter, QuantConfig, ScaleMethodField, ScaleParams
+from gaudi_calib.config.method_form import MethodEntry, MethodForm, RuleError, ScaleCandidates, StrictModel, TensorEntry
+from gaudi_calib.config.model import NodeFilter, QuantConfig, ScaleParams
+from gaudi_calib.config.rules import find_errors, find_warnings
 from gaudi_calib.errors import ConfigError, Finding
 
 _OLD_NAMES = {"whitelist": "allowlist", "blacklist": "blocklist"}
@@ -71,16 +63,16 @@ def inspect_quant_config(content: object) -> Inspection:
         return Inspection(None, (Finding("", "a QUANT_CONFIG is a JSON object", fix='start with {"mode": ...'),))
     twice = [old for old, new in _OLD_NAMES.items() if old in content and new in content]
     if twice:
-        errors = tuple(
-            Finding(old, f"{old} and {_OLD_NAMES[old]} are both given", fix=f"remove {old}") for old in twice
-        )
-        return Inspection(None, errors)
+        errors = [Finding(old, f"{old} and {_OLD_NAMES[old]} are both given", fix=f"remove {old}") for old in twice]
+        return Inspection(None, tuple(errors))
     notes = _note_spelling(content)
     try:
         config = QuantConfig.model_validate({_OLD_NAMES.get(key, key): value for key, value in content.items()})
     except ValidationError as error:
         return Inspection(None, tuple(_list_findings(error)), notes)
-    return Inspection(config, (), (*notes, *config.warnings))
+    if errors := find_errors(config):
+        return Inspection(None, tuple(errors), notes)
+    return Inspection(config, (), (*notes, *find_warnings(config)))
 
 
 def parse_quant_config(content: object, *, where: object = "QUANT_CONFIG") -> QuantConfig:
@@ -99,29 +91,6 @@ def parse_quant_config(content: object, *, where: object = "QUANT_CONFIG") -> Qu
     if inspection.config is None:
         raise _to_error(inspection.errors, where=where)
     return inspection.config
-
-
-class _MethodOnly(StrictModel):
-    scale_method: ScaleMethodField
-
-
-def parse_scale_method(value: object) -> MethodTable:
-    """Return the scale method of every node for the `scale_method` value of a QUANT_CONFIG.
-
-    Args:
-        value: a published name in any case, or the dict form.
-
-    Raises:
-        ConfigError: an unknown name, key or value, no `default`, or an entry that is no
-            published combination.
-
-    >>> parse_scale_method("maxabs_hw").file_tag
-    'MAXABS_HW'
-    """
-    try:
-        return build_table(_MethodOnly.model_validate({"scale_method": value}).scale_method)
-    except ValidationError as error:
-        raise _to_error(tuple(_list_findings(error)), where="QUANT_CONFIG") from None
 
 
 def _to_error(errors: tuple[Finding, ...], *, where: object) -> ConfigError:

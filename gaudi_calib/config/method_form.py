@@ -15,7 +15,6 @@ Source: INC `parse_scale_method`, `validate_and_populate_scale_method`,
 fp8_quant/_core/scale_methods/scale_method_parser.py.
 """
 
-import math
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Annotated, Any, get_args
@@ -41,7 +40,7 @@ from gaudi_calib.config.methods import (
     get_scale_method,
     match_scale_method,
 )
-from gaudi_calib.errors import ConfigError, Finding
+from gaudi_calib.errors import Finding
 
 
 class RuleError(ValueError):
@@ -206,37 +205,11 @@ def build_table(method: str | MethodForm) -> MethodTable:
     return method.to_table() if isinstance(method, MethodForm) else MethodTable(get_scale_method(method))
 
 
-def with_backoffs(
-    method: str | MethodForm, *, input_backoff: float | None = None, weight_backoff: float | None = None
-) -> MethodForm:
-    """Return `method` as a dict with other backoffs for its default, the form INC 3.5 and later read.
+def spell_out(method: ScaleMethod) -> MethodForm:
+    """Return `method` as a dict, from which INC 3.5 and later read backoffs; its candidates must be the published ones.
 
-    Entries that set a backoff of their own keep it.
-
-    Raises:
-        ConfigError: not positive, or the method's scales do not depend on that backoff.
-
-    >>> with_backoffs("maxabs_hw", input_backoff=0.5).default.activation.backoff
-    0.5
+    >>> spell_out(get_scale_method("maxabs_hw")).default.activation.backoff
+    0.25
     """
-    default = build_table(method).default
-    if isinstance(method, MethodForm):
-        content = method.model_dump(exclude_unset=True)
-    else:
-        content = {"default": {part: getattr(default, part).to_fields() for part in ("weight", "activation")}}
-    for part, backoff in (("weight", weight_backoff), ("activation", input_backoff)):
-        if backoff is None:
-            continue
-        if not getattr(default, part).uses_backoff:
-            raise ConfigError(
-                f"{default.name.lower()} has no backoff for {part}s",
-                where="scale_params",
-                why="its scales do not come from a maximum",
-                fix="leave the backoff out or choose a maxabs method",
-            )
-        if not (backoff > 0 and math.isfinite(backoff)):
-            raise ConfigError(
-                f"a backoff of {backoff} is impossible", where="scale_params", fix="give a share such as 0.5"
-            )
-        content["default"].setdefault(part, {})["backoff"] = backoff
-    return MethodForm.model_validate(content)
+    parts = {"weight": method.weight.to_fields(), "activation": method.activation.to_fields()}
+    return MethodForm.model_validate({"default": parts})

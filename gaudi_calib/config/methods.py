@@ -1,7 +1,7 @@
 """The 13 published scale methods: how the scale of a tensor follows from its range or its values.
 
 A published method is a name that QUANT_CONFIG's `scale_method` accepts; it pairs one
-rule for weights with one for activations. The dict form (config_method_form.py) mixes
+rule for weights with one for activations. The dict form (method_form.py) mixes
 them per node, layer or module class; either way a `MethodTable` tells each node's.
 
     method                                         weight          activation
@@ -24,7 +24,7 @@ Source: INC `scale_method_config_mapping`, fp8_quant/_core/scale_methods/scale_m
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -78,6 +78,10 @@ class TensorScaling:
     def uses_backoff(self) -> bool:
         """True where the scale follows from a maximum."""
         return self.scale_value_type == "MAXABS" or (self.scale_value_type == "OPT" and self.is_per_channel)
+
+    def with_backoff(self, backoff: float | None) -> "TensorScaling":
+        """Return the scaling with another backoff; itself where `backoff` is None or would not be used."""
+        return self if backoff is None or not self.uses_backoff else replace(self, backoff=backoff)
 
     def find_candidates(self, device: Device) -> tuple[float, ...]:
         """Return the candidates of an `OPT` method on `device`, in the order they are tried."""

@@ -9,19 +9,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, field_serializer, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, field_serializer
 
-from gaudi_calib.config.method_form import (
-    MethodForm,
-    OneOf,
-    PositiveFloat,
-    RuleError,
-    StrictModel,
-    build_table,
-    with_backoffs,
-)
-from gaudi_calib.config.methods import SCALE_METHODS, MethodTable
-from gaudi_calib.config.rules import find_errors, find_warnings
+from gaudi_calib.config.method_form import MethodForm, OneOf, PositiveFloat, StrictModel, build_table, spell_out
+from gaudi_calib.config.methods import SCALE_METHODS, MethodTable, ScaleMethod
 from gaudi_calib.errors import ConfigError, Finding
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device, get_device
 
@@ -82,7 +73,7 @@ ScaleMethodField = Annotated[
 
 
 class QuantConfig(StrictModel):
-    """A valid QUANT_CONFIG. Make one with `parse_quant_config` of config.py.
+    """A QUANT_CONFIG whose values are possible one by one; `parse_quant_config` makes one that also obeys the rules.
 
     Defaults are INC's. The order of the fields is that of the file. Upper case inside
     (`MAXABS_HW`), the reference's spelling in the file (`maxabs_hw`).
@@ -112,12 +103,6 @@ class QuantConfig(StrictModel):
     seperate_measure_files: Flag = True  # INC's spelling
     row_parallel_linear_allreduce_quantization: Flag = False
 
-    @model_validator(mode="after")
-    def _check_rules(self) -> "QuantConfig":
-        if findings := find_errors(self):
-            raise RuleError(findings)
-        return self
-
     @field_serializer("scale_method")
     def _write_scale_method(self, value: str | MethodForm) -> Any:
         return value.model_dump(exclude_unset=True) if isinstance(value, MethodForm) else value.lower()
@@ -131,9 +116,23 @@ class QuantConfig(StrictModel):
         return {"types": value.types, "names": value.names}
 
     @property
+    def explicit_method(self) -> str | MethodForm:
+        """`scale_method` with the backoffs of `scale_params` in it, the form that INC obeys and that is written.
+
+        Backoffs that the method does not use, or has anyway, leave no trace.
+        """
+        if isinstance(self.scale_method, MethodForm):
+            return self.scale_method
+        published, given = SCALE_METHODS[self.scale_method], self.scale_params
+        weight = published.weight.with_backoff(given.weight_backoff)
+        activation = published.activation.with_backoff(given.input_backoff)
+        method = ScaleMethod(published.name, weight, activation)
+        return self.scale_method if method == published else spell_out(method)
+
+    @property
     def method_table(self) -> MethodTable:
-        """The scale method of every node, as INC reads it (without `scale_params`)."""
-        return build_table(self.scale_method)
+        """The scale method of every node, with the backoffs of `scale_params`."""
+        return build_table(self.explicit_method)
 
     @property
     def uses_stats_files(self) -> bool:
@@ -146,11 +145,6 @@ class QuantConfig(StrictModel):
         """Environment variables without which serving with this config fails."""
         static_per_channel = not self.dynamic_quantization and self.method_table.default.is_per_channel
         return {"RUNTIME_SCALE_PATCHING": "0"} if static_per_channel else {}
-
-    @property
-    def warnings(self) -> list[Finding]:
-        """What INC or vllm-gaudi silently changes or ignores."""
-        return find_warnings(self)
 
     def is_blocked(self, name: str, class_name: str | None = None) -> bool:
         """Tell whether INC leaves node `name` alone.
@@ -171,16 +165,6 @@ def _matches_any(patterns: Iterable[str], name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def match_patterns(patterns: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the nodes each pattern matches, in the order of `names`.
-
-    >>> match_patterns(["lm_head", "mlp"], ["model.layers.0.mlp.down_proj"])
-    {'lm_head': [], 'mlp': ['model.layers.0.mlp.down_proj']}
-    """
-    nodes = list(names)
-    return {pattern: [name for name in nodes if re.search(pattern, name)] for pattern in patterns}
-
-
 def find_idle_patterns(config: QuantConfig, names: Iterable[str]) -> list[Finding]:
     """Return a finding for every name pattern of `config` that matches none of `names`.
 
@@ -195,8 +179,8 @@ def find_idle_patterns(config: QuantConfig, names: Iterable[str]) -> list[Findin
             fix="correct or remove it; `gaudi-calib config show` prints the lists in use",
         )
         for key in ("allowlist", "blocklist")
-        for pattern, matched in match_patterns(getattr(config, key).names, nodes).items()
-        if not matched
+        for pattern in getattr(config, key).names
+        if not any(re.search(pattern, name) for name in nodes)
     ]
 
 
@@ -222,24 +206,6 @@ def get_scales_device(config: QuantConfig, device: Device) -> Device:
     return chosen
 
 
-def convert_backoffs(config: QuantConfig) -> QuantConfig:
-    """Return `config` with `scale_params` moved into a `scale_method` dict, the form INC obeys.
-
-    Backoffs that the method does not use are dropped; `config.warnings` tells.
-    """
-    content = config.model_dump(exclude_unset=True, exclude={"scale_params"})
-    if isinstance(config.scale_method, str):
-        method, given = config.method_table.default, config.scale_params
-        form = with_backoffs(
-            method.name,
-            input_backoff=given.input_backoff if method.activation.uses_backoff else None,
-            weight_backoff=given.weight_backoff if method.weight.uses_backoff else None,
-        )
-        if form.to_table().default != method:
-            content["scale_method"] = form.model_dump(exclude_unset=True)
-    return QuantConfig.model_validate(content)
-
-
 def with_dump_stats_path(config: QuantConfig, dump_stats_path: str | os.PathLike[str]) -> QuantConfig:
     """Return `config` with ranges and scales at `dump_stats_path` (made absolute)."""
     return config.model_copy(update={"dump_stats_path": os.path.abspath(dump_stats_path)})
@@ -247,8 +213,10 @@ def with_dump_stats_path(config: QuantConfig, dump_stats_path: str | os.PathLike
 
 def to_content(config: QuantConfig) -> dict[str, Any]:
     """Return what stands in the file: given keys only, backoffs in the form INC obeys."""
-    explicit = convert_backoffs(config).model_copy(update={"mode": config.mode})
-    return explicit.model_dump(mode="json", exclude_unset=True)
+    shown: dict[str, Any] = {"mode": config.mode}
+    if config.explicit_method != config.scale_method:
+        shown["scale_method"] = config.explicit_method
+    return config.model_copy(update=shown).model_dump(mode="json", exclude_unset=True, exclude={"scale_params"})
 
 
 def describe_scaling(config: QuantConfig, device: Device) -> dict[str, Any]:
@@ -259,10 +227,10 @@ def describe_scaling(config: QuantConfig, device: Device) -> dict[str, Any]:
     Raises:
         ConfigError: `device` cannot serve with this config.
     """
-    explicit = convert_backoffs(config)
+    explicit = config.model_copy(update={"scale_method": config.explicit_method})
     return {
         "device": get_scales_device(config, device).name,
-        "scale_method": explicit.model_dump(mode="json", include={"scale_method"})["scale_method"],
+        "scale_method": to_content(explicit)["scale_method"],
         "fp8_config": config.fp8_config,
         "hp_dtype": config.hp_dtype,
     }

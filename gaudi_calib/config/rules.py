@@ -7,20 +7,16 @@ vllm-gaudi's model runner, which calls INC.
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from gaudi_calib.config.method_form import MethodForm
 from gaudi_calib.config.methods import SCALE_METHODS
+from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.errors import Finding
 
-if TYPE_CHECKING:
-    from gaudi_calib.config.presets import QuantConfig
+Rule = Callable[[QuantConfig], Iterator[Finding]]
 
 
-Rule = Callable[["QuantConfig"], Iterator[Finding]]
-
-
-def find_errors(config: "QuantConfig") -> list[Finding]:
+def find_errors(config: QuantConfig) -> list[Finding]:
     """Return every rule of INC that `config` breaks."""
     rules: tuple[Rule, ...] = (
         _check_dynamic,
@@ -33,7 +29,7 @@ def find_errors(config: "QuantConfig") -> list[Finding]:
     return [finding for rule in rules for finding in rule(config)]
 
 
-def find_warnings(config: "QuantConfig") -> list[Finding]:
+def find_warnings(config: QuantConfig) -> list[Finding]:
     """Return what INC or vllm-gaudi silently changes or ignores in a valid `config`."""
     rules: tuple[Rule, ...] = (
         _warn_mode,
@@ -48,7 +44,7 @@ def find_warnings(config: "QuantConfig") -> list[Finding]:
     return [finding for rule in rules for finding in rule(config)]
 
 
-def _check_dynamic(config: "QuantConfig") -> Iterator[Finding]:
+def _check_dynamic(config: QuantConfig) -> Iterator[Finding]:
     if not config.dynamic_quantization:
         for name in dict.fromkeys(method.name for method in config.method_table.methods if method.is_dynamic_only):
             yield Finding(
@@ -78,7 +74,7 @@ def _check_dynamic(config: "QuantConfig") -> Iterator[Finding]:
             )
 
 
-def _check_patterns(config: "QuantConfig") -> Iterator[Finding]:
+def _check_patterns(config: QuantConfig) -> Iterator[Finding]:
     for key in ("allowlist", "blocklist"):
         for pattern in getattr(config, key).names:
             try:
@@ -92,7 +88,7 @@ def _check_patterns(config: "QuantConfig") -> Iterator[Finding]:
                 )
 
 
-def _check_path(config: "QuantConfig") -> Iterator[Finding]:
+def _check_path(config: QuantConfig) -> Iterator[Finding]:
     directory, name = os.path.split(config.dump_stats_path)
     if config.uses_stats_files and not (directory and name):
         yield Finding(
@@ -103,7 +99,7 @@ def _check_path(config: "QuantConfig") -> Iterator[Finding]:
         )
 
 
-def _check_backoffs(config: "QuantConfig") -> Iterator[Finding]:
+def _check_backoffs(config: QuantConfig) -> Iterator[Finding]:
     if isinstance(config.scale_method, MethodForm) and config.scale_params.model_fields_set:
         yield Finding(
             "scale_params",
@@ -113,7 +109,7 @@ def _check_backoffs(config: "QuantConfig") -> Iterator[Finding]:
         )
 
 
-def _check_allreduce(config: "QuantConfig") -> Iterator[Finding]:
+def _check_allreduce(config: QuantConfig) -> Iterator[Finding]:
     if config.row_parallel_linear_allreduce_quantization and not config.dynamic_quantization:
         yield Finding(
             "row_parallel_linear_allreduce_quantization",
@@ -122,7 +118,7 @@ def _check_allreduce(config: "QuantConfig") -> Iterator[Finding]:
         )
 
 
-def _check_observer(config: "QuantConfig") -> Iterator[Finding]:
+def _check_observer(config: QuantConfig) -> Iterator[Finding]:
     if config.mode == "QUANTIZE" and config.uses_stats_files and config.observer in ("shape", "save"):
         yield Finding(
             "observer",
@@ -131,7 +127,7 @@ def _check_observer(config: "QuantConfig") -> Iterator[Finding]:
         )
 
 
-def _warn_mode(config: "QuantConfig") -> Iterator[Finding]:
+def _warn_mode(config: QuantConfig) -> Iterator[Finding]:
     if "mode" not in config.model_fields_set:
         yield Finding(
             "mode", "mode is missing: INC takes QUANTIZE, vllm-gaudi refuses the file", fix='add "mode": "QUANTIZE"'
@@ -144,7 +140,7 @@ def _warn_mode(config: "QuantConfig") -> Iterator[Finding]:
         )
 
 
-def _warn_scale_format(config: "QuantConfig") -> Iterator[Finding]:
+def _warn_scale_format(config: QuantConfig) -> Iterator[Finding]:
     if config.scale_format != "SCALAR" or "scale_format" not in config.model_fields_set:
         return
     reasons = {
@@ -162,7 +158,7 @@ def _warn_scale_format(config: "QuantConfig") -> Iterator[Finding]:
             return
 
 
-def _warn_backoffs(config: "QuantConfig") -> Iterator[Finding]:
+def _warn_backoffs(config: QuantConfig) -> Iterator[Finding]:
     if not config.scale_params.model_fields_set:
         return
     yield Finding(
@@ -179,7 +175,7 @@ def _warn_backoffs(config: "QuantConfig") -> Iterator[Finding]:
             yield Finding(f"scale_params.{key}", f"{method.name.lower()} has no such backoff", fix="remove it")
 
 
-def _warn_method_table(config: "QuantConfig") -> Iterator[Finding]:
+def _warn_method_table(config: QuantConfig) -> Iterator[Finding]:
     form = config.scale_method
     if not isinstance(form, MethodForm):
         return
@@ -201,7 +197,7 @@ def _warn_method_table(config: "QuantConfig") -> Iterator[Finding]:
         )
 
 
-def _warn_runtime_patching(config: "QuantConfig") -> Iterator[Finding]:
+def _warn_runtime_patching(config: QuantConfig) -> Iterator[Finding]:
     if config.required_env and config.mode in ("QUANTIZE", "LOAD"):
         yield Finding(
             "scale_method",
@@ -211,7 +207,7 @@ def _warn_runtime_patching(config: "QuantConfig") -> Iterator[Finding]:
         )
 
 
-def _warn_ignored(config: "QuantConfig") -> Iterator[Finding]:
+def _warn_ignored(config: QuantConfig) -> Iterator[Finding]:
     if config.measure_exclude in ("INPUT", "PARAMS"):
         yield Finding(
             "measure_exclude",
@@ -228,7 +224,7 @@ def _warn_ignored(config: "QuantConfig") -> Iterator[Finding]:
         yield Finding("fp8_config", "gaudi-calib computes scales for E4M3 only", fix="leave E5M2 scales to INC")
 
 
-def _warn_types(config: "QuantConfig") -> Iterator[Finding]:
+def _warn_types(config: QuantConfig) -> Iterator[Finding]:
     for key in ("allowlist", "blocklist"):
         for name in getattr(config, key).types:
             if "." in name:
@@ -240,7 +236,7 @@ def _warn_types(config: "QuantConfig") -> Iterator[Finding]:
                 )
 
 
-def _warn_observer(config: "QuantConfig") -> Iterator[Finding]:
+def _warn_observer(config: QuantConfig) -> Iterator[Finding]:
     if config.observer == "maxabs_per_channel" and config.mode == "MEASURE":
         yield Finding(
             "observer",

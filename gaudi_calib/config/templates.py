@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.config.methods import SCALE_METHODS
-from gaudi_calib.config.presets import QuantConfig, measure_config, quant_config, write_quant_config
+from gaudi_calib.config.model import QuantConfig
+from gaudi_calib.config.presets import measure_config, quant_config
 from gaudi_calib.models.families import FAMILIES, TEMPLATE_BLOCKLISTS, Family
 
 TEMPLATE_PATH = "./hqt_output/measure"
@@ -74,5 +76,5 @@ def write_templates_dir(directory: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "quantization_config"
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "quantization_config"
     print(f"wrote {len(write_templates_dir(target))} templates to {target}")

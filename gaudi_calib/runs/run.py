@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gaudi_calib.config.file import read_quant_config, write_quant_config
 from gaudi_calib.config.model import (
     QuantConfig,
     describe_scaling,
@@ -20,7 +21,7 @@ from gaudi_calib.config.model import (
     to_content,
     with_dump_stats_path,
 )
-from gaudi_calib.config.presets import measure_config, quant_config, read_quant_config, write_quant_config
+from gaudi_calib.config.presets import measure_config, quant_config
 from gaudi_calib.data.prompts import Prompts
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError, ModelError

@@ -2,7 +2,7 @@
 
 import logging
 
-from gaudi_calib.config.presets import write_quant_config
+from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.errors import RangeError
 from gaudi_calib.layout import CHANNEL_RANGES_NAME
 from gaudi_calib.ranges.channels import ChannelRanges

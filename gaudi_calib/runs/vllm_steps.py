@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.config.model import QuantConfig, with_dump_stats_path
-from gaudi_calib.config.presets import write_quant_config
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import CalibrationError, FileError, RangeError, UsageError
 from gaudi_calib.files import scratch_directory

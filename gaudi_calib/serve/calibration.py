@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.config.model import QuantConfig, describe_scaling, get_scales_device
-from gaudi_calib.config.presets import read_quant_config
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError, FileError, ModelError, TopologyError
 from gaudi_calib.files import read_json

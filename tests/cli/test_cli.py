@@ -13,6 +13,7 @@ from gaudi_calib import errors
 from gaudi_calib.cli import main as cli_main
 from gaudi_calib.cli.main import COMMANDS, cli, main
 from tests.support import paths
+from tests.support.processes import run_cli
 
 ROOT = paths.ROOT
 HEAVY = ("torch", "transformers", "datasets", "pandas", "vllm", "neural_compressor")
@@ -181,9 +182,7 @@ def test_interrupting_exits_with_130(failing, capsys: pytest.CaptureFixture[str]
 
 def test_the_module_is_the_command() -> None:
     """`python -m gaudi_calib` does what `gaudi-calib` does, exit code included."""
-    result = subprocess.run(
-        [sys.executable, "-m", "gaudi_calib", "nonsense"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    result = run_cli("nonsense", cwd=ROOT)
     assert result.returncode == 2
     assert "No such command 'nonsense'" in result.stderr
 

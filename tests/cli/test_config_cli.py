@@ -6,7 +6,7 @@ import pytest
 
 from gaudi_calib.cli.main import main
 from gaudi_calib.config.methods import SCALE_METHODS
-from gaudi_calib.config.presets import describe_schema
+from gaudi_calib.config.model import describe_schema
 from gaudi_calib.models.families import FAMILIES
 
 

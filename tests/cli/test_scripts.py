@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from tests.support import paths
+from tests.support.files import write_prompts
 from tests.support.tiny import make_tiny_model
 
 ROOT = paths.ROOT
@@ -24,8 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny checkpoint `Model` and a file `prompts.jsonl` of token ids."""
     directory = tmp_path_factory.mktemp("scripts")
     make_tiny_model("llama", directory / "Model")
-    rows = [{"prompt_token_ids": [1 + (7 * row + i) % 50 for i in range(8)]} for row in range(6)]
-    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(directory, ([1 + (7 * row + i) % 50 for i in range(8)] for row in range(6)))
     return directory
 
 

@@ -5,25 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from gaudi_calib.config.check import inspect_quant_config, parse_quant_config
+from gaudi_calib.config.file import read_quant_config, write_quant_config
 from gaudi_calib.config.methods import SCALE_METHODS
-from gaudi_calib.config.presets import (
-    choose_family,
-    convert_backoffs,
+from gaudi_calib.config.model import (
     describe_scaling,
     describe_schema,
     find_idle_patterns,
     get_scales_device,
-    inspect_quant_config,
-    match_patterns,
-    measure_config,
-    parse_quant_config,
-    plan_configs,
-    quant_config,
-    read_quant_config,
     to_content,
     with_dump_stats_path,
-    write_quant_config,
 )
+from gaudi_calib.config.presets import choose_family, measure_config, plan_configs, quant_config
+from gaudi_calib.config.rules import find_warnings
 from gaudi_calib.errors import ConfigError, ModelError, UsageError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.layout import RunLayout
@@ -37,7 +31,7 @@ def parse(**content):
 
 
 def warn(**content):
-    return {finding.where: finding for finding in parse(**content).warnings}
+    return {finding.where: finding for finding in find_warnings(parse(**content))}
 
 
 # What the reference's calibrate_model.sh writes, key by key.
@@ -72,7 +66,7 @@ def test_every_method_and_family_gives_a_config_that_reads_back(family, method, 
     write_quant_config(tmp_path / "quant.json", config)
     assert read_quant_config(tmp_path / "quant.json") == config
     assert set(family.blocklist) == set(config.blocklist.names)
-    assert "scale_format" not in {finding.where for finding in config.warnings}
+    assert "scale_format" not in {finding.where for finding in find_warnings(config)}
 
 
 def test_dynamic_methods_leave_the_types_inc_cannot_quantize():
@@ -290,7 +284,7 @@ WARNED = {
 @pytest.mark.parametrize(("content", "key"), WARNED.values(), ids=WARNED)
 def test_what_inc_changes_silently_is_a_warning(content, key):
     """A valid config with a surprise in it is accepted with a warning; the plain one has none."""
-    assert parse().warnings == []
+    assert find_warnings(parse()) == []
     found = warn(**content)
     assert key in found
     assert all(finding.fix for finding in found.values())
@@ -319,8 +313,9 @@ def test_backoffs_are_written_as_inc_reads_them():
     for method, backoff in {"unit_scale": 0.9, "maxabs_hw_opt_weight": 0.9, "maxabs_hw": 0.5}.items():
         same = parse(scale_method=method, scale_params={"weight_backoff": backoff})
         assert to_content(same)["scale_method"] == method
-    once = convert_backoffs(parse(scale_params={"input_backoff": 0.125}))
-    assert convert_backoffs(once) == once
+    content = to_content(parse(scale_params={"input_backoff": 0.125}))
+    assert content["scale_method"]["default"]["activation"]["backoff"] == 0.125
+    assert to_content(parse_quant_config(content)) == content
 
 
 def test_required_environment():
@@ -368,8 +363,7 @@ def test_lists_select_as_inc_does():
 
 
 def test_patterns_that_match_nothing_are_reported():
-    """Which nodes a pattern matched is known, and idle ones are named."""
-    assert match_patterns(["mlp", "mamba"], NODES) == {"mlp": NODES[1:3], "mamba": []}
+    """Each idle pattern is named; one that occurs anywhere in a node's name is not idle."""
     config = parse(blocklist={"names": ["lm_head", "mamba"]}, allowlist={"names": ["self_atn", "mlp"]})
     assert [finding.what for finding in find_idle_patterns(config, NODES)] == [
         "pattern 'self_atn' matches no node of the model",

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gaudi_calib.config.check import inspect_quant_config, parse_quant_config
 from gaudi_calib.config.methods import SCALE_METHODS, ScaleMethod
-from gaudi_calib.config.presets import get_scales_device, inspect_quant_config, parse_quant_config
+from gaudi_calib.config.model import get_scales_device, to_content
+from gaudi_calib.config.rules import find_warnings
 from gaudi_calib.config.templates import list_templates
 from gaudi_calib.errors import ConfigError
 from gaudi_calib.fp8 import DEVICES, Device
@@ -227,15 +229,13 @@ def test_any_combination_is_judged_as_inc_judges_it(content, device, tmp_path_fa
     if config.uses_stats_files:
         assert parsed["scale_file"] == f"{path}_hooks_maxabs_{config.method_table.file_tag}"
     if "scale_format" in content:
-        announced = any(finding.where == "scale_format" for finding in config.warnings)
+        announced = any(finding.where == "scale_format" for finding in find_warnings(config))
         assert announced == (parsed["scale_format"].name != content["scale_format"].upper())
 
 
 @pytest.mark.parametrize("name", list_templates())
 def test_inc_accepts_every_template(name, tmp_path, monkeypatch):
     """INC on either device parses the templates, and takes from them what this package takes."""
-    from gaudi_calib.config.presets import to_content
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hqt_output").mkdir()
     config = list_templates()[name]
@@ -258,8 +258,6 @@ def test_inc_accepts_every_template(name, tmp_path, monkeypatch):
 )
 def test_backoffs_of_scale_params_reach_inc(method, weight_backoff, tmp_path):
     """INC ignores scale_params as given, and obeys those the method uses in the form that is written."""
-    from gaudi_calib.config.presets import to_content
-
     content = {
         "mode": "QUANTIZE",
         "scale_method": method,

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.config.methods import SCALE_METHODS
-from gaudi_calib.config.presets import read_quant_config, to_content
+from gaudi_calib.config.model import to_content
 from gaudi_calib.config.templates import list_templates, write_templates_dir
 from gaudi_calib.models.families import FAMILIES
 from tests.support import paths

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from gaudi_calib.checkpoints.plan import ModelPlan, plan_model
+from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.config.methods import get_scale_method
-from gaudi_calib.config.presets import measure_config, quant_config, write_quant_config
+from gaudi_calib.config.presets import measure_config, quant_config
 from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.fp8 import get_device
 from gaudi_calib.ranges.derive import derive_world

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from gaudi_calib.checkpoints.plan import plan_model
-from gaudi_calib.config.presets import parse_quant_config, read_quant_config, write_quant_config
+from gaudi_calib.config.check import parse_quant_config
+from gaudi_calib.config.file import read_quant_config, write_quant_config
 from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.engines.vllm_plugin.session import Session, find_serving_device
 from gaudi_calib.errors import ConfigError, FileError, ModelError, RangeError, TopologyError
@@ -62,7 +63,7 @@ def test_vllm_finds_the_plugin_and_it_stays_silent_and_light():
         "from vllm.model_executor.layers.quantization import get_quantization_config\n"
         "assert get_quantization_config('gaudi_fp8').__name__ == 'GaudiFp8Config'\n"
         "heavy = [name for name in sys.modules if name.startswith('gaudi_calib.')]\n"
-        "assert 'gaudi_calib.config.presets' not in heavy and 'gaudi_calib.checkpoints.plan' not in heavy, heavy\n"
+        "assert 'gaudi_calib.config.model' not in heavy and 'gaudi_calib.checkpoints.plan' not in heavy, heavy\n"
     )
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "QUANT_CONFIG": "/nowhere"}
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,30 +11,27 @@ import pytest
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.vllm_runner.process import list_group
+from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.manifest import read_manifest
 from gaudi_calib.rankfiles.store import list_worlds, read_ranges, read_world_dir
 from gaudi_calib.serve.command import ServeOptions, plan_serve
-from tests.runs.test_calibrate import snapshot
-from tests.serve.test_serve import HPU3, MODEL, run_torch, write_prompts
+from tests.support.calibrated import HPU3, MODEL, calibrate_by_torch
+from tests.support.files import snapshot, write_prompts
+from tests.support.processes import run_cli, start_cli
 
 pytest.importorskip("vllm")
 psutil = pytest.importorskip("psutil")
 
 
-def words(out: Path, *more: object) -> list[str]:
+def words(out: Path, *more: object) -> list[object]:
     dataset = write_prompts(out)
-    given = ["-m", MODEL, "-d", dataset, "-o", out, "--device", "g3", "-t", "2", "--engine", "vllm", *more]
-    return [sys.executable, "-m", "gaudi_calib", "calibrate", *map(str, given)]
+    return ["calibrate", "-m", MODEL, "-d", dataset, "-o", out, "--device", "g3", "-t", 2, "--engine", "vllm", *more]
 
 
 def test_two_ranks_measured_by_vllm(tmp_path):
     """Every rank's own files, one rank unified from them, scales, and a manifest that says how."""
-    done = subprocess.run(
-        words(tmp_path, "-r", "1", "-b", "4", "--max-new-tokens", "3", "--env", "VLLM_LOGGING_LEVEL=WARNING"),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    more = ("-r", 1, "-b", 4, "--max-new-tokens", 3, "--env", "VLLM_LOGGING_LEVEL=WARNING")
+    done = run_cli(*words(tmp_path, *more), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     root = tmp_path / "model"
     ranks, (whole,) = read_world_dir(root / "g3", 2), read_world_dir(root / "g3", 1)
@@ -59,12 +55,11 @@ def test_two_ranks_measured_by_vllm(tmp_path):
 
 def test_a_worker_dies_in_the_middle(tmp_path):
     """Exit code 1, an error with the log's last lines, no process left, and the earlier calibration as it was."""
-    before = run_torch(MODEL, tmp_path).root
-    files = snapshot(before)
+    before = calibrate_by_torch(MODEL, tmp_path).root
+    files = snapshot(before, skipped=[MANIFEST_NAME])
     output: list[str] = []
-    run = subprocess.Popen(
-        words(tmp_path, "-b", "1", "--max-new-tokens", "900"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    given = words(tmp_path, "-b", 1, "--max-new-tokens", 900)
+    run = start_cli(*given, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     reader = threading.Thread(target=lambda: output.extend(run.stderr), daemon=True)
     reader.start()
     deadline = time.monotonic() + 300
@@ -85,7 +80,7 @@ def test_a_worker_dies_in_the_middle(tmp_path):
     assert log.read_text().splitlines()[-1].strip() in error
     assert list_group(group) == []
     assert not [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    after = {name: content for name, content in snapshot(before).items() if "logs" not in name}
+    after = {name: content for name, content in snapshot(before, skipped=[MANIFEST_NAME]).items() if "logs" not in name}
     assert after == files
     assert read_manifest(before / "g3" / "calibration_manifest.json").good is not None
     plan_serve(ServeOptions(str(MODEL), before / "maxabs_quant_g3.json", 2), HPU3)

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ModelError
-from gaudi_calib.layout import parse_rank_file
+from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file
 from gaudi_calib.manifest import read_manifest
 from gaudi_calib.rankfiles.store import list_worlds, read_ranges, read_scales, read_world_dir
 from gaudi_calib.runs.calibrate import calibrate, list_files, measure, quantize
@@ -23,6 +22,8 @@ from gaudi_calib.runs.postprocess import postprocess_dir
 from gaudi_calib.runs.unify import unify_dir
 from gaudi_calib.serve.command import plan_on_gaudi
 from tests.support import paths
+from tests.support.files import snapshot, write_prompts
+from tests.support.processes import run_cli, start_cli
 from tests.support.tiny import make_tiny_model
 
 GOLDEN = paths.GOLDEN / "llama-tiny"
@@ -33,9 +34,7 @@ def dataset(tmp_path: Path) -> Path:
     """The prompts and continuations of the golden run, as token ids: no tokenizer is needed."""
     tokens = json.loads((GOLDEN / "tp1" / "tokens.json").read_text())
     pairs = zip(tokens["prompt_token_ids"], tokens["generated_token_ids"], strict=True)
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt_token_ids": [*ids, *more[:-1]]}) + "\n" for ids, more in pairs))
-    return path
+    return write_prompts(tmp_path, ([*ids, *more[:-1]] for ids, more in pairs))
 
 
 def options(data: Path, **changes) -> RunOptions:
@@ -48,15 +47,9 @@ def serve(result, *, world: int):
     return plan_on_gaudi(str(GOLDEN / "model"), result.quant_configs["g3"], world=world, device="g3")
 
 
-def run_cli(*words: object, **changes) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gaudi_calib", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, **changes)
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    """Content of every file below `directory` but the manifests."""
-    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "calibration_manifest.json"]
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+def snapshot_results(directory: Path) -> dict[str, bytes]:
+    """Return the content of every file but the manifests, which tell of each try."""
+    return snapshot(directory, skipped=[MANIFEST_NAME])
 
 
 @pytest.mark.parametrize(("device", "world"), [("g2", 1), ("g3", 1), ("g2", 2)])
@@ -125,10 +118,10 @@ def test_quantize_adds_worlds_and_methods_later(dataset: Path):
     assert list_worlds(root / "g3") == {
         2: {rank: root / f"g3/inc_output_hooks_maxabs_{rank}_2.json" for rank in (0, 1)}
     }
-    before = snapshot(root)
+    before = snapshot_results(root)
     method = "ACT_MAXABS_HW_WEIGHTS_PCS_MAXABS_POW2"
     result = quantize(options(dataset, world=4, scale_method=method.lower()))
-    assert before.items() <= snapshot(root).items()
+    assert before.items() <= snapshot_results(root).items()
     assert serve(result, world=4).env["RUNTIME_SCALE_PATCHING"] == "0"
     assert sorted(list_worlds(root / "g3", method)[4]) == [0, 1, 2, 3]
     weight = (
@@ -142,12 +135,12 @@ def test_scales_are_not_computed_for_another_checkpoint(dataset: Path, tmp_path:
     """Weights that changed since the measurement, under the same path, are noticed; the files stay."""
     directory = make_tiny_model("llama", tmp_path / "model")
     root = measure(options(dataset, model=str(directory), devices=("g3",))).root
-    before = snapshot(root)
+    before = snapshot_results(root)
     make_tiny_model("llama", tmp_path / "other", seed=1)
     os.replace(tmp_path / "other/model.safetensors", directory / "model.safetensors")
     with pytest.raises(ModelError, match="measured on another checkpoint"):
         quantize(options(dataset, model=str(directory), devices=("g3",)))
-    assert snapshot(root) == before
+    assert snapshot_results(root) == before
 
 
 @pytest.mark.parametrize("method", ["unit_scale", "maxabs_pcs_pow2"])
@@ -180,9 +173,9 @@ def test_postprocess_is_idempotent_and_equals_the_reference(tmp_path: Path):
         read_ranges(path / "inc_output_hooks_maxabs_0_1.json") for path in (out, GOLDEN / "postprocessed")
     )
     assert repr(ours.nodes) == repr(dict(reference.nodes))
-    before = snapshot(out)
+    before = snapshot_results(out)
     postprocess_dir(out, out)
-    assert snapshot(out) == before
+    assert snapshot_results(out) == before
 
 
 def test_unify_takes_the_maximum_over_ranks(tmp_path: Path):
@@ -250,7 +243,7 @@ def _bad_inputs(dataset: Path) -> dict[str, tuple[Sequence[object], int, str]]:
     """Words that replace the good ones, the exit code and what the message says."""
     tmp = dataset.parent
     lines = dataset.read_text().splitlines()
-    (tmp / "long.jsonl").write_text(json.dumps({"prompt_token_ids": [1] * 3000}) + "\n")
+    write_prompts(tmp / "long.jsonl", [[1] * 3000])
     (tmp / "columns.jsonl").write_text('{"question_text": "why?"}\n')
     (tmp / "empty.jsonl").write_text("")
     (tmp / "broken.jsonl").write_text(lines[0] + "\n{\n")
@@ -279,13 +272,13 @@ def test_bad_input_is_refused_and_the_last_result_kept(dataset: Path):
     """Every mistake ends with its exit code, a message and a fix, without a traceback, and changes no file."""
     calibrate(options(dataset))
     out = dataset.parent / "out"
-    good, before = ["-m", GOLDEN / "model", "-d", dataset, "-o", out], snapshot(out)
+    good, before = ["-m", GOLDEN / "model", "-d", dataset, "-o", out], snapshot_results(out)
     for mistake, (words, exit_code, message) in _bad_inputs(dataset).items():
         run = run_cli("calibrate", *good, *words)
         assert run.returncode == exit_code, (mistake, run.stderr)
         assert message in run.stderr, (mistake, run.stderr)
         assert "Traceback" not in run.stderr and ("fix:" in run.stderr or exit_code == 2), (mistake, run.stderr)
-        assert snapshot(out) == before, mistake
+        assert snapshot_results(out) == before, mistake
     assert not (dataset.parent / "evil").exists()
 
 
@@ -304,7 +297,7 @@ def test_full_disk_keeps_the_last_result(dataset: Path):
 
     calibrate(options(dataset))
     out = dataset.parent / "out"
-    before = snapshot(out)
+    before = snapshot_results(out)
 
     def limit_files():
         # The kernel answers a write past the limit like a full disk: the write fails.
@@ -313,7 +306,7 @@ def test_full_disk_keeps_the_last_result(dataset: Path):
 
     run = run_cli("calibrate", "-m", GOLDEN / "model", "-d", dataset, "-o", out, "-t", 2, preexec_fn=limit_files)
     assert run.returncode == 1 and "cannot write" in run.stderr and "fix:" in run.stderr, run.stderr
-    assert snapshot(out) == before
+    assert snapshot_results(out) == before
     assert read_manifest(out / "model/g3/calibration_manifest.json").status in ("failed", "running")
 
 
@@ -322,16 +315,16 @@ def test_a_killed_run_keeps_the_last_result(stop: signal.Signals, dataset: Path)
     """A run that is killed while it measures leaves the files of the run before; the next run succeeds."""
     calibrate(options(dataset))
     out = dataset.parent / "out"
-    before = snapshot(out)
+    before = snapshot_results(out)
     words = ["calibrate", "-m", GOLDEN / "model", "-d", dataset, "-o", out, "-t", 2]
-    run = subprocess.Popen([sys.executable, "-m", "gaudi_calib", *map(str, words)], stderr=subprocess.PIPE)
+    run = start_cli(*words, stderr=subprocess.PIPE)
     while b"Step 2" not in run.stderr.readline():
         assert run.poll() is None
     time.sleep(0.2)
     run.send_signal(stop)
     run.communicate()
     assert run.returncode != 0
-    after = {name: content for name, content in snapshot(out).items() if ".staging." not in name}
+    after = {name: content for name, content in snapshot_results(out).items() if ".staging." not in name}
     assert after == before
     manifest = read_manifest(out / "model/g3/calibration_manifest.json")
     assert manifest.status == ("running" if stop == signal.SIGKILL else "failed") and manifest.good.status == "ok"

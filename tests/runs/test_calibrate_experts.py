@@ -21,6 +21,7 @@ from gaudi_calib.runs.reshard import reshard_dir
 from gaudi_calib.runs.unify import unify_dir
 from gaudi_calib.serve.command import plan_on_gaudi
 from tests.support import paths
+from tests.support.files import write_prompts
 from tests.support.tiny import COLD_EXPERTS
 
 COLD = "deepseek_v3-cold"
@@ -33,9 +34,7 @@ def dataset(tmp_path: Path) -> Path:
     """Random token ids, enough for every expert that is not cold by design."""
     rng = random.Random(0)
     rows = ([rng.randrange(300) for _ in range(64)] for _ in range(8))
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt_token_ids": row}) + "\n" for row in rows))
-    return path
+    return write_prompts(tmp_path, rows)
 
 
 @pytest.fixture

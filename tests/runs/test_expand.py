@@ -20,9 +20,9 @@ from gaudi_calib.runs.conversion import Conversion
 from gaudi_calib.runs.expand import expand_dir
 from gaudi_calib.runs.unify import unify_dir
 from gaudi_calib.scales.compute import compute_scales
-from tests.runs.test_unify import LAYER, is_equal, snapshot
 from tests.support import paths
-from tests.support.topologies import make_rank, make_ranks, write_world
+from tests.support.files import snapshot
+from tests.support.topologies import LAYER, is_equal, make_rank, make_ranks, write_world
 
 GOLDEN = paths.GOLDEN
 

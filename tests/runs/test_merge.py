@@ -22,6 +22,7 @@ from gaudi_calib.ranges.topology import Axis, Segment
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channel_ranges
 from gaudi_calib.rankfiles.store import list_worlds, read_world_dir, write_rank_set
 from tests.support import paths
+from tests.support.files import snapshot, write_prompts
 
 GOLDEN = paths.GOLDEN / "llama-tiny"
 MODULES = tuple(f"model.layers.{layer}.{part}" for layer in range(12) for part in ("qkv_proj", "o_proj", "moe_op"))
@@ -240,10 +241,6 @@ def run(*words: object) -> int:
     return main(["merge", *map(str, words)])
 
 
-def list_tree(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
 def test_runs_on_different_data_give_the_maximum_in_any_order(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Every world that all directories hold is merged, and the order of the directories does not show in the files."""
     a, b = (write_run(tmp_path / name, seed, {1: (0,), 2: (0, 1)}) for seed, name in enumerate("ab"))
@@ -401,11 +398,11 @@ def test_bad_input_is_a_clear_error_and_nothing_is_written(case: str, tmp_path: 
     with record_run(path, command=["x"]):
         pass
     damage(b)
-    before = list_tree(tmp_path)
+    before = snapshot(tmp_path)
     assert run(a, b, "-o", tmp_path / "out") == run(a, b, "-o", a) == 1
     error = capsys.readouterr().err
     assert complaint in error and str(b) in error and "fix:" in error
-    assert list_tree(tmp_path) == before and not (tmp_path / "out").exists()
+    assert snapshot(tmp_path) == before and not (tmp_path / "out").exists()
 
 
 def test_runs_of_different_checkpoints_or_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -425,7 +422,7 @@ def test_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture):
     """One directory, directories of different kinds, an output of another kind and an empty directory are refused."""
     whole, device = make_model_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1, {1: (0,)})
     (tmp_path / "empty").mkdir()
-    before = list_tree(tmp_path)
+    before = snapshot(tmp_path)
     assert run(device, "-o", tmp_path / "out") == 2
     assert run(device, whole, "-o", tmp_path / "out") == 2
     assert run(device, device, "-o", whole) == 2
@@ -433,7 +430,7 @@ def test_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert run(device, device) == 2
     assert run(device, tmp_path / "empty", "-o", tmp_path / "out") == 1
     assert "neither a device directory (OUT/<model>/g3) nor a run" in capsys.readouterr().err
-    assert list_tree(tmp_path) == before and not (tmp_path / "out").exists()
+    assert snapshot(tmp_path) == before and not (tmp_path / "out").exists()
 
 
 def test_stray_files_are_not_taken_for_ranges(tmp_path: Path):
@@ -458,8 +455,7 @@ def test_merging_measurements_of_shards_equals_measuring_all_of_the_data(tmp_pat
     """Channel ranges and every rank's ranges of two halves of the prompts give, merged, those of all prompts."""
     prompts = json.loads((GOLDEN / "tp1" / "tokens.json").read_text())["prompt_token_ids"]
     for name, part in {"a": prompts[:1], "b": prompts[1:], "all": prompts}.items():
-        data = tmp_path / f"{name}.jsonl"
-        data.write_text("".join(json.dumps({"prompt_token_ids": ids}) + "\n" for ids in part))
+        data = write_prompts(tmp_path / f"{name}.jsonl", part)
         words = ("-m", GOLDEN / "model", "-d", data, "-o", tmp_path / name, "-t", 2, "-r", 1, "-b", 1)
         assert main(["measure", *map(str, words)]) == 0
     assert run(tmp_path / "a" / "model", tmp_path / "b" / "model", "-o", tmp_path / "merged") == 0

@@ -23,23 +23,14 @@ from gaudi_calib.rankfiles.store import read_ranges, read_scales, read_world_dir
 from gaudi_calib.runs.sharing import Evidence, settle_expert_parallel
 from gaudi_calib.runs.unify import Conversion, unify_dir
 from gaudi_calib.scales.compute import compute_scales
-from tests.support.topologies import OPS, make_rank, make_ranks, merge_plainly, write_world
+from tests.support.files import snapshot
+from tests.support.topologies import LAYER, OPS, is_equal, make_rank, make_ranks, merge_plainly, write_world
 
 RANKS_ONLY = Conversion(expert_parallel=True, skips_scales=True)
 
 
 def unify(ranks: list[RankSet[Node]], world: int, *, expert_parallel: bool) -> list[RankSet[Node]]:
     return unify_ranks(gather_world(ranks), world, expert_parallel=expert_parallel)
-
-
-def is_equal(left: RankSet[Node], right: RankSet[Node]) -> bool:
-    """Equality of everything a rank's files hold."""
-    return repr(replace(left, nodes=dict(left.nodes))) == repr(replace(right, nodes=dict(right.nodes)))
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    """Content of every file, by path."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -124,9 +115,6 @@ def _drop(rank: RankSet[Node], part: str) -> dict[str, Node]:
 
 def _without(rank: RankSet[Node], name: str) -> RankSet[Node]:
     return replace(rank, nodes={key: node for key, node in rank.nodes.items() if key != name})
-
-
-LAYER = "model.layers.2." + OPS[1]
 
 
 @pytest.mark.parametrize(

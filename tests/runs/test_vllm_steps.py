@@ -24,8 +24,8 @@ from gaudi_calib.manifest import read_manifest
 from gaudi_calib.rankfiles.store import list_worlds, read_scales, read_world_dir, write_rank_set
 from gaudi_calib.runs.calibrate import calibrate, list_files, measure
 from gaudi_calib.runs.options import RunOptions
-from tests.serve.test_serve import write_prompts
 from tests.support import paths
+from tests.support.files import write_prompts
 
 GOLDEN = paths.GOLDEN / "llama-tiny"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gaudi_calib.config.methods import SCALE_METHODS
-from gaudi_calib.config.presets import parse_scale_method
+from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.errors import ConfigError, RangeError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device, get_device
 from gaudi_calib.ranges import bf16
@@ -251,12 +251,11 @@ def test_module_classes_follow_from_names(name: str, expected: str | None):
 
 def test_layer_types_choose_the_method_by_class():
     """By the derived class, or by the one the caller gives; an unknown class is an error, not the default."""
-    table = parse_scale_method(
-        {
-            "default": {"weight": {"rounding_method": "pow2"}, "activation": {"rounding_method": "pow2"}},
-            "layer_types": {"Matmul": {"activation": {"backoff": 0.25}}, "Mystery": {"activation": {"backoff": 0.5}}},
-        }
-    )
+    form = {
+        "default": {"weight": {"rounding_method": "pow2"}, "activation": {"rounding_method": "pow2"}},
+        "layer_types": {"Matmul": {"activation": {"backoff": 0.25}}, "Mystery": {"activation": {"backoff": 0.5}}},
+    }
+    table = QuantConfig(scale_method=form).method_table
     ranges = rank_of(matmul_qk=Node((one(240.0), one(240.0))), mystery=Node((one(240.0),), None, one(240.0)))
     with pytest.raises(ConfigError, match="'mystery'"):
         compute_scales(ranges, table, GAUDI2, weights=no_weights)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from gaudi_calib.config.methods import SCALE_METHODS, TensorScaling
-from gaudi_calib.config.presets import parse_scale_method
-from gaudi_calib.errors import ConfigError
+from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import Node, Op, RankSet, find_op
@@ -188,10 +188,10 @@ def test_dict_forms_are_read_as_inc_reads_them(form: dict, inc: IncScales):
     try:
         theirs = inc.parse(form)
     except ValueError:
-        with pytest.raises(ConfigError):
-            parse_scale_method(form)
+        with pytest.raises(ValidationError):
+            QuantConfig(scale_method=form)
         return
-    ours = parse_scale_method(form)
+    ours = QuantConfig(scale_method=form).method_table
     assert ours.file_tag == inc.config.get_scale_method_from_config(theirs[inc.config.CfgStr.DEFAULT]).name
     for name, layer_type in PLACES:
         rules = inc.find_rules(theirs, name, layer_type)
@@ -219,7 +219,8 @@ def test_scales_of_a_dict_form_equal_inc(inc: IncScales):
     }
     for op in Op:
         nodes, weights = random_nodes(op)
-        ours = compute_scales(RankSet(0, 1, nodes), parse_scale_method(form), inc.device, weights=weights.get).nodes
+        table = QuantConfig(scale_method=form).method_table
+        ours = compute_scales(RankSet(0, 1, nodes), table, inc.device, weights=weights.get).nodes
         assert {name: to_json(node) for name, node in ours.items()} == inc.compute(nodes, form, weights)
 
 

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,47 +14,15 @@ import pytest
 from gaudi_calib.cli.main import main
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.errors import CalibrationError, ConfigError, FileError, ModelError, TopologyError, UsageError
-from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.models.source import ModelSource, find_model
-from gaudi_calib.runs.calibrate import calibrate
-from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.serve.command import ServeCommand, ServeOptions, plan_serve
-from tests.support import paths
-
-MODEL = paths.GOLDEN / "llama-tiny" / "model"
-HPU2, HPU3, CPU = Platform("hpu", GAUDI2), Platform("hpu", GAUDI3), Platform("cpu")
-
-
-@dataclass
-class Calibrated:
-    """A run of worlds 1 and 2 for both devices, which a test may damage."""
-
-    root: Path
-    model: Path
-
-    def config(self, device: str) -> Path:
-        return self.root / f"maxabs_quant_{device}.json"
-
-    def plan(self, files: str = "g3", platform: Platform = HPU3, **changes) -> ServeCommand:
-        return plan_serve(replace(ServeOptions(str(self.model), self.config(files)), **changes), platform)
-
-
-def write_prompts(directory: Path, count: int = 8) -> Path:
-    path = directory / "prompts.jsonl"
-    rows = [{"prompt_token_ids": [(7 * i + j * j) % 300 for j in range(5 + i)]} for i in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def run_torch(model: Path, out: Path, **changes) -> Calibrated:
-    dataset = {"dataset": str(write_prompts(out))}
-    result = calibrate(RunOptions(str(model), out, dataset, world=2, unified_world=1, engine="torch", **changes))
-    return Calibrated(result.root, model)
+from tests.support.calibrated import CPU, HPU2, HPU3, MODEL, Calibrated, calibrate_by_torch
+from tests.support.processes import run_cli
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> Calibrated:
-    return run_torch(MODEL, tmp_path_factory.mktemp("out"))
+    return calibrate_by_torch(MODEL, tmp_path_factory.mktemp("out"))
 
 
 @pytest.fixture
@@ -138,7 +105,7 @@ def test_blocked_caches_stay_bf16(tmp_path):
 
 
 def expert_run(make: Callable[[str], Path], checkpoint: str, tmp_path: Path, **changes) -> Calibrated:
-    return run_torch(make(checkpoint), tmp_path, cold_experts="ignore", **changes)
+    return calibrate_by_torch(make(checkpoint), tmp_path, cold_experts="ignore", **changes)
 
 
 def test_experts_are_shared_as_the_files_were_made(tiny_model, tmp_path):
@@ -335,10 +302,7 @@ def test_a_port_in_use(run):
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        words = ["serve", "-m", MODEL, "--quant-config", run.config("g3"), "--port", port]
-        done = subprocess.run(
-            [sys.executable, "-m", "gaudi_calib", *map(str, words)], capture_output=True, text=True, timeout=60
-        )
+        done = run_cli("serve", "-m", MODEL, "--quant-config", run.config("g3"), "--port", port, timeout=60)
     assert done.returncode == 1
     assert f"Error: port {port} cannot be used" in done.stderr and "--port" in done.stderr
 

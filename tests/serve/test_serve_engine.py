@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +15,8 @@ import pytest
 
 import gaudi_calib
 from gaudi_calib.errors import FileError
-from tests.serve.test_serve import MODEL, Calibrated, run_torch
+from tests.support.calibrated import MODEL, Calibrated, calibrate_by_torch
+from tests.support.processes import start_cli
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
@@ -27,7 +27,7 @@ PROMPT = list(range(5, 30))
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Calibrated:
-    return run_torch(MODEL, tmp_path_factory.mktemp("out"))
+    return calibrate_by_torch(MODEL, tmp_path_factory.mktemp("out"))
 
 
 @contextmanager
@@ -36,11 +36,10 @@ def serve(run: Calibrated, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = ["-m", run.model, "--quant-config", run.config("g3"), "--port", port, "--timeout", 300]
-    command = [sys.executable, "-m", "gaudi_calib", "serve", *map(str, given)]
-    command += ["--", "--host", "127.0.0.1", "--max-model-len", "256", "--served-model-name", "tiny"]
+    words = ["serve", "-m", run.model, "--quant-config", run.config("g3"), "--port", port, "--timeout", 300]
+    words += ["--", "--host", "127.0.0.1", "--max-model-len", "256", "--served-model-name", "tiny"]
     with log.open("w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        server = start_cli(*words, stdout=file, stderr=file, start_new_session=True)
     try:
         _wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log)
         yield f"http://127.0.0.1:{port}/v1"

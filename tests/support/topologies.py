@@ -1,6 +1,7 @@
 """Random rank sets of models with experts, and the rule of `unify` and `expand` written plainly."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,12 @@ from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.store import write_rank_set
 
 OPS = ("mlp.experts.moe_op", "mlp.experts.routed_experts.moe_op")
+LAYER = "model.layers.2." + OPS[1]
+
+
+def is_equal(left: RankSet[Node], right: RankSet[Node]) -> bool:
+    """Equality of everything a rank's files hold."""
+    return repr(replace(left, nodes=dict(left.nodes))) == repr(replace(right, nodes=dict(right.nodes)))
 
 
 def make_rank(

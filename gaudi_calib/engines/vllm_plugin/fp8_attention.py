@@ -17,7 +17,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 
 from gaudi_calib.checkpoints.plan import ATTENTION_OPS
-from gaudi_calib.config.presets import QuantConfig
+from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.engines.observe.fp8_cast import pass_through
 from gaudi_calib.engines.vllm_plugin.attention import find_metadata
 from gaudi_calib.engines.vllm_plugin.scales import ScaleSource, stand_in

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gaudi_calib.config.presets import convert_backoffs, get_scales_device
+from gaudi_calib.config.model import get_scales_device
 from gaudi_calib.engines.observe.peak import max_magnitude
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import FileError, RangeError
@@ -31,7 +31,7 @@ class ScaleSource:
 
     def __init__(self, session: Session):
         self.session, self.device = session, session.device
-        self.table = convert_backoffs(session.config).method_table
+        self.table = session.config.method_table
         self._rank: tuple[int, int] | None = None
 
     @property

@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gaudi_calib.config.presets import QuantConfig, read_quant_config
+from gaudi_calib.config.file import read_quant_config
+from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.errors import ConfigError, FileError, TopologyError
 from gaudi_calib.fp8 import DEVICES, Device, get_device
 from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file

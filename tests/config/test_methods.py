@@ -2,9 +2,10 @@
 
 import pytest
 
-from gaudi_calib.config.method_form import MethodForm, with_backoffs
+from gaudi_calib.config.check import parse_quant_config
+from gaudi_calib.config.method_form import spell_out
 from gaudi_calib.config.methods import SCALE_METHODS, get_scale_method
-from gaudi_calib.config.presets import parse_scale_method
+from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.errors import ConfigError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 
@@ -46,7 +47,7 @@ def test_facts_of_each_method(name: str):
     assert method.allows_dynamic == (name not in FIXED and "MAXABS_HW" not in name and "ACT_MAXABS_HW" not in name)
     assert method.needs_measurement == (name not in DYNAMIC | FIXED)
     assert method.is_per_channel == ("PCS" in name)
-    table = parse_scale_method(name)
+    table = QuantConfig(scale_method=name).method_table
     assert (table.file_tag, table.methods, table.for_node("lm_head")) == (name, (method,), method)
 
 
@@ -59,9 +60,8 @@ def test_candidates_of_the_hardware_aligned_opt_method_depend_on_the_device():
 
 def test_a_rule_of_default_without_backoff_has_none():
     """INC's default is 1.0, not the published 0.25 or 0.5."""
-    table = parse_scale_method(
-        {"default": {"activation": {"rounding_method": "pow2"}, "weight": {"rounding_method": "pow2"}}}
-    )
+    form = {"default": {"activation": {"rounding_method": "pow2"}, "weight": {"rounding_method": "pow2"}}}
+    table = QuantConfig(scale_method=form).method_table
     assert table.file_tag == "MAXABS_POW2"
     assert (table.default.weight.backoff, table.default.activation.backoff) == (1.0, 1.0)
 
@@ -78,7 +78,7 @@ def test_nodes_win_over_layers_over_classes_over_default():
         "layers": {"3": override(0.2)},
         "layer_types": {"RowParallelLinear": override(0.3)},
     }
-    table = parse_scale_method(form)
+    table = QuantConfig(scale_method=form).method_table
 
     def backoff(name: str) -> float:
         return table.for_node(name, "RowParallelLinear").activation.backoff
@@ -99,7 +99,7 @@ def test_rules_share_the_params_of_the_default():
         },
         "layers": {"0": {"weight": {"granularity": "pcs"}}, "1": {"weight": {"granularity": "pcs", "params": {}}}},
     }
-    table = parse_scale_method(form)
+    table = QuantConfig(scale_method=form).method_table
     assert table.layers["0"].name == table.layers["1"].name == "ACT_MAXABS_POW2_WEIGHTS_PCS_OPT_POW2"
     assert table.layers["0"].weight.find_candidates(GAUDI2) == tuple(2.0**k for k in range(-10, 10))
     assert table.layers["1"].weight.find_candidates(GAUDI2) == tuple(2.0**k for k in range(-3, 5))
@@ -118,7 +118,7 @@ def test_params_of_the_default_serve_overrides_that_search():
             "c": {"weight": {"scale_value_type": "opt", "params": None}},
         },
     }
-    nodes = parse_scale_method(form).nodes
+    nodes = QuantConfig(scale_method=form).method_table.nodes
     found = {name: method.weight.find_candidates(GAUDI2) for name, method in nodes.items()}
     assert found == {"a": (2.0, 0.5), "b": (4.0,), "c": tuple(2.0**k for k in range(-10, 10))}
 
@@ -131,7 +131,7 @@ def test_overrides_that_match_nothing_are_found():
         "layers": {"1": {}, "70": {}},
         "layer_types": {"Matmul": {}, "Matmull": {}},
     }
-    unused = parse_scale_method(form).find_unused(["lm_head", "model.layers.1.mlp.gate"], ["Matmul"])
+    unused = QuantConfig(scale_method=form).method_table.find_unused(["lm_head", "model.layers.1.mlp.gate"], ["Matmul"])
     assert unused == ["nodes.lm_haed", "layers.70", "layer_types.Matmull"]
 
 
@@ -162,45 +162,45 @@ def test_overrides_that_match_nothing_are_found():
 def test_wrong_dict_forms_are_refused(form, message: str):
     """The error says what is wrong and where."""
     with pytest.raises(ConfigError) as error:
-        parse_scale_method(form)
+        parse_quant_config({"mode": "QUANTIZE", "scale_method": form})
     assert message in str(error.value)
     assert "scale_method" in str(error.value)
 
 
 def test_backoffs_become_the_dict_form_that_works():
     """`scale_params` has no effect in INC; the dict has, and keeps the method's name."""
-    content = with_backoffs("maxabs_hw", input_backoff=0.5, weight_backoff=1.0).model_dump(exclude_unset=True)
-    table = parse_scale_method(content)
-    assert table.file_tag == "MAXABS_HW"
-    assert (table.default.activation.backoff, table.default.weight.backoff) == (0.5, 1.0)
+    config = QuantConfig(scale_method="maxabs_hw", scale_params={"input_backoff": 0.5, "weight_backoff": 1.0})
+    content = config.explicit_method.model_dump(exclude_unset=True)
+    for table in (config.method_table, QuantConfig(scale_method=content).method_table):
+        assert table.file_tag == "MAXABS_HW"
+        assert (table.default.activation.backoff, table.default.weight.backoff) == (0.5, 1.0)
     assert set(content) == {"default"}
 
 
-def test_backoffs_of_a_dict_form_change_its_default_only():
-    """An override that sets its own backoff keeps it; the caller's form is not changed."""
-    form = MethodForm.model_validate({"default": PAIR_HW, "layers": {"0": {"activation": {"backoff": 0.125}}, "1": {}}})
-    table = with_backoffs(form, input_backoff=0.5).to_table()
-    assert [table.layers[layer].activation.backoff for layer in "01"] == [0.125, 0.5]
-    assert form.default.activation.backoff == 0.25
+def test_a_dict_form_stays_as_it_is():
+    """Its backoffs are those that INC reads, the override's own included."""
+    form = {"default": PAIR_HW, "layers": {"0": {"activation": {"backoff": 0.125}}, "1": {}}}
+    config = QuantConfig(scale_method=form)
+    assert config.explicit_method == config.scale_method
+    assert [config.method_table.layers[layer].activation.backoff for layer in "01"] == [0.125, 0.25]
 
 
 @pytest.mark.parametrize("name", list(SCALE_METHODS))
 def test_the_dict_form_of_a_method_is_that_method(name: str):
     """Written with unchanged backoffs, each method is read back the same, candidates included."""
-    content = with_backoffs(name).model_dump(mode="json", exclude_unset=True)
-    assert parse_scale_method(content).default == SCALE_METHODS[name]
+    content = spell_out(SCALE_METHODS[name]).model_dump(mode="json", exclude_unset=True)
+    assert QuantConfig(scale_method=content).method_table.default == SCALE_METHODS[name]
 
 
 @pytest.mark.parametrize(
-    ("name", "backoffs"),
+    ("name", "params"),
     [
         pytest.param("unit_scale", {"input_backoff": 0.5}, id="unit-input"),
         pytest.param("hw_aligned_single_scale", {"weight_backoff": 0.5}, id="single-weight"),
         pytest.param("maxabs_hw_opt_weight", {"weight_backoff": 0.5}, id="opt-weight"),
-        pytest.param("maxabs_hw", {"weight_backoff": -1}, id="negative"),
+        pytest.param("maxabs_hw", {"weight_backoff": 0.5, "input_backoff": 0.25}, id="the-same"),
     ],
 )
-def test_backoffs_without_effect_are_refused(name: str, backoffs: dict):
-    """A number nobody would use is an error, not silence."""
-    with pytest.raises(ConfigError):
-        with_backoffs(name, **backoffs)
+def test_backoffs_without_effect_leave_no_trace(name: str, params: dict):
+    """Numbers nobody would use do not turn a name into a dict."""
+    assert QuantConfig(scale_method=name, scale_params=params).explicit_method == name.upper()
