@@ -227,7 +227,7 @@ def _take_ranges(one: _Class, parts: Sequence[Part], measured: RangeTable) -> np
             f"node {one.names[one.rows[0]]!r} has no range {_label(missing)}",
             where=one.names[one.rows[0]],
             why=f"the scales of a {one.op.value} need it",
-            fix="measure again; `gaudi-calib check DIR` lists all gaps",
+            fix="measure the model again",
         )
     starts = measured.inventory.starts[one.rows][:, None]
     chosen = [places[part] for part in parts]

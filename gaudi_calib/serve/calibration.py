@@ -183,7 +183,7 @@ def _no_world(calibration: Calibration, model: ServedModel, world: int) -> FileE
         f"no files for {world} ranks",
         where=calibration.directory / calibration.name_file(0, world),
         why=f"there are files for {', '.join(map(str, worlds)) or 'no'} ranks; scales depend on what a rank holds",
-        fix=f"gaudi-calib reshard -m {run} -w {world} && gaudi-calib quantize -m {model.name} -o {out} -t {world}"
+        fix=f"gaudi-calib reshard {run} -t {world} && gaudi-calib quantize -m {model.name} -o {out} -t {world}"
         + (f"; or serve with {served}" if worlds else ""),
     )
 
@@ -233,7 +233,7 @@ def _choose_sharing(calibration: Calibration, world: int, asked: bool | None) ->
         raise TopologyError(
             f"the files of {world} ranks are for {'whole' if made else 'slices of'} experts on each rank",
             where=calibration.directory / MANIFEST_NAME,
-            fix=f"leave {flag} out, or make others: gaudi-calib reshard -m {calibration.path.parent} -w {world} "
+            fix=f"leave {flag} out, or make others: gaudi-calib reshard {calibration.path.parent} -t {world} "
             f"{flag}, then gaudi-calib quantize",
         )
     return made
