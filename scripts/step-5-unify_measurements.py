@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("-s", "--skip_unify_scales", action="store_true", help="leave out the scales")
     parser.add_argument("--device", choices=["g2", "g3"], help="device of the scales (default: found out)")
     options = parser.parse_args()
-    words = ["unify", "-m", options.measurements, "-r", str(options.rank), "-o", options.out]
+    words = ["unify", options.measurements, "-r", str(options.rank), "-o", options.out]
     words += ["--expert-parallel"] * options.use_expert_paral + ["--skip-scales"] * options.skip_unify_scales
     words += ["--device", options.device] if options.device else []
     return run_command(words)

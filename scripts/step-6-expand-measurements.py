@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--tensor-parallel", action="store_true", help="each rank gets a slice of every expert")
     parser.add_argument("--device", choices=["g2", "g3"], help="device of the scales (default: found out)")
     options = parser.parse_args()
-    words = ["expand", "-m", options.measurements, "-w", str(options.target_world_size), "-o", options.out]
+    words = ["expand", options.measurements, "-w", str(options.target_world_size), "-o", options.out]
     if options.tensor_parallel:
         words.append("--no-expert-parallel")
     elif not (Path(options.measurements) / MANIFEST_NAME).is_file():

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from gaudi_calib.cli.options import output_option
+
 
 @click.group()
 def config() -> None:
@@ -17,12 +19,10 @@ def config() -> None:
     "-m", "--model", type=click.Path(path_type=Path), help="Model directory; its config.json tells the family."
 )
 @click.option("--family", "family_name", help="Model family instead of a model; `config presets` lists them.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default="out", show_default=True, help="As in calibrate."
-)
+@output_option("As in calibrate.", default="out", show_default=True)
 @click.option("--device", type=click.Choice(["g2", "g3", "all"]), default="all", show_default=True, help="To serve on.")
 @click.option("--scale-method", default="maxabs_hw", show_default=True, help="`config presets` lists them.")
-def show(model: Path | None, family_name: str | None, output: Path, device: str, scale_method: str) -> None:
+def show(model: Path | None, family_name: str | None, out: Path, device: str, scale_method: str) -> None:
     """Print the config files a calibration would write, as JSON by path.
 
     \b
@@ -35,7 +35,7 @@ def show(model: Path | None, family_name: str | None, output: Path, device: str,
     from gaudi_calib.layout import RunLayout
 
     family = choose_family(model, family_name)
-    layout = RunLayout(output.absolute(), str(model.absolute() if model else family.name))
+    layout = RunLayout(out.absolute(), str(model.absolute() if model else family.name))
     configs = plan_configs(family, layout, ["g2", "g3"] if device == "all" else [device], scale_method)
     click.echo(json.dumps({str(path): to_content(content) for path, content in configs.items()}, indent=2))
     for warning in dict.fromkeys(finding for content in configs.values() for finding in find_warnings(content)):

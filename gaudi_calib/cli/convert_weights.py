@@ -4,19 +4,15 @@ from pathlib import Path
 
 import click
 
+from gaudi_calib.cli.options import json_option, model_option, output_option
+from gaudi_calib.cli.sections import command, option
 
-@click.command(epilog="Example: gaudi-calib convert-weights -m ./model-fp8 -o ./model-fp8-g2")
-@click.option("-m", "--model", required=True, help="Model directory, or Hugging Face name (ORG/NAME).")
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Directory of the converted checkpoint: new, empty, or of a call that was stopped.",
-)
-@click.option("--dry-run", is_flag=True, help="Print the files and their sizes, write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+@command(epilog="Example: gaudi-calib convert-weights -m ./model-fp8 -o ./model-fp8-g2")
+@model_option()
+@output_option("Directory of the converted checkpoint: new, empty, or of a call that was stopped.", required=True)
+@option("--dry-run", is_flag=True, help="Print the files and their sizes, write nothing.")
+@json_option
 def convert_weights(model: str, out: Path, dry_run: bool, as_json: bool) -> None:
     """Rescale an FP8 checkpoint for Gaudi 2, whose FP8 ends at 240 instead of 448.
 

@@ -4,17 +4,15 @@ import json
 
 import click
 
+from gaudi_calib.cli.options import json_option
+from gaudi_calib.cli.sections import command, option
 
-@click.command()
-@click.option("--require-gaudi", is_flag=True, help="Fail when there is no Gaudi.")
-@click.option("--json", "as_json", is_flag=True, help='Print {"platform": ..., "device": ...}.')
+
+@command(epilog="Example: gaudi-calib detect --json")
+@option("--require-gaudi", is_flag=True, help="Fail when there is no Gaudi.")
+@json_option
 def detect(require_gaudi: bool, as_json: bool) -> None:
-    """Print g2 or g3 on a Gaudi, else what calibration would run on: cuda or cpu.
-
-    \b
-    Example:
-      gaudi-calib detect --json
-    """
+    """Print g2 or g3 on a Gaudi, else what calibration would run on: cuda or cpu."""
     from gaudi_calib.engines.detect import detect_platform
     from gaudi_calib.engines.detect import require_gaudi as check
 

@@ -3,24 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-import click
+from gaudi_calib.cli.options import conversion_options, count_option, directory_options
+from gaudi_calib.cli.pipeline import make_conversion, print_paths
+from gaudi_calib.cli.sections import command
 
-from gaudi_calib.cli.directory_options import conversion_options, directory_options, make_conversion
 
-
-@click.command(epilog="Example: gaudi-calib expand -m out/llama/g3 -w 4")
+@command(epilog="Example: gaudi-calib expand out/llama/g3 -w 4")
 @directory_options
-@click.option("-w", "--world-size", "world", required=True, type=click.IntRange(min=1), help="Ranks to expand to.")
-@click.option(
-    "--from-world",
-    "from_world",
-    default=1,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="World size to expand.",
-)
+@count_option("-w", "--world-size", "world", required=True, help="Ranks to expand to.")
+@count_option("--from-world", default=1, help="World to expand.")
 @conversion_options
-def expand(measurements: Path, world: int, out: Path | None, from_world: int, **conversion: Any) -> None:
+def expand(directory: Path, out: Path, world: int, from_world: int, **conversion: Any) -> None:
     """Give the ranges of one rank to every rank of a larger world.
 
     For ranges that were measured on a Gaudi. They are upper bounds for each rank; where
@@ -30,5 +23,4 @@ def expand(measurements: Path, world: int, out: Path | None, from_world: int, **
     options = make_conversion(conversion)
     from gaudi_calib.runs.expand import expand_dir
 
-    for path in expand_dir(measurements, world, out or measurements, from_world=from_world, conversion=options):
-        click.echo(path)
+    print_paths(expand_dir(directory, world, out, from_world=from_world, conversion=options))

@@ -2,18 +2,18 @@
 
 from typing import Any
 
-import click
+from gaudi_calib.cli.options import dataset_options, measuring_options, target_options
+from gaudi_calib.cli.pipeline import make_run_options, print_result
+from gaudi_calib.cli.sections import command
 
-from gaudi_calib.cli.dataset_options import dataset_options
-from gaudi_calib.cli.run_options import make_run_options, measuring_options, print_result
 
-
-@click.command(epilog="Example: gaudi-calib measure -m ./llama -d builtin -o ./out -t 8")
-@measuring_options
+@command(epilog="Example: gaudi-calib measure -m ./llama -d builtin -o ./out -t 8")
+@target_options
 @dataset_options
+@measuring_options
 def measure(as_json: bool, **arguments: Any) -> None:
     """Measure ranges: what every tensor that will be quantized reaches on the prompts."""
-    from gaudi_calib.runs import calibrate as pipeline
+    from gaudi_calib.runs import calibrate as run
 
     options = make_run_options(arguments)
-    print_result(pipeline.measure(options), options, as_json=as_json)
+    print_result(run.measure(options), options, as_json=as_json)

@@ -4,8 +4,12 @@ from pathlib import Path
 
 import click
 
+from gaudi_calib.cli.options import output_option
+from gaudi_calib.cli.pipeline import print_paths
+from gaudi_calib.cli.sections import command
 
-@click.command(epilog="Example: gaudi-calib merge monday/llama/g3 tuesday/llama/g3 -o both/llama/g3")
+
+@command(epilog="Example: gaudi-calib merge monday/llama/g3 tuesday/llama/g3 -o both/llama/g3")
 @click.argument(
     "directories",
     nargs=-1,
@@ -13,13 +17,7 @@ import click
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR...",
 )
-@click.option(
-    "-o",
-    "--out",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Where the results go; may be one of DIR.",
-)
+@output_option("Where the results go; may be one of DIR.", required=True)
 def merge(directories: tuple[Path, ...], out: Path) -> None:
     """Merge the ranges of several runs of one model.
 
@@ -29,5 +27,4 @@ def merge(directories: tuple[Path, ...], out: Path) -> None:
     """
     from gaudi_calib.runs.merge import merge_dirs
 
-    for path in merge_dirs(directories, out):
-        click.echo(path)
+    print_paths(merge_dirs(directories, out))

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import click
+from gaudi_calib.cli.options import directory_options
+from gaudi_calib.cli.pipeline import print_paths
+from gaudi_calib.cli.sections import command
 
-from gaudi_calib.cli.directory_options import directory_options
 
-
-@click.command(epilog="Example: gaudi-calib postprocess -m out/llama/g3")
+@command(epilog="Example: gaudi-calib postprocess out/llama/g3")
 @directory_options
-def postprocess(measurements: Path, out: Path | None) -> None:
+def postprocess(directory: Path, out: Path) -> None:
     """Give the attention matmuls the ranges of the KV caches they read.
 
     `measure` and `calibrate` do so already; this is for ranges measured by vLLM on a
@@ -17,5 +17,4 @@ def postprocess(measurements: Path, out: Path | None) -> None:
     """
     from gaudi_calib.runs.postprocess import postprocess_dir
 
-    for path in postprocess_dir(measurements, out or measurements):
-        click.echo(path)
+    print_paths(postprocess_dir(directory, out))

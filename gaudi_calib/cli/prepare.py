@@ -6,21 +6,16 @@ from typing import Any
 
 import click
 
-from gaudi_calib.cli.dataset_options import dataset_options
+from gaudi_calib.cli.options import dataset_options, json_option, model_option, output_option
+from gaudi_calib.cli.sections import command
 
 
-@click.command(epilog="Example: gaudi-calib prepare -m ./llama -d builtin -l 256 --max-tokens 1024 -o prompts.jsonl")
-@click.option("-m", "--model", required=True, help="Model directory or Hugging Face name; its tokenizer is used.")
+@command(epilog="Example: gaudi-calib prepare -m ./llama -d builtin -l 256 --max-tokens 1024 -o prompts.jsonl")
+@model_option("Model directory or Hugging Face name; its tokenizer is used.", section="Model and output")
+@output_option("Prompts file to write (.jsonl).", is_file=True, required=True, section="Model and output")
 @dataset_options
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Prompts file to write (.jsonl).",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def prepare(model: str, output: Path, as_json: bool, **options: Any) -> None:
+@json_option
+def prepare(model: str, out: Path, as_json: bool, **options: Any) -> None:
     """Turn a dataset into a prompts file: one JSON line of token ids per prompt.
 
     Conversations go through the model's chat template once, straight to token ids. The
@@ -29,8 +24,8 @@ def prepare(model: str, output: Path, as_json: bool, **options: Any) -> None:
     from gaudi_calib.data.prompts import prepare_prompts, write_prompts
 
     prompts = prepare_prompts(model, **options)
-    write_prompts(output, prompts)
-    summary = {"file": str(output), **prompts.summary()}
+    write_prompts(out, prompts)
+    summary = {"file": str(out), **prompts.summary()}
     click.echo(json.dumps(summary, indent=2) if as_json else _describe(summary))
 
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import click
+from gaudi_calib.cli.options import quantizing_options, target_options
+from gaudi_calib.cli.pipeline import make_run_options, print_result
+from gaudi_calib.cli.sections import command
 
-from gaudi_calib.cli.run_options import make_run_options, print_result, quantizing_options, target_options
 
-
-@click.command(epilog="Example: gaudi-calib quantize -m ./llama -o ./out -t 4 --scale-method maxabs_pow2")
+@command(epilog="Example: gaudi-calib quantize -m ./llama -o ./out -t 4 --scale-method maxabs_pow2")
 @target_options
 @quantizing_options
 def quantize(as_json: bool, **arguments: Any) -> None:
@@ -15,7 +15,7 @@ def quantize(as_json: bool, **arguments: Any) -> None:
 
     A tensor-parallel size that was not measured is derived from the per-channel ranges.
     """
-    from gaudi_calib.runs import calibrate as pipeline
+    from gaudi_calib.runs import calibrate as run
 
     options = make_run_options(arguments)
-    print_result(pipeline.quantize(options), options, as_json=as_json)
+    print_result(run.quantize(options), options, as_json=as_json)

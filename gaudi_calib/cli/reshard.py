@@ -1,49 +1,28 @@
 """`gaudi-calib reshard`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from gaudi_calib.cli.options import device_option, experts_option, output_option, vllm_option, world_option
+from gaudi_calib.cli.pipeline import print_paths
+from gaudi_calib.cli.sections import command
 
-@click.command(epilog="Example: gaudi-calib reshard -m out/llama -w 8")
-@click.option(
-    "-m",
-    "--measurements",
-    "run",
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Run directory (OUT/<model>), which holds channel_ranges.safetensors.",
-)
-@click.option("-w", "--world-size", "world", required=True, type=click.IntRange(min=1), help="Ranks that will serve.")
-@click.option(
-    "-u",
-    "--expert-parallel/--no-expert-parallel",
-    "expert_parallel",
-    default=None,
-    help="Ranks hold whole experts, or a slice of each.  [as the run was made]",
-)
-@click.option(
-    "--device",
-    type=click.Choice(["g2", "g3", "all"]),
-    default="all",
-    show_default=True,
-    help="Device that will serve: one, or all the run has.",
-)
-@click.option(
-    "--vllm", metavar="VERSION", help="vLLM that will serve; before 0.24 experts have other names.  [as the run]"
-)
-@click.option(
-    "-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Run directory of the results.  [in place]"
-)  # fmt: skip
-def reshard(
-    run: Path, world: int, expert_parallel: bool | None, device: str, vllm: str | None, out: Path | None
-) -> None:
+
+@command(epilog="Example: gaudi-calib reshard out/llama -t 8")
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@world_option(required=True)
+@experts_option(found="as the run was made")
+@device_option("Device that will serve: one, or all the run has.", takes_all=True)
+@vllm_option(found="as the run")
+@output_option("Run directory of the results.  [in place]")
+def reshard(run: Path, world: int, device: str, **options: Any) -> None:
     """Derive the ranges of every rank of another topology from one measurement, exactly.
 
-    Needs neither the model nor the data. `quantize -t` computes the scales.
+    RUN is a run directory (OUT/<model>), which holds channel_ranges.safetensors. Needs
+    neither the model nor the data. `quantize -t` computes the scales.
     """
     from gaudi_calib.runs.reshard import reshard_dir
 
-    devices = None if device == "all" else [device]
-    for path in reshard_dir(run, world, expert_parallel=expert_parallel, devices=devices, out=out, vllm=vllm):
-        click.echo(path)
+    print_paths(reshard_dir(run, world, devices=None if device == "all" else [device], **options))

@@ -6,37 +6,32 @@ from typing import Any
 
 import click
 
+from gaudi_calib.cli.options import device_option, experts_option, model_option, world_option
+from gaudi_calib.cli.sections import command, option
+
 _log = logging.getLogger(__name__)
 
 
-@click.command(
+@command(
     epilog="Example: gaudi-calib serve -m ./llama --quant-config out/llama/maxabs_quant_g3.json -t 8 "
     "-- --max-model-len 4096"
 )
-@click.option("-m", "--model", required=True, help="Model directory, or Hugging Face name (ORG/NAME).")
-@click.option(
+@model_option()
+@option(
     "--quant-config", type=click.Path(path_type=Path),
     help="What QUANT_CONFIG will be: OUT/<model>/maxabs_quant_<device>.json. Not for AWQ, GPTQ, "
     "compressed-tensors and FP8 checkpoints that are served with their own method.",
 )  # fmt: skip
-@click.option(
-    "-t", "--tensor-parallel-size", "world", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks."
-)
-@click.option(
-    "--device", type=click.Choice(["g2", "g3"]),
-    help="Gaudi that will serve; with --print, show the command for it.  [the one of this machine]",
-)  # fmt: skip
-@click.option(
-    "-u", "--expert-parallel/--no-expert-parallel", "expert_parallel", default=None,
-    help="Ranks hold whole experts, or a slice of each.  [as the files were made]",
-)  # fmt: skip
-@click.option("--skip-warmup", is_flag=True, help="Start sooner on a Gaudi; the first requests are slower.")
-@click.option(
+@world_option("Ranks.")
+@device_option("Gaudi that will serve; with --print, show the command for it.  [the one of this machine]")
+@experts_option(found="as the files were made")
+@option("--skip-warmup", is_flag=True, help="Start sooner on a Gaudi; the first requests are slower.")
+@option(
     "--timeout", "timeout_s", type=click.IntRange(min=1), metavar="S",
     help="Seconds that vLLM waits for its start and for one step, where compiling FP8 takes long.  [vLLM's]",
 )  # fmt: skip
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Where it listens.")
-@click.option("--print", "only_print", is_flag=True, help="Show the environment and the command, and start nothing.")
+@option("--port", type=click.IntRange(1, 65535), metavar="N", default=8000, help="Where it listens.")
+@option("--print", "only_print", is_flag=True, help="Show the environment and the command, and start nothing.")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM_ARGS]...")
 def serve(only_print: bool, **arguments: Any) -> None:
     """Serve a calibrated model with vLLM, in FP8.

@@ -8,9 +8,7 @@ from typing import Any
 
 from gaudi_calib.config.check import parse_quant_config
 from gaudi_calib.config.methods import SCALE_METHODS, get_scale_method
-from gaudi_calib.config.model import (
-    QuantConfig,
-)
+from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.errors import UsageError
 from gaudi_calib.layout import RunLayout
 from gaudi_calib.models.families import FAMILIES, Family

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gaudi_calib.data import DEFAULT_SEED
 from gaudi_calib.data.rows import TOKEN_IDS, Row
 from gaudi_calib.data.sources import read_rows
 from gaudi_calib.data.tokens import Rendering, load_tokenizer, tokenize_row
@@ -26,7 +27,6 @@ from gaudi_calib.models.source import find_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_SEED = 42
 _log = logging.getLogger(__name__)
 
 

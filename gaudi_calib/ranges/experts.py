@@ -255,5 +255,5 @@ def _refuse(op: str, why: str) -> TopologyError:
         "the experts of a layer cannot be told apart",
         where=op,
         why=why,
-        fix="measure all ranks again in one run; `gaudi-calib check DIR` lists all gaps",
+        fix="measure all ranks again in one run",
     )

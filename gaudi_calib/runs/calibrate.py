@@ -109,7 +109,7 @@ def _load_ranges(run: Run) -> None:
                     where=placed.path,
                     why=f"neither rank files (with experts shared as they are to be served) nor {CHANNEL_RANGES_NAME}",
                     fix=f"run `gaudi-calib measure -m MODEL -d DATASET -o OUT -t {world}`, or make them of ranks "
-                    "that are there: `gaudi-calib unify -r N`, `gaudi-calib expand -w N`",
+                    "that are there: `gaudi-calib unify DIR -r N`, `gaudi-calib expand DIR -w N`",
                 )
             derive_target(run, read_channel_ranges(placed.channel_file), target, world)
 

@@ -75,7 +75,7 @@ def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
             "the directories have no ranges of the same world size in common",
             where=", ".join(str(run.path) for run in runs),
             why="; ".join(f"{run.path} has {_describe_worlds(run)}" for run in runs),
-            fix="measure each run with the same -t, or `gaudi-calib unify` all to one world size first",
+            fix="measure each run with the same -t, or bring all to one world first: `gaudi-calib unify DIR -r N`",
         )
     written = _write(out, ranges, channels, manifests, [run.path for run in runs])
     _set_aside(out, written, is_device_dir=runs[0].is_device_dir)

@@ -84,7 +84,7 @@ def _find_run(run: Path, devices: Sequence[str] | None) -> tuple[Path, Sequence[
             f"no {CHANNEL_RANGES_NAME}",
             where=run,
             why="only the torch engine writes it; rank files alone cannot be resharded exactly",
-            fix="give the run directory (OUT/<model>), or use `gaudi-calib expand`, whose ranges are upper bounds",
+            fix="give the run directory (OUT/<model>), or use `gaudi-calib expand DIR -w N`: upper bounds",
         )
     found = devices or [name for name in DEVICES if (run / name).is_dir()]
     return run, found or list(DEVICES)

@@ -224,7 +224,7 @@ def _take_ranges(alike: _Class, parts: Sequence[Part], measured: RangeTable) -> 
             f"node {alike.names[alike.rows[0]]!r} has no range {_label(missing)}",
             where=alike.names[alike.rows[0]],
             why=f"the scales of a {alike.op.value} need it",
-            fix="measure again; `gaudi-calib check DIR` lists all gaps",
+            fix="measure the model again",
         )
     starts = measured.inventory.starts[alike.rows][:, None]
     chosen = [places[part] for part in parts]

@@ -164,10 +164,10 @@ def test_reshard_equals_a_measurement_at_that_topology(split: bool, options, tmp
 def test_reshard_in_place_sets_stale_scales_aside(options, capsys):
     """Worlds stand side by side; scales of ranks that change are moved where INC does not find them."""
     root = calibrate(options("mixtral", world=2, expert_parallel=True)).root
-    assert main(["reshard", "-m", str(root / "g3"), "-w", "4"]) == 0
+    assert main(["reshard", str(root / "g3"), "-t", "4"]) == 0
     assert list(list_worlds(root / "g3")) == [2, 4]
     assert list(list_worlds(root / "g3", TAG)) == [2]
-    assert main(["reshard", "-m", str(root), "-w", "2", "--no-expert-parallel", "--device", "g3"]) == 0
+    assert main(["reshard", str(root), "-t", "2", "--no-expert-parallel", "--device", "g3"]) == 0
     assert list(list_worlds(root / "g3", TAG)) == []
     assert len(list((root / "g3/replaced").iterdir())) == 4
     quantize(options("mixtral", world=2))

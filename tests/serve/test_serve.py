@@ -160,7 +160,7 @@ def move_away(run: Calibrated) -> None:
     [
         (remove("inc_output_hooks_maxabs_1_2.npz"), FileError, "ranges of a rank are missing", "quantize"),
         (remove("*MAXABS_HW_1_2.npz"), FileError, "scales of a rank are missing: .*HW_1_2.npz", "quantize"),
-        (remove("*_2.npz"), FileError, "no files for 2 ranks", "reshard -m .*model -w 2 .*serve with -t 1"),
+        (remove("*_2.npz"), FileError, "no files for 2 ranks", "reshard .*model -t 2 .*serve with -t 1"),
         (change_ranges, FileError, "HW_1_2.json is stale", "quantize"),
         (change_backoff, FileError, "stale", "quantize"),
         (break_config, ConfigError, r"not valid JSON \(line 1, column 2\)", "correct that line"),

@@ -103,7 +103,7 @@ class ScaleSource:
             f"no ranges and no scales of rank {rank} of {world}",
             where=self.session.directory / RankFile(self.session.dump, rank=rank, world=world).name,
             why=f"the directory holds ranges of world size {', '.join(map(str, worlds)) or 'none'}",
-            fix=f"run `gaudi-calib reshard` to {world} ranks, or serve with a world size that is there",
+            fix=f"run `gaudi-calib reshard RUN -t {world}`, or serve with a world size that is there",
         )
 
     def _unmeasured(self, name: str) -> RangeError:

@@ -1,0 +1,100 @@
+"""From the arguments of a command to the value its Python call takes, and how results are printed."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from gaudi_calib.engines.vllm_runner.phases import EngineOptions
+    from gaudi_calib.runs.conversion import Conversion
+    from gaudi_calib.runs.options import RunOptions
+    from gaudi_calib.runs.run import RunResult
+
+_DATASET_ARGUMENTS = (
+    "dataset",
+    "limit",
+    "seed",
+    "min_tokens",
+    "max_tokens",
+    "columns",
+    "chat_template",
+    "trust_remote_code",
+)
+_ENGINE_ARGUMENTS = ("enforce_eager", "max_new_tokens", "max_model_len", "gpu_memory_utilization", "executor")
+
+
+def make_run_options(arguments: dict[str, Any]) -> "RunOptions":
+    """Turn the arguments of a command into `RunOptions`."""
+    from gaudi_calib.runs.options import RunOptions
+
+    given = dict(arguments)
+    dataset = {name: given.pop(name) for name in _DATASET_ARGUMENTS if name in given}
+    device = given.pop("device")
+    if "engine_args" in given:
+        given["engine_options"] = _make_engine_options(given)
+    return RunOptions(dataset=dataset, devices=("g2", "g3") if device == "all" else (device,), **given)
+
+
+def _make_engine_options(given: dict[str, Any]) -> "EngineOptions":
+    from gaudi_calib.engines.vllm_runner.phases import EngineOptions
+
+    args = {name.replace("-", "_"): _parse_value(text) for name, text in _split_pairs(given.pop("engine_args"))}
+    env = dict(_split_pairs(given.pop("env")))
+    return EngineOptions(**{name: given.pop(name) for name in _ENGINE_ARGUMENTS}, args=args, env=env)
+
+
+def _split_pairs(pairs: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not (sign and name):
+            raise click.UsageError(f"{pair!r} is not NAME=VALUE.")
+        yield name, value
+
+
+def _parse_value(text: str) -> Any:
+    """Return the JSON value that `text` is, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False}.get(text, text)
+
+
+def make_conversion(arguments: dict[str, Any]) -> "Conversion":
+    """Turn the arguments of `conversion_options` into a value."""
+    # NumPy's BLAS is not used, and its waiting threads take a tenth of a short command's time.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from gaudi_calib.runs.conversion import Conversion
+
+    return Conversion(**arguments)
+
+
+def print_paths(paths: Iterable[Path]) -> None:
+    """Print what was written, a path a line."""
+    for path in paths:
+        click.echo(path)
+
+
+def print_result(result: "RunResult", options: "RunOptions", *, as_json: bool) -> None:
+    """Print what a run wrote, and how to serve it."""
+    if as_json:
+        value = {
+            "root": str(result.root),
+            "files": [str(path) for path in result.files],
+            "quant_configs": {name: str(path) for name, path in result.quant_configs.items()},
+            "worlds": list(result.worlds),
+            "warnings": list(result.warnings),
+        }
+        click.echo(json.dumps(value, indent=2))
+        return
+    from gaudi_calib.serve.command import plan_on_gaudi
+
+    click.echo(f"{len(result.files)} files in {result.root}")
+    for device, path in result.quant_configs.items():
+        for world in result.worlds or (options.world,):
+            click.echo(f"\nOn Gaudi {device[1]}, {world} card{'s' * (world > 1)}:")
+            for line in plan_on_gaudi(options.model, path, world=world, device=device).lines:
+                click.echo(f"  {line}")
