@@ -1,6 +1,7 @@
 """A Hugging Face model without weights, and giving parts of it theirs."""
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ def build_skeleton(plan: ModelPlan, dtype: torch.dtype, device: torch.device) ->
     """Return the Hugging Face model with its buffers on `device` and its parameters on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _quiet_torch()
     register_attention()
     config = AutoConfig.from_pretrained(plan.checkpoint.directory)
     if plan.layout.text_prefix:
@@ -33,6 +35,15 @@ def build_skeleton(plan: ModelPlan, dtype: torch.dtype, device: torch.device) ->
             device, torch.float32 if is_kept else buffer.dtype
         )
     return model.eval()
+
+
+def _quiet_torch() -> None:
+    """Let torch log no more than this process wants to see of libraries: its own handlers do not ask the root logger.
+
+    transformers imports torchao, where it is installed, and torch warns of that.
+    """
+    log = logging.getLogger("torch")
+    log.setLevel(max(log.level, logging.getLogger().level))
 
 
 @contextlib.contextmanager
