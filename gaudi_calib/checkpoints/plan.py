@@ -1,6 +1,6 @@
 """What will be measured: the nodes of a model, from its configuration and headers alone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -9,32 +9,16 @@ import torch
 
 from gaudi_calib.checkpoints.checkpoint import Checkpoint
 from gaudi_calib.checkpoints.expert_weights import ExpertWeights, find_expert_weights
+from gaudi_calib.checkpoints.weight_names import WeightNames
 from gaudi_calib.errors import ModelError, TopologyError
 from gaudi_calib.models.families import Family, count_kv_heads
 from gaudi_calib.models.modules import Attention, Experts, Layout, Linear, Split, Unmeasured
 from gaudi_calib.ranges.experts import list_children
-from gaudi_calib.ranges.node import Op
+from gaudi_calib.ranges.node import ATTENTION_OPS, LATENT_ATTENTION_OPS, Op
 from gaudi_calib.ranges.topology import Axis, Segment, Topology
 
 # vLLM pads the vocabulary so that ranks get equal shares.
-VOCABULARY_PADDING = 64
-
-# The modules of one attention implementation, in vllm-gaudi's module order. Softmax is
-# patched but never runs: prefill is fused and decode works block by block.
-ATTENTION_OPS = {
-    "matmul_qk": Op.MATMUL,
-    "softmax": Op.SOFTMAX,
-    "matmul_av": Op.MATMUL,
-    "batch2block_matmul": Op.B2B_MATMUL,
-    "block2batch_matmul": Op.B2B_MATMUL,
-    "k_cache": Op.KV_CACHE,
-    "v_cache": Op.KV_CACHE,
-    "fused_scaled_dot_product_attention": Op.FUSED_SDPA,
-}
-# The same with one latent cache for all heads.
-LATENT_ATTENTION_OPS = {
-    "latent_cache_k" if op == "k_cache" else op: kind for op, kind in ATTENTION_OPS.items() if op != "v_cache"
-}
+_VOCABULARY_PADDING = 64
 
 
 @dataclass(frozen=True)
@@ -136,7 +120,7 @@ class ModelPlan:
 
     def divides_experts(self, topology: Topology) -> bool:
         """Whether the experts, or their intermediate channels, divide over the ranks."""
-        sizes = [one.count if topology.expert_parallel else one.channels for one in self.experts.values()]
+        sizes = [experts.count if topology.expert_parallel else experts.channels for experts in self.experts.values()]
         return all(size % topology.world == 0 for size in sizes)
 
     def require_topology(self, topology: Topology) -> None:
@@ -200,7 +184,7 @@ class ModelPlan:
     def _read_expert_weight(self, node: str, rank: int, topology: Topology) -> torch.Tensor:
         op, part, index = node.rsplit(".", 2)
         # Older vLLM has no `routed_experts` in the path.
-        experts = next(one for name, one in self.experts.items() if op in (name, name.replace(".routed_experts", "")))
+        experts = next(self.experts[name] for name in self.experts if op in (name, name.replace(".routed_experts", "")))
         size = experts.channels // topology.world
         channels, expert = slice(rank * size, (rank + 1) * size), int(index)
         if topology.expert_parallel:
@@ -232,8 +216,8 @@ def plan_model(model_dir: Path, dtype: str = "bfloat16") -> ModelPlan:
     nodes = dict(_walk_nodes(plan))
     return replace(
         plan,
-        linears={name: one for name, one in nodes.items() if isinstance(one, LinearPlan)},
-        experts={name: one for name, one in nodes.items() if isinstance(one, ExpertWeights)},
+        linears={name: node for name, node in nodes.items() if isinstance(node, LinearPlan)},
+        experts={name: node for name, node in nodes.items() if isinstance(node, ExpertWeights)},
         attention_layers=tuple(
             index for index in range(len(layers)) if plan.attention_node(index, "matmul_qk") in nodes
         ),
@@ -255,7 +239,7 @@ def _walk_nodes(plan: ModelPlan) -> Iterator[tuple[str, LinearPlan | ExpertWeigh
 
 
 def _walk_layer(
-    plan: ModelPlan, index: int, layer: str, names: "WeightNames"
+    plan: ModelPlan, index: int, layer: str, names: WeightNames
 ) -> Iterator[tuple[str, LinearPlan | ExpertWeights | None]]:
     for module in plan.layout.modules:
         node = plan.node_name(index, module.name)
@@ -280,51 +264,6 @@ def _list_idle(plan: ModelPlan, index: int, module: Attention | Unmeasured, node
     ops = [plan.attention_node(index, op) for op in plan.attention_ops]
     # vLLM's latent attention module has a second set of ops, which it never calls.
     return ops + [f"{node}.{op}" for op in ATTENTION_OPS] if module.latent else ops
-
-
-def _split_names(names: Iterable[str]) -> Iterator[list[str]]:
-    return (name.split(".") for name in names)
-
-
-class WeightNames:
-    """Finds tensors under the names that checkpoints of different ages give them."""
-
-    def __init__(self, checkpoint: Checkpoint, layout: Layout):
-        self._checkpoint, self._renames = checkpoint, layout.renames
-        self._modules = {".".join(parts[:i]) for parts in _split_names(checkpoint.weights) for i in range(len(parts))}
-
-    def has_module(self, name: str) -> bool:
-        """Whether any tensor lies below the module path `name`."""
-        return name in self._modules or name.partition(".")[2] in self._modules
-
-    def has(self, name: str) -> bool:
-        return self._find(name) is not None
-
-    def find(self, name: str) -> str:
-        """Return the checkpoint's name of the module tensor `name`.
-
-        Raises:
-            ModelError: no such tensor.
-        """
-        found = self._find(name)
-        if found is None:
-            raise ModelError(
-                f"the checkpoint has no tensor {name!r}",
-                where=self._checkpoint.directory,
-                why="config.json calls for it",
-                fix="check that config.json belongs to these weights and that all shards are there",
-            )
-        return found
-
-    def _find(self, name: str) -> str | None:
-        # A checkpoint of the bare decoder lacks the first component ("model.", "transformer.").
-        renamed = name
-        for ours, theirs in self._renames:
-            renamed = renamed.replace(ours, theirs)
-        for candidate in (name, renamed, name.partition(".")[2], renamed.partition(".")[2]):
-            if candidate in self._checkpoint.weights:
-                return candidate
-        return None
 
 
 def _plan_linear(plan: ModelPlan, linear: Linear, node: str, prefix: str, names: WeightNames) -> LinearPlan:
@@ -369,6 +308,6 @@ def _plan_lm_head(plan: ModelPlan, names: WeightNames) -> LinearPlan:
     stored = [f"{name}.weight" for name in layout.lm_head if f"{name}.weight" in plan.checkpoint.weights]
     weight = stored[0] if stored else names.find(f"{layout.embedding}.weight")  # tied to the embedding
     rows = plan.checkpoint.shapes[weight][0]
-    padding = -rows % VOCABULARY_PADDING
+    padding = -rows % _VOCABULARY_PADDING
     axis = Axis((Segment(rows + padding, rows + padding),))
     return LinearPlan(layout.vllm_lm_head, (), (weight,), Split.COLUMN, axis, Axis(), padding)

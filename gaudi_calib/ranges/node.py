@@ -99,19 +99,24 @@ class RankSet(Generic[T]):
     dump: str = DUMP_NAME
 
 
-_OP_BY_SUFFIX = {
+# The modules of one attention implementation, in vllm-gaudi's module order. Softmax is
+# patched but never runs: prefill is fused and decode works block by block.
+ATTENTION_OPS = {
     "matmul_qk": Op.MATMUL,
+    "softmax": Op.SOFTMAX,
     "matmul_av": Op.MATMUL,
     "batch2block_matmul": Op.B2B_MATMUL,
     "block2batch_matmul": Op.B2B_MATMUL,
     "k_cache": Op.KV_CACHE,
     "v_cache": Op.KV_CACHE,
-    "latent_cache_k": Op.KV_CACHE,
-    "latent_cache_v": Op.KV_CACHE,
-    "softmax": Op.SOFTMAX,
     "fused_scaled_dot_product_attention": Op.FUSED_SDPA,
-    "moe_op": Op.DYNAMIC_MOE,
 }
+# The same with one latent cache for all heads.
+LATENT_ATTENTION_OPS = {
+    "latent_cache_k" if op == "k_cache" else op: kind for op, kind in ATTENTION_OPS.items() if op != "v_cache"
+}
+
+_OP_BY_SUFFIX = {**ATTENTION_OPS, **LATENT_ATTENTION_OPS, "latent_cache_v": Op.KV_CACHE, "moe_op": Op.DYNAMIC_MOE}
 
 
 class Measured(Protocol):

@@ -10,7 +10,6 @@ it is; these do, the weightiest first:
 """
 
 import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, TopologyError
 from gaudi_calib.layout import MANIFEST_NAME
+from gaudi_calib.models.headers import read_header
 from gaudi_calib.models.source import open_model
 from gaudi_calib.ranges.experts import detect_expert_parallel
 from gaudi_calib.ranges.unify import World
@@ -105,13 +105,11 @@ def count_channel_experts(path: Path) -> int | None:
         FileError: the file is damaged.
     """
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-        nodes = json.loads(header["__metadata__"]["channel_ranges"])["nodes"]
+        nodes = json.loads(read_header(path).metadata["channel_ranges"])["nodes"]
         counts = {facts["experts"]["count"] for facts in nodes.values() if "experts" in facts}
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{path.name} is damaged", where=path, why=str(error), fix="measure again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = error.why if isinstance(error, FileError) else str(error)
+        raise FileError(f"{path.name} is damaged", where=path, why=why, fix="measure again") from error
     return counts.pop() if len(counts) == 1 else None
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gaudi_calib.checkpoints.plan import ATTENTION_OPS, plan_model
+from gaudi_calib.checkpoints.plan import plan_model
 from gaudi_calib.models.families import FAMILIES
+from gaudi_calib.models.source import ModelSource
+from gaudi_calib.ranges.node import ATTENTION_OPS
 from tests.oracles.vllm_tree import Tree, read_vllm_trees
 from tests.support.tiny import CHECKPOINTS, MOE_CHECKPOINTS
 
@@ -56,7 +58,8 @@ def test_nodes_are_the_modules_inc_patches_in_vllm_in_order(
     checkpoint: str, trees: dict[str, Tree], linear_classes: set[str], tiny_model: Callable[[str], Path]
 ) -> None:
     """Linear nodes are vLLM's modules of the patched classes; attention and experts get vllm-gaudi's children."""
-    expected = list(_expect_nodes(trees[checkpoint], linear_classes, _count_experts(ALL[checkpoint])))
+    experts = ModelSource(checkpoint, None, ALL[checkpoint]).expert_count or 0
+    expected = list(_expect_nodes(trees[checkpoint], linear_classes, experts))
     assert list(plan_model(tiny_model(checkpoint)).node_names) == expected
 
 
@@ -100,8 +103,3 @@ def _expect_nodes(tree: Tree, linear_classes: set[str], experts: int) -> Iterato
             yield f"{name}.moe_op"
             yield from (f"{name}.moe_op.w13_list.{i}" for i in range(experts))
             yield from (f"{name}.moe_op.w2_list.{i}" for i in range(experts))
-
-
-def _count_experts(config: dict[str, object]) -> int:
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next((int(str(config[name])) for name in names if name in config), 0)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from gaudi_calib.checkpoints.plan import ModelPlan, WeightNames
+from gaudi_calib.checkpoints.plan import ModelPlan
+from gaudi_calib.checkpoints.weight_names import WeightNames
 from gaudi_calib.engines.torch.attention import ATTENTION_NAME, register_attention
 
 

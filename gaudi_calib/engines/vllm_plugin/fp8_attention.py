@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import Attention
 
-from gaudi_calib.checkpoints.plan import ATTENTION_OPS
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.engines.observe.fp8_cast import pass_through
 from gaudi_calib.engines.vllm_plugin.attention import find_metadata
@@ -24,7 +23,7 @@ from gaudi_calib.engines.vllm_plugin.scales import ScaleSource, stand_in
 from gaudi_calib.engines.vllm_plugin.scores import Sequences
 from gaudi_calib.errors import ConfigError
 from gaudi_calib.ranges.layer_types import find_layer_type
-from gaudi_calib.ranges.node import Op, ScaleNode
+from gaudi_calib.ranges.node import ATTENTION_OPS, Op, ScaleNode
 
 _SHAPES = {Op.MATMUL: (2, None), Op.B2B_MATMUL: (2, 1), Op.KV_CACHE: (1, None), Op.FUSED_SDPA: (3, 2)}
 _FUSED = "fused_scaled_dot_product_attention"

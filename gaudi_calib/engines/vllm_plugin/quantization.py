@@ -147,7 +147,7 @@ class GaudiFp8Config(QuantizationConfig):
             )
 
     def _refuse_latent(self, prefix: str) -> None:
-        from gaudi_calib.checkpoints.plan import LATENT_ATTENTION_OPS
+        from gaudi_calib.ranges.node import LATENT_ATTENTION_OPS
 
         if all(self.session.config.is_blocked(f"{prefix}.impl.{op}") for op in LATENT_ATTENTION_OPS):
             return
