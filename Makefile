@@ -17,7 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-serve test check style types docs bench clean
+.PHONY: help venv demo demo-serve test check wheel-test style types docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -27,10 +27,13 @@ venv: $(VENV)/run.stamp ## build .venv with what calibration needs
 test: style types $(VENV)/test.stamp ## style, types, doctests and tests (installs the full list first)
 	$(BIN)/python -m pytest -q
 
-check: $(VENV)/test.stamp ## the tests that need no model: a minute while you edit
-	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_cli.py tests/test_scripts.py gaudi_calib
+check: $(VENV)/check.stamp ## the tests that run no model, INC, vLLM or Ray: a minute while you edit
+	$(BIN)/python -m pytest -q -m "not torch and not inc and not vllm and not ray" --ignore=gaudi_calib/engines/vllm_plugin
 
-style: $(VENV)/test.stamp ## lint and formatting
+wheel-test: ## the wheel in an empty environment, installed by pip's own resolver, calibrates
+	PYTHON=$(PYTHON) .ci/wheel_test torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+style: $(VENV)/check.stamp ## lint and formatting
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
@@ -75,7 +78,11 @@ $(VENV)/run.stamp: requirements/run.txt setup.cfg pyproject.toml $(VENV)/torch-$
 	$(PIP) --no-deps -e .
 	@touch $@
 
-$(VENV)/test.stamp: requirements/test.txt $(VENV)/run.stamp
+$(VENV)/check.stamp: requirements/check.txt $(VENV)/run.stamp
+	$(PIP) --no-deps -r requirements/check.txt
+	@touch $@
+
+$(VENV)/test.stamp: requirements/test.txt $(VENV)/check.stamp
 	$(PIP) --no-deps -r requirements/test.txt
 	@touch $@
 

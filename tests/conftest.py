@@ -5,14 +5,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-
-from tests.support.tiny import make_tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return the directory of a checkpoint of `tiny.CHECKPOINTS`, made once per session; do not change it."""
+
+    from tests.support.tiny import make_tiny_model
 
     @cache
     def make(checkpoint: str) -> Path:
@@ -24,6 +23,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Run torch on one thread: where matrices are tiny, more only wait for each other."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

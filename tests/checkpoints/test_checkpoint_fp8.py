@@ -13,6 +13,8 @@ from gaudi_calib.checkpoints.checkpoint import Checkpoint
 from gaudi_calib.errors import ModelError
 from tests.support import paths
 
+pytestmark = pytest.mark.torch
+
 GOLDEN = paths.GOLDEN / "deepseek-v3-fp8-tiny"
 BLOCK_FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 CHANNEL_FP8 = {

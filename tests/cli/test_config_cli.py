@@ -107,9 +107,9 @@ def test_presets_list_every_family_and_method(capsys):
     table = capsys.readouterr().out
     assert main(["config", "presets", "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
-    families, methods = [one.name for one in FAMILIES], [name.lower() for name in SCALE_METHODS]
-    assert [one["name"] for one in described["families"]] == families
-    assert [one["name"] for one in described["scale_methods"]] == methods
+    families, methods = [family.name for family in FAMILIES], [name.lower() for name in SCALE_METHODS]
+    assert [row["name"] for row in described["families"]] == families
+    assert [row["name"] for row in described["scale_methods"]] == methods
     assert [line.split()[0] for line in table.splitlines() if line.partition(" ")[0] in families + methods] == (
         families + methods
     )

@@ -13,7 +13,6 @@ import pytest
 
 from tests.support import paths
 from tests.support.files import write_prompts
-from tests.support.tiny import make_tiny_model
 
 ROOT = paths.ROOT
 SCRIPTS = ROOT / "scripts"
@@ -23,6 +22,8 @@ RANKS_OF_TWO = {"_0_2.json", "_0_2.npz", "_0_2_mod_list.json", "_1_2.json", "_1_
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny checkpoint `Model` and a file `prompts.jsonl` of token ids."""
+    from tests.support.tiny import make_tiny_model
+
     directory = tmp_path_factory.mktemp("scripts")
     make_tiny_model("llama", directory / "Model")
     write_prompts(directory, ([1 + (7 * row + i) % 50 for i in range(8)] for row in range(6)))
@@ -130,6 +131,7 @@ def test_calibrate_model_passes_every_flag_on(extra: list[str], passed: list[str
     assert result.stdout.splitlines() == [str(tmp_path), "calibrate", *given, *passed]
 
 
+@pytest.mark.torch
 def test_calibrate_model_writes_a_run_beside_its_caller(tiny: Path, program: Path, tmp_path: Path) -> None:
     """Relative paths are the caller's; both worlds and devices have ranges and scales; the end says how to serve."""
     words = ["-m", "Model", "-d", "prompts.jsonl", "-o", tmp_path / "out", "-t", "2", "-r", "1"]
@@ -144,6 +146,7 @@ def test_calibrate_model_writes_a_run_beside_its_caller(tiny: Path, program: Pat
     assert "vllm serve" in result.stdout
 
 
+@pytest.mark.torch
 def test_a_failing_calibration_keeps_its_exit_code(tiny: Path, program: Path, tmp_path: Path) -> None:
     """The shell never turns a failure into success."""
     words = ["-m", tiny / "Model", "-d", "missing.jsonl", "-o", tmp_path / "out"]
@@ -170,6 +173,7 @@ def test_step_0_returns_the_generation(digit: int, tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (digit, f"g{digit}\n"), result.stderr
 
 
+@pytest.mark.torch
 def test_step_1_writes_what_step_2_reads(tiny: Path, tmp_path: Path) -> None:
     """NAME-calibration-dataset.pkl holds one row of token ids per sample, cut to the model length."""
     words = ["-m", tiny / "Model", "-d", tiny / "prompts.jsonl", "-o", "name", "--max-dataset-samples", 3]
@@ -179,6 +183,7 @@ def test_step_1_writes_what_step_2_reads(tiny: Path, tmp_path: Path) -> None:
     assert [len(ids) for ids in table["prompt_token_ids"]] == [5, 5, 5]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["2-measure-scales", "4-quantize-scales"])
 def test_steps_that_need_quant_config_say_so(name: str, tiny: Path, tmp_path: Path) -> None:
     """Without QUANT_CONFIG the two steps exit with 2 and how to set it."""
@@ -188,6 +193,7 @@ def test_steps_that_need_quant_config_say_so(name: str, tiny: Path, tmp_path: Pa
     assert "QUANT_CONFIG is not set" in result.stderr
 
 
+@pytest.mark.torch
 def test_steps_2_to_6_honour_quant_config_in_the_layout_of_a_run(tiny: Path, tmp_path: Path) -> None:
     """dump_stats_path and blocklist of QUANT_CONFIG decide where the files go and what is in them."""
     directory = tmp_path / "out" / "model" / "g2"
@@ -232,6 +238,7 @@ def blocked(*names: str) -> Mapping[str, list[str]]:
     return {"types": [], "names": list(names)}
 
 
+@pytest.mark.torch
 def test_steps_2_and_4_honour_any_dump_stats_path(tiny: Path, tmp_path: Path) -> None:
     """A path that is no run's layout, relative to the caller, gets files of its own name and nothing else."""
     measure = write_config(tmp_path / "m.json", mode="MEASURE", dump_stats_path="./hqt_output/measure")
@@ -251,6 +258,7 @@ def test_steps_2_and_4_honour_any_dump_stats_path(tiny: Path, tmp_path: Path) ->
     assert content["Nodes"]
 
 
+@pytest.mark.torch
 def test_step_2_wants_a_device_it_can_know(tiny: Path, tmp_path: Path) -> None:
     """Off Gaudi, with a path that names no device, the step asks instead of guessing."""
     measure = write_config(tmp_path / "m.json", mode="MEASURE", dump_stats_path="./hqt_output/measure")

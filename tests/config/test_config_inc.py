@@ -20,6 +20,8 @@ from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods import sca
 from neural_compressor.torch.algorithms.fp8_quant._quant_common import quant_config as inc
 from neural_compressor.torch.utils.auto_accelerator import INCAcceleratorType
 
+pytestmark = pytest.mark.inc
+
 
 class _Gaudi:
     """What INC asks its accelerator while it parses a config."""

@@ -40,7 +40,7 @@ def test_every_published_method_has_a_template():
     assert methods == set(SCALE_METHODS)
 
 
-@pytest.mark.parametrize("family", [one for one in FAMILIES if one.blocklist], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.blocklist], ids=lambda family: family.name)
 def test_every_family_rule_has_its_two_templates(family):
     """A family with a rule of its own has a MEASURE and a QUANTIZE file with the same blocklist."""
     for phase in ("measure", "quant"):

@@ -142,6 +142,7 @@ def test_templates_that_fail(tokenizers, template, messages, message):
     assert caught.value.why
 
 
+@pytest.mark.vllm  # installs mistral_common
 def test_tokenizer_with_a_chat_format_of_its_own(tmp_path):
     """Mistral's own tokenizer has no template and formats conversations all the same."""
     pytest.importorskip("transformers")

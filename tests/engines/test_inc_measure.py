@@ -18,6 +18,8 @@ from tests.support.tiny import CHECKPOINTS, make_tiny_model
 
 pytest.importorskip("neural_compressor.torch", reason="the hpu extra (INC) is not installed")
 
+pytestmark = [pytest.mark.torch, pytest.mark.inc]
+
 Ranges = dict[str, list[float]]
 
 FALCON = [name for name, config in CHECKPOINTS.items() if config["model_type"] == "falcon"]

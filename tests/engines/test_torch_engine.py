@@ -24,6 +24,8 @@ from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channe
 from tests.support.reference import Recording, largest, rank_heads, rank_part, record_model
 from tests.support.tiny import CHECKPOINTS, MOE_CHECKPOINTS, make_tiny_model
 
+pytestmark = pytest.mark.torch
+
 LENGTHS = (7, 33, 50, 50, 3)
 
 

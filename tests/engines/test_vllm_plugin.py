@@ -29,6 +29,8 @@ from tests.support.tiny import make_tiny_model
 pytest.importorskip("vllm")
 from tests.oracles.vllm_engine import Answer, EngineTask, run_engines
 
+pytestmark = [pytest.mark.torch, pytest.mark.vllm]
+
 FLOAT32 = {"dtype": "float32"}
 BF16_STEP = 2.0**-7  # the largest relative step between neighbouring bfloat16 values
 # What bfloat16 arithmetic does to a maximum behind four layers; the largest seen is 4.5 %.

@@ -27,6 +27,8 @@ from tests.support.tiny import make_tiny_model
 pytest.importorskip("vllm")
 from tests.oracles.vllm_engine import EngineError, EngineTask, run_engines
 
+pytestmark = [pytest.mark.torch, pytest.mark.vllm]
+
 PROMPT = list(range(2, 20))
 
 

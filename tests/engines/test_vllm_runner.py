@@ -137,6 +137,7 @@ def test_phase_off_a_gaudi():
     assert phase.saving == "ask"
 
 
+@pytest.mark.vllm
 def test_the_plugin_has_the_names_the_runner_uses():
     """The class that vLLM adds to its workers can be imported by the name they get, and has what child.py calls."""
     (phase,) = plan("llama", "g3", 1, platform="cpu")
@@ -219,6 +220,7 @@ def test_executor_that_cannot_work(asked, world, platform):
         choose_executor(asked, world, platform)
 
 
+@pytest.mark.vllm
 def test_vllm_on_cpu_still_refuses_ray():
     """The reason we give for refusing `--executor ray` on CPU is vLLM's: its platform names no resource."""
     cpu = pytest.importorskip("vllm.platforms.cpu")
@@ -255,6 +257,7 @@ def test_without_a_gaudi_torch_measures(monkeypatch):
     monkeypatch.setattr(detect, "detect_apart", lambda: Platform("cpu"))
     options = RunOptions("m", Path("out"))
     assert settle_engine(options).engine == "torch"
+    monkeypatch.setattr("gaudi_calib.runs.vllm_steps.find_spec", lambda name: True)
     settled = settle_engine(replace(options, engine="vllm"))
     assert (settled.engine, settled.devices) == ("vllm", ("g2", "g3"))
     assert not computes_scales(settled)
@@ -353,6 +356,7 @@ def ray_cluster(tmp_path_factory):
     running.shutdown()
 
 
+@pytest.mark.ray
 def test_ray_resources_are_checked_first(ray_cluster, monkeypatch):
     """Two ranks fit two nodes with a card each; four do not, and the error says how to add some."""
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
@@ -362,6 +366,7 @@ def test_ray_resources_are_checked_first(ray_cluster, monkeypatch):
     assert "ray start --address" in caught.value.fix
 
 
+@pytest.mark.ray
 def test_no_ray_cluster(monkeypatch):
     """Without a cluster the error says how to start one."""
     pytest.importorskip("ray")
@@ -371,6 +376,8 @@ def test_no_ray_cluster(monkeypatch):
     assert "ray start --head" in caught.value.fix
 
 
+@pytest.mark.vllm
+@pytest.mark.ray
 def test_vllm_copies_quant_config_to_ray_workers(monkeypatch):
     """The variable that the runner sets is the one vLLM reads to decide what its Ray workers get."""
     ray_env = pytest.importorskip("vllm.ray.ray_env")

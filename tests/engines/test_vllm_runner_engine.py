@@ -22,6 +22,8 @@ from tests.support.processes import run_cli, start_cli
 pytest.importorskip("vllm")
 psutil = pytest.importorskip("psutil")
 
+pytestmark = [pytest.mark.torch, pytest.mark.vllm]
+
 
 def words(out: Path, *more: object) -> list[object]:
     dataset = write_prompts(out)

@@ -14,6 +14,8 @@ from tests.support import paths
 from tests.support.reference_moe import ExpertsRecord, LatentRecord, MoeRecording, record_moe_model
 from tests.support.tiny import COLD_EXPERTS, MOE_CHECKPOINTS
 
+pytestmark = pytest.mark.torch
+
 LATENT = [name for name in MOE_CHECKPOINTS if name.startswith("deepseek")]
 LENGTHS = (7, 33, 50, 90)
 GOLDEN = paths.GOLDEN / "deepseek-v3-fp8-tiny"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from gaudi_calib.fp8 import Device
-from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, ScaleNode, find_op
+from gaudi_calib.ranges.node import Node, Op, find_op
 
 CLASS_OF_OP = {
     Op.LINEAR: "QKVParallelLinear",
@@ -134,24 +134,6 @@ class IncScales:
             mock.patch.object(torch.Tensor, "to", _to_without_hpu(torch.Tensor.to)),
         ):
             yield
-
-
-def to_json(node: ScaleNode) -> dict[str, Any]:
-    """Return our scales in the form of `IncScales.compute`."""
-    weight = node.weight
-    if isinstance(weight, PerChannelWeight):
-        params: dict[str, Any] = {"weight": {0: weight.out_channels.tolist(), 1: weight.in_channels.tolist()}}
-    else:
-        params = {} if weight is None else {"weight": _to_list(weight)}
-    return {
-        "inputs": [_to_list(scale) for scale in node.inputs],
-        "outputs": [_to_list(scale) for scale in node.outputs],
-        "params": params,
-    }
-
-
-def _to_list(value: float | np.ndarray) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _to_matrix(channel_ranges: np.ndarray) -> np.ndarray:

@@ -85,7 +85,7 @@ def run_engines(tasks: Sequence[EngineTask]) -> list[Answer]:
         if child.returncode != 0:
             raise EngineError(child.stdout[-8000:] + child.stderr[-20000:])
         found = json.loads(answers.read_text())
-    return [Answer(one[0], [np.array(rows, dtype=np.float32) for rows in one[1]], one[2]) for one in found]
+    return [Answer(answer[0], [np.array(rows, dtype=np.float32) for rows in answer[1]], answer[2]) for answer in found]
 
 
 def _run_task(task: EngineTask) -> list[Any]:
@@ -108,11 +108,13 @@ def _run_task(task: EngineTask) -> list[Any]:
     if task.saves:
         llm.generate(TokensPrompt(prompt_token_ids=[9] * 100), sampling, use_tqdm=False)
         llm.collective_rpc("reset_ranges")
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=one) for one in task.prompts], sampling, use_tqdm=False)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in task.prompts], sampling, use_tqdm=False)
     size = llm.llm_engine.model_config.get_vocab_size()
-    rows = [[_to_row(row, size) for row in [*one.prompt_logprobs[1:], *one.outputs[0].logprobs]] for one in outputs]
+    rows = [
+        [_to_row(row, size) for row in [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]] for output in outputs
+    ]
     files = llm.collective_rpc("save_ranges") if task.saves else []
-    generated = [list(one.outputs[0].token_ids) for one in outputs]
+    generated = [list(output.outputs[0].token_ids) for output in outputs]
     llm.llm_engine.model_executor.shutdown() if task.world == 1 else None
     del llm
     if task.world == 1:
@@ -122,13 +124,13 @@ def _run_task(task: EngineTask) -> list[Any]:
 
 def _to_row(logprobs: dict[int, Any], size: int) -> list[float]:
     row = [float("nan")] * size
-    for token, one in logprobs.items():
-        row[token] = one.logprob
+    for token, logprob in logprobs.items():
+        row[token] = logprob.logprob
     return row
 
 
 def main(given: str, answers: str) -> None:
-    tasks = [EngineTask(**one) for one in json.loads(Path(given).read_text())]
+    tasks = [EngineTask(**task) for task in json.loads(Path(given).read_text())]
     Path(answers).write_text(json.dumps([_run_task(task) for task in tasks]))
 
 

@@ -26,6 +26,8 @@ from tests.support.files import snapshot, write_prompts
 from tests.support.processes import run_cli, start_cli
 from tests.support.tiny import make_tiny_model
 
+pytestmark = pytest.mark.torch
+
 GOLDEN = paths.GOLDEN / "llama-tiny"
 
 

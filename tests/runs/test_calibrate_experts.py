@@ -24,6 +24,8 @@ from tests.support import paths
 from tests.support.files import write_prompts
 from tests.support.tiny import COLD_EXPERTS
 
+pytestmark = pytest.mark.torch
+
 COLD = "deepseek_v3-cold"
 OP = "model.layers.1.mlp.experts.routed_experts.moe_op"
 TAG = "MAXABS_HW"

@@ -22,6 +22,8 @@ from tests.oracles.inc_quantize import Quantized, quantize_with_inc
 
 pytest.importorskip("neural_compressor.torch", reason="the hpu extra (INC) is not installed")
 
+pytestmark = [pytest.mark.torch, pytest.mark.inc]
+
 TOKENS = [1, 40, 7, 299, 55, 120, 18, 230, 91, 4, 76, 13]
 
 

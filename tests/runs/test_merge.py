@@ -451,6 +451,7 @@ def test_two_measurements_in_one_directory_are_refused(tmp_path: Path, capsys: p
     assert "two files are ranges of rank 0 of 1" in error and str(b) in error and not (tmp_path / "out").exists()
 
 
+@pytest.mark.torch
 def test_merging_measurements_of_shards_equals_measuring_all_of_the_data(tmp_path: Path):
     """Channel ranges and every rank's ranges of two halves of the prompts give, merged, those of all prompts."""
     prompts = json.loads((GOLDEN / "tp1" / "tokens.json").read_text())["prompt_token_ids"]

@@ -27,6 +27,8 @@ from gaudi_calib.runs.options import RunOptions
 from tests.support import paths
 from tests.support.files import write_prompts
 
+pytestmark = pytest.mark.torch
+
 GOLDEN = paths.GOLDEN / "llama-tiny"
 
 

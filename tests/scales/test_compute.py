@@ -15,8 +15,8 @@ from gaudi_calib.ranges.node import Node, Op, RankSet, ScaleNode, find_op
 from gaudi_calib.scales.compute import compute_scales
 from gaudi_calib.scales.optimal import choose_channel_scales, choose_tensor_scale, quantization_error
 from gaudi_calib.scales.tensor import scale_channels
-from tests.oracles.inc_scales import to_json as describe_scales
 from tests.support import paths
+from tests.support.scales import to_json as describe_scales
 
 GOLDEN = paths.GOLDEN / "scales"
 

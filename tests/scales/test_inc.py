@@ -18,7 +18,10 @@ from gaudi_calib.scales.rounding import round_scales
 
 pytest.importorskip("neural_compressor")
 
-from tests.oracles.inc_scales import CLASS_OF_OP, IncScales, to_json
+from tests.oracles.inc_scales import CLASS_OF_OP, IncScales
+from tests.support.scales import to_json
+
+pytestmark = [pytest.mark.torch, pytest.mark.inc]
 
 NODES_PER_OP = 200
 NAMES = {

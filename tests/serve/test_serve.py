@@ -19,6 +19,8 @@ from gaudi_calib.serve.command import ServeCommand, ServeOptions, plan_serve
 from tests.support.calibrated import CPU, HPU2, HPU3, MODEL, Calibrated, calibrate_by_torch
 from tests.support.processes import run_cli
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> Calibrated:
@@ -89,6 +91,7 @@ def test_options_become_variables(run):
     }
 
 
+@pytest.mark.vllm
 def test_newer_vllm_reads_these_variables():
     """vLLM of today knows two of the four timeouts; the others are those of older releases."""
     envs = pytest.importorskip("vllm.envs")

@@ -22,6 +22,8 @@ pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 psutil = pytest.importorskip("psutil")
 
+pytestmark = [pytest.mark.torch, pytest.mark.vllm]
+
 PROMPT = list(range(5, 30))
 
 

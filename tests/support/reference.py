@@ -94,7 +94,7 @@ def _record_attention(module, query, key, value, attention_mask, **kwargs):
 def _attend(query, key, value, mask):
     """Attention step by step, rounding where transformers' eager attention rounds."""
     repeats = query.shape[1] // key.shape[1]
-    key, value = (one.repeat_interleave(repeats, 1) for one in (key, value))
+    key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
     scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
     causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     scores = scores if mask is None or mask.dtype is torch.bool else scores + mask

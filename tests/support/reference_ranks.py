@@ -99,7 +99,7 @@ class WholeModel:
         for parts, name, split in _LATENT_LINEARS if self.fused.latent else _LINEARS:
             names = [f"{layer}.{part}" for part in parts]
             has_compressed_queries = f"{layer}.self_attn.q_b_proj" in self.linears.inputs
-            if not all(one in self.linears.inputs for one in names) or (
+            if not all(linear in self.linears.inputs for linear in names) or (
                 has_compressed_queries and name.endswith(_UNPATCHED_BESIDE_COMPRESSED_QUERIES)
             ):
                 continue
@@ -107,7 +107,7 @@ class WholeModel:
             if split == "columns":
                 nodes[node] = self._see_columns(names[0], rank, world, reduces=not name.endswith(_SUMMED_LATER))
             else:
-                weights = self._split_rows([self._weight(one) for one in names], split, rank, world)
+                weights = self._split_rows([self._weight(linear) for linear in names], split, rank, world)
                 nodes[node] = Seen([largest(self.linears.inputs[names[0]])], weight=largest(weights))
         return nodes
 
@@ -127,7 +127,7 @@ class WholeModel:
 
     def _see_columns(self, name: str, rank: int, world: int, *, reduces: bool) -> Seen:
         inputs, weight = self.linears.inputs[name], self._weight(name)
-        parts = [rank_part(weight.shape[1], one, world) for one in range(world)]
+        parts = [rank_part(weight.shape[1], index, world) for index in range(world)]
         mine = parts[rank]
         if reduces:  # INC takes the maximum over ranks before the magnitude
             products = [torch.stack([x[:, part] @ weight[:, part].T for part in parts]).amax(0) for x in inputs]
@@ -141,14 +141,14 @@ class WholeModel:
         mine = rank_heads(config.num_attention_heads, rank, world)
         shared = rank_heads(config.num_key_value_heads, rank, world)
         queries, keys, values, outs = zip(*self.linears.attention[name], strict=True)
-        query, out = ([one[mine] for one in tensors] for tensors in (queries, outs))
-        key, value = (largest(one[shared] for one in tensors) for tensors in (keys, values))
-        weights = [one[mine].float() for one in self.linears.probabilities[name]]
-        terms = [one.amax(-1, keepdim=True) for one in weights]
+        query, out = ([tensor[mine] for tensor in tensors] for tensors in (queries, outs))
+        key, value = (largest(tensor[shared] for tensor in tensors) for tensors in (keys, values))
+        weights = [probabilities[mine].float() for probabilities in self.linears.probabilities[name]]
+        terms = [weight.amax(-1, keepdim=True) for weight in weights]
         if hasattr(self.linears.model.get_submodule(name), "sinks"):  # what the keys leave is the sink's
-            sinks = [1 - one.sum(-1, keepdim=True) for one in weights]
+            sinks = [1 - weight.sum(-1, keepdim=True) for weight in weights]
             terms = [torch.maximum(*pair) for pair in zip(terms, sinks, strict=True)]
-        relative = largest(one / term for one, term in zip(weights, terms, strict=True))
+        relative = largest(weight / term for weight, term in zip(weights, terms, strict=True))
         return {
             "fused_scaled_dot_product_attention": Seen([largest(query), key, value], [largest(out), largest(weights)]),
             "k_cache": Seen([key]),
@@ -167,15 +167,15 @@ def _see_latent(record: LatentRecord, rank: int, world: int, device: Device) -> 
     prompts = range(len(record.query))
     mine = rank_heads(record.query[0].shape[0], rank, world)
     query, key, value, out, weights = (
-        [one[mine].float() for one in tensors]
+        [tensor[mine].float() for tensor in tensors]
         for tensors in (record.query, record.key, record.value, record.out, record.probabilities)
     )
     width = record.key_up.shape[2]
-    latent, normed = largest(record.latent), largest(one[:, :width] for one in record.latent)
+    latent, normed = largest(record.latent), largest(tensor[:, :width] for tensor in record.latent)
     absorbed = [record.absorb_queries(prompt)[mine] for prompt in prompts]
     averaged = [record.attend_latents(prompt)[mine] for prompt in prompts]
-    terms = [one.amax(-1) for one in weights]
-    fused = Seen([largest(one) for one in (query, key, value)], [largest(out), largest(weights)])
+    terms = [weight.amax(-1) for weight in weights]
+    fused = Seen([largest(tensor) for tensor in (query, key, value)], [largest(out), largest(weights)])
     return {
         "fused_scaled_dot_product_attention": fused,
         "latent_cache_k": Seen([latent]),
@@ -194,8 +194,8 @@ def _see_matmuls(
     device: Device,
 ) -> dict[str, Seen]:
     """What decode runs; `terms` are the largest terms of every softmax, whose denominators are 1 / term."""
-    scaled = largest(one.bfloat16() * scale for one in query)  # devices multiply in bfloat16
-    sums = largest(1 / one for one in terms) if device is GAUDI2 else 0.0
+    scaled = largest(tensor.bfloat16() * scale for tensor in query)  # devices multiply in bfloat16
+    sums = largest(1 / term for term in terms) if device is GAUDI2 else 0.0
     to_block, to_batch = max(scaled, sums), max(largest(out), sums)
     return {
         "matmul_qk": Seen([scaled, key]),

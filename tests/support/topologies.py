@@ -38,7 +38,9 @@ def make_rank(
         nodes[start + "block_sparse_moe.gate"] = Node(draw(1), None, draw(1)[0])
         if layer == 0:
             continue
-        maxima = [np.zeros(1, np.float32) if layer == 1 and i in idle else one for i, one in enumerate(draw(experts))]
+        maxima = [
+            np.zeros(1, np.float32) if layer == 1 and i in idle else value for i, value in enumerate(draw(experts))
+        ]
         nodes[start + op] = Node(draw(1), (*draw(1), *maxima))
         for kind in ("w13_list", "w2_list"):
             for expert in range(experts):
@@ -66,22 +68,22 @@ def merge_plainly(ranks: Sequence[RankSet[Node]], *, expert_parallel: bool) -> d
     """Ranks of one group into one, node by node."""
     merged: dict[str, Node] = {}
     for name, node in ranks[0].nodes.items():
-        others = [rank.nodes[name] for rank in ranks]
+        parts = [rank.nodes[name] for rank in ranks]
         op, kind, index = name.rsplit(".", 2) if "_list." in name else (name, "", "0")
-        local = sum(one.startswith(f"{op}.w13_list.") for one in ranks[0].nodes)
+        local = sum(name.startswith(f"{op}.w13_list.") for name in ranks[0].nodes)
         if expert_parallel and kind:
             if index == "0":
                 for number in range(local * len(ranks)):
                     source = ranks[number // local].nodes[f"{op}.{kind}.{number % local}"]
                     merged[f"{op}.{kind}.{number}"] = source
             continue
-        outputs = None if node.outputs is None else [_highest([one.outputs[i] for one in others]) for i in _all(node)]
+        outputs = None if node.outputs is None else [_highest([part.outputs[i] for part in parts]) for i in _all(node)]
         if expert_parallel and local and outputs is not None:
-            outputs = [outputs[0], *(maximum for one in others for maximum in one.outputs[1:])]
+            outputs = [outputs[0], *(maximum for part in parts for maximum in part.outputs[1:])]
         merged[name] = Node(
-            tuple(_highest([one.inputs[i] for one in others]) for i in range(len(node.inputs))),
+            tuple(_highest([part.inputs[i] for part in parts]) for i in range(len(node.inputs))),
             None if outputs is None else tuple(outputs),
-            None if node.weight is None else _highest([one.weight for one in others]),
+            None if node.weight is None else _highest([part.weight for part in parts]),
         )
     return merged
 
