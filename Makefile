@@ -27,8 +27,8 @@ venv: $(VENV)/run.stamp ## build .venv with what calibration needs
 test: style types $(VENV)/test.stamp ## style, types, doctests and tests (installs the full list first)
 	$(BIN)/python -m pytest -q
 
-check: $(VENV)/test.stamp ## the tests that need no model: a minute while you edit
-	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_cli.py tests/test_scripts.py gaudi_calib
+check: $(VENV)/test.stamp ## quick tests while you edit: the house, the documents, the command line, doctests
+	$(BIN)/python -m pytest -q tests/laws tests/cli gaudi_calib
 
 style: $(VENV)/test.stamp ## lint and formatting
 	$(BIN)/ruff check $(SOURCES)
