@@ -2,7 +2,7 @@
 
 A family is found by the `model_type` of config.json, never by the name of a
 directory. To add one: write its row, add it to `FAMILIES`, add a tiny config of it
-to `tests/tiny.py` and a line to CHANGELOG.
+to `tests/support/tiny.py` and a line to CHANGELOG.
 """
 
 from collections.abc import Mapping
