@@ -3,7 +3,7 @@
 A directory may be a run's (`OUT/<model>/g3`), or anybody's: INC's own, without manifest, config or
 channel ranges. What is told, and by what, the weightiest first:
 
-    device          manifest; the directory's name
+    device          manifest; the directory's name; the name of the QUANT_CONFIG that points there
     sharing         manifest
     worlds          names of the rank files
     scaling         `../maxabs_quant_<device>.json`, where its method is that of the scale files
@@ -48,10 +48,17 @@ class CalibrationDir:
     Attributes:
         path: the directory; it need not exist.
         dump: first part of the names that count, or None for all.
+        config_path: the QUANT_CONFIG that points there, or None.
     """
 
-    def __init__(self, path: Path, *, dump: str | None = None):
-        self.path, self.dump = path, dump
+    def __init__(self, path: Path, *, dump: str | None = None, config_path: Path | None = None):
+        self.path, self.dump, self.config_path = path, dump, config_path
+
+    @classmethod
+    def named_by(cls, config: "QuantConfig", config_path: Path) -> "CalibrationDir":
+        """The directory that the `dump_stats_path` of a QUANT_CONFIG, read from `config_path`, names."""
+        dump = Path(config.dump_stats_path).absolute()
+        return cls(dump.parent, dump=dump.name, config_path=config_path)
 
     @cached_property
     def files(self) -> dict[Path, RankFile]:
@@ -75,8 +82,9 @@ class CalibrationDir:
     @property
     def device(self) -> Device | None:
         """The Gaudi that the files are for, None where nothing tells."""
-        name = (self.manifest and self.manifest.device) or self.path.resolve().name
-        return DEVICES.get(name)
+        told_by_config = self.config_path.stem.rpartition("_")[2] if self.config_path else ""
+        names = (self.manifest and self.manifest.device, self.path.resolve().name, told_by_config)
+        return next((DEVICES[name] for name in names if name in DEVICES), None)
 
     def settle_device(self, asked: str | None) -> Device | None:
         """Return the device that is known, else the one called `asked`.

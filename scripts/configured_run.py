@@ -104,9 +104,9 @@ def find_configured_run(device: str | None) -> ConfiguredRun:
         raise UsageError(
             "QUANT_CONFIG has no dump_stats_path", where=path, fix="add it: OUT/<model>/<device>/inc_output"
         )
-    dump = Path(config.dump_stats_path).expanduser().resolve()
-    known = CalibrationDir(dump.parent).settle_device(device) or require_gaudi(detect_platform())
-    return ConfiguredRun(Path(path), dump, known.name)
+    placed = CalibrationDir.named_by(config, Path(path))
+    known = placed.settle_device(device) or require_gaudi(detect_platform())
+    return ConfiguredRun(Path(path), placed.path / str(placed.dump), known.name)
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

@@ -67,8 +67,7 @@ def open_calibration(path: Path) -> Calibration:
             where=path,
             fix="give the config that calibration wrote for serving, OUT/<model>/maxabs_quant_<device>.json",
         )
-    dump = Path(config.dump_stats_path).absolute()
-    placed = CalibrationDir(dump.parent, dump=dump.name)
+    placed = CalibrationDir.named_by(config, path)
     if config.uses_stats_files and not placed.path.is_dir():
         raise FileError(
             f"the directory of ranges and scales that {path.name} names is not there",

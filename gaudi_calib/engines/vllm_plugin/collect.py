@@ -11,6 +11,7 @@ from gaudi_calib.engines.vllm_plugin.experts import MeasuredExpertsMethod
 from gaudi_calib.engines.vllm_plugin.linear import ObservedLinear
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import ModelError, RangeError
+from gaudi_calib.layout import DUMP_NAME
 from gaudi_calib.ranges.channels import ChannelNode, ChannelRanges
 from gaudi_calib.ranges.derive import derive_rank, select_nodes
 from gaudi_calib.ranges.layer_types import is_expert_matmul
@@ -43,7 +44,7 @@ def collect_ranges(model: nn.Module, plan: ModelPlan, session: Session, rank: in
             why="no request has run since the engine started, or since reset_ranges",
             fix="generate from the prompts first, then call save_ranges",
         )
-    ranks = RankSet(rank, world, nodes, names, samples, dump=session.dump)
+    ranks = RankSet(rank, world, nodes, names, samples, dump=session.placed.dump or DUMP_NAME)
     ranks = select_nodes(ranks, session.config)
     for name, node in ranks.nodes.items():
         _require_finite(name, node)

@@ -12,9 +12,8 @@ from gaudi_calib.engines.observe.peak import max_magnitude
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import FileError, RangeError
 from gaudi_calib.fp8 import Device
-from gaudi_calib.layout import RankFile
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
-from gaudi_calib.rankfiles.store import list_worlds, read_ranges, read_scales
+from gaudi_calib.rankfiles.store import read_ranges, read_scales
 from gaudi_calib.scales.compute import compute_scales
 
 WeightReader = Callable[[str], "np.ndarray | None"]
@@ -93,24 +92,23 @@ class ScaleSource:
         return {} if path is None else read_scales(path).nodes
 
     def _find_file(self, method: str | None) -> Path | None:
-        rank, world = self.rank
-        return list_worlds(self.session.directory, method).get(world, {}).get(rank)
+        path = self.session.placed.name_file(*self.rank, method=method, extension="json")
+        return path if path in self.session.placed.files else None
 
     def _no_files(self) -> FileError:
         rank, world = self.rank
-        worlds = sorted(list_worlds(self.session.directory))
+        worlds = self.session.placed.worlds
         return FileError(
             f"no ranges and no scales of rank {rank} of {world}",
-            where=self.session.directory / RankFile(self.session.dump, rank=rank, world=world).name,
+            where=self.session.placed.name_file(rank, world, extension="json"),
             why=f"the directory holds ranges of world size {', '.join(map(str, worlds)) or 'none'}",
             fix=f"run `gaudi-calib reshard RUN -t {world}`, or serve with a world size that is there",
         )
 
     def _unmeasured(self, name: str) -> RangeError:
-        rank, world = self.rank
         return RangeError(
             f"node {name!r} is to be quantized and was not measured",
-            where=self.session.directory / RankFile(self.session.dump, rank=rank, world=world).name,
+            where=self.session.placed.name_file(*self.rank, extension="json"),
             why=f"{self.session.path.name} does not block it, and neither ranges nor scales have it",
             fix="measure with the same lists, add it to the blocklist, or set ignore_modules_wo_measures",
         )

@@ -2,13 +2,15 @@
 
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.config.model import QuantConfig
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError, FileError, TopologyError
-from gaudi_calib.fp8 import DEVICES, Device, get_device
-from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file
+from gaudi_calib.fp8 import Device, get_device
+from gaudi_calib.layout import MANIFEST_NAME
 
 
 @dataclass
@@ -59,15 +61,10 @@ class Session:
     def device(self) -> Device:
         return get_device(self.device_name)
 
-    @property
-    def directory(self) -> Path:
+    @cached_property
+    def placed(self) -> CalibrationDir:
         """Where rank files are."""
-        return Path(self.config.dump_stats_path).resolve().parent
-
-    @property
-    def dump(self) -> str:
-        """First part of the rank files' names."""
-        return Path(self.config.dump_stats_path).name
+        return CalibrationDir.named_by(self.config, self.path)
 
     def is_live(self) -> bool:
         """Whether the pass now running is one of a request, not one of vLLM's own before it serves.
@@ -101,11 +98,10 @@ class Session:
 
     def require_files(self) -> None:
         """Raise FileError unless some rank file is there; each rank looks for its own later."""
-        found = [parse_rank_file(path.name) for path in self.directory.glob("*.json")]
-        if not any(file and file.dump == self.dump and not file.is_mod_list for file in found):
+        if not self.placed.files:
             raise FileError(
                 "no ranges and no scales",
-                where=self.directory,
+                where=self.placed.path,
                 why=f"dump_stats_path of {self.path.name} points there",
                 fix="run `gaudi-calib calibrate`, or correct dump_stats_path",
             )
@@ -120,20 +116,13 @@ def find_serving_device(config: QuantConfig, path: Path) -> Device:
     Raises:
         ConfigError: none of them tells.
     """
-    directory = Path(config.dump_stats_path).resolve().parent
-    if (directory / MANIFEST_NAME).is_file():
-        from gaudi_calib.manifest import read_manifest
-
-        manifest = read_manifest(directory / MANIFEST_NAME)
-        if manifest.device in DEVICES:
-            return get_device(manifest.device)
-    for name in (directory.name, path.stem.rpartition("_")[2]):
-        if name in DEVICES:
-            return get_device(name)
+    placed = CalibrationDir.named_by(config, path)
+    if placed.device is not None:
+        return placed.device
     raise ConfigError(
         "it is not known which Gaudi will serve",
         where=path,
-        why=f"{directory} is neither called g2 nor g3 and has no {MANIFEST_NAME}",
+        why=f"{placed.path} is neither called g2 nor g3 and has no {MANIFEST_NAME}",
         fix="keep the layout OUT/<model>/<device>/, so that dump_stats_path names the device",
     )
 

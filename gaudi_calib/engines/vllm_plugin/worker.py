@@ -42,8 +42,8 @@ class WorkerExtension:
         plan = plan_model(download_model(self.vllm_config.model_config.model))
         rank, world = session.find_rank()
         ranges = collect_ranges(_find_model(self), plan, session, rank, world)
-        session.directory.mkdir(parents=True, exist_ok=True)
-        return [str(path) for path in write_rank_set(session.directory, ranges)]
+        session.placed.path.mkdir(parents=True, exist_ok=True)
+        return [str(path) for path in write_rank_set(session.placed.path, ranges)]
 
 
 def _find_session(vllm_config: Any) -> Any:
