@@ -51,14 +51,17 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Return the JSON value in `path`.
+
+    Args:
+        object_hook: what to take in the place of each object, as for `json.loads`.
 
     Raises:
         FileError: the file is missing, unreadable or not JSON; names line and column.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), object_hook=object_hook)
     except OSError as error:
         raise FileError(
             f"cannot read {path.name}",

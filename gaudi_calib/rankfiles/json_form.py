@@ -18,17 +18,23 @@ _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 # Text of every bfloat16 seen so far, by its 16 bits.
 _BFLOAT16_TEXTS = np.full(1 << 16, None, dtype=object)
 _NODES = b'    "Nodes": {'
-_CUT = "\0"  # json escapes it wherever else it stands
 
 
 class JsonForm:
     """The json of any rank that has the nodes of one inventory, with holes for the numbers."""
 
     def __init__(self, inventory: Inventory):
-        texts = [_write_node(node) for node in encode_samples(inventory.distinct_shapes)]
-        names = map(encode_basestring_ascii, inventory.names)
-        nodes = [f"\n        {name}: {texts[kind]}" for name, kind in zip(names, inventory.kinds.tolist(), strict=True)]
-        self._pieces = (",".join(nodes) + ("\n    }\n}" if nodes else "}\n}")).split(_CUT)
+        cuts = [_cut_node(node) for node in encode_samples(inventory.distinct_shapes)]
+        self._pieces: list[str] = []
+        text = ""
+        for name, kind in zip(inventory.names, inventory.kinds.tolist(), strict=True):
+            first, *others = cuts[kind]
+            text += f",\n        {encode_basestring_ascii(name)}: {first}"
+            if others:
+                self._pieces += [text, *others[:-1]]
+                text = others[-1]
+        self._pieces.append(text + ("\n    }\n}" if inventory.names else "}\n}"))
+        self._pieces[0] = self._pieces[0].removeprefix(",")
 
     def fill(self, values: np.ndarray) -> bytes:
         """Return the text after `"Nodes": {`, the same for all heads."""
@@ -51,11 +57,11 @@ def read_head(text: bytes) -> Head | None:
         return None
 
 
-def _write_node(node: dict[str, Any]) -> str:
-    """Return the text of a sample node, with cuts where its numbers stand."""
+def _cut_node(node: dict[str, Any]) -> list[str]:
+    """Return the text of a sample node between its numbers."""
     text = json.dumps({"Nodes": {"": to_lists(node)}}, indent=4)
     start = text.index('"": ') + len('"": ')
-    return text[start : -len("\n    }\n}")].replace(repr(float(HOLE)), _CUT)
+    return text[start : -len("\n    }\n}")].split(repr(float(HOLE)))
 
 
 def _write_numbers(values: np.ndarray) -> list[str]:

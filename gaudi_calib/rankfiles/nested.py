@@ -10,6 +10,7 @@ input channel}. Numbers are float32 arrays in the pickle, lists in the json.
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,16 @@ class Head(NamedTuple):
     mode: str
     local_rank: int
     num_samples: int | None = None
+
+
+class _FlatNode(NamedTuple):
+    """A node of ranges in the json of a rank, as soon as it has been parsed."""
+
+    shape: RangeShape
+    values: tuple[float, ...]
+
+
+_make_shape = lru_cache(maxsize=1024)(RangeShape)  # few are different
 
 
 def encode_rank(head: Head, nodes: Any) -> dict[str, Any]:
@@ -97,6 +108,17 @@ def decode_table(path: Path, value: Any, mode: str) -> RangeTable | ScaleTable:
     return _decode_ranges(path, value["Nodes"]) if mode == RANGES_MODE else _decode_scales(path, value["Nodes"])
 
 
+def flatten_node(value: dict[str, Any]) -> Any:
+    """Return a node of ranges flat, and anything else as it is.
+
+    As `object_hook` of the json parser it keeps a rank's many small lists from piling up.
+    """
+    try:
+        return _flatten(value) if "inputs" in value else value
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        return value  # `decode_table` will say which node it is
+
+
 def is_same_table(left: RangeTable | ScaleTable, right: RangeTable | ScaleTable) -> bool:
     """Equality as float32 values, in which NaN equals NaN."""
     if not left.inventory.equals(right.inventory) or not np.array_equal(left.numbers, right.numbers, equal_nan=True):
@@ -136,18 +158,25 @@ def _decode_ranges(path: Path, nodes: Mapping[str, Any]) -> RangeTable:
     shapes = []
     for name, node in nodes.items():
         try:
-            outputs, weight = node.get("outputs"), node.get("params", {}).get("weight")
-            shape = RangeShape(
-                tuple([_take_channels(range_, values) for range_ in node.get("inputs", ())]),
-                None if outputs is None else tuple([_take_channels(range_, values) for range_ in outputs]),
-                None if weight is None else _take_channels(weight, values),
-            )
+            shape, numbers = node if isinstance(node, _FlatNode) else _flatten(node)
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             fix = _FIXES[RANGES_MODE]
             raise FileError(f"cannot read the ranges of {name}", where=path, why=str(error), fix=fix) from error
         shapes.append(shape)
+        values += numbers
     with np.errstate(over="ignore"):
         return RangeTable(Inventory(tuple(nodes), shapes), np.array(values, dtype=np.float32))
+
+
+def _flatten(node: Any) -> _FlatNode:
+    values: list[float] = []
+    outputs, weight = node.get("outputs"), node.get("params", {}).get("weight")
+    shape = _make_shape(
+        tuple([_take_channels(range_, values) for range_ in node.get("inputs", ())]),
+        None if outputs is None else tuple([_take_channels(range_, values) for range_ in outputs]),
+        None if weight is None else _take_channels(weight, values),
+    )
+    return _FlatNode(shape, tuple(values))
 
 
 def _take_channels(value: Any, values: list[float]) -> int:

@@ -39,11 +39,13 @@ class PickleForm:
     """
 
     def __init__(self, inventory: Inventory, *, counts_samples: bool):
-        nodes = _cut_nodes(inventory, Head(SCALES_MODE, 0, 0 if counts_samples else None))
-        words = _dump(dict.fromkeys(inventory.names, _STAND_IN)).removesuffix(b".").split(_STANDING_IN)
-        stream = b"".join([word for pair in zip(words, [*nodes, b""], strict=True) for word in pair])
-        ends = np.cumsum([len(piece) + HOLE.nbytes for piece in stream.split(HOLE.tobytes())[:-1]], dtype=np.int64)
-        self._stream, self._places = stream, ends[:, None] - np.arange(HOLE.nbytes, 0, -1)
+        labels = _dump(dict.fromkeys(inventory.names, _STAND_IN)).removesuffix(b".").split(_STANDING_IN)
+        words = [b""] * (2 * len(labels) - 1)
+        words[::2] = labels
+        words[1::2] = _cut_nodes(inventory, Head(SCALES_MODE, 0, 0 if counts_samples else None))
+        self._stream = b"".join(words)
+        lengths = np.array(list(map(len, self._stream.split(HOLE.tobytes())[:-1])), dtype=np.int64)
+        self._places = np.cumsum(lengths + HOLE.nbytes)[:, None] - np.arange(HOLE.nbytes, 0, -1)
 
     def fill(self, values: np.ndarray) -> bytes:
         """Return the nodes' part of the pickle, the same for all heads."""

@@ -33,6 +33,7 @@ from gaudi_calib.rankfiles.nested import (
     decode_table,
     encode_node,
     encode_rank,
+    flatten_node,
     is_same_table,
     to_lists,
 )
@@ -199,7 +200,8 @@ def _match_rank(path: Path, mode: str, like: Inventory) -> tuple[RangeTable, int
 
 def _parse_rank(path: Path, mode: str) -> tuple[RangeTable | ScaleTable, int | None]:
     """Read any rank: the json by parsing, the npz by comparing or by the restricted unpickler."""
-    value, npz = read_json(path.with_suffix(".json")), path.with_suffix(".npz")
+    value = read_json(path.with_suffix(".json"), flatten_node if mode == RANGES_MODE else None)
+    npz = path.with_suffix(".npz")
     table = decode_table(path, value, mode)
     if not npz.is_file():
         return table, value.get("NumSamples")
