@@ -28,7 +28,6 @@ _ACTIVATION_SCALE = re.compile(
 )
 _PACKED = "_blocks", "_scales"
 _PACKED_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_GROUP = 32
 # Last parts of names that only formats nobody reads here have.
 _FOREIGN = re.compile(
     r"(^|[._])(qweight|qzeros|g_idx|weight_packed|weight_scale_2|weight_global_scale|absmax|quant_map|SCB|W_q|codebooks"

@@ -44,7 +44,7 @@ def test_halving_every_code_loses_at_most_one_step() -> None:
     assert int((error > 0).sum()) == 16
     rounded = values[finite][error > 0].abs()
     assert rounded.max() == 15 * 2**-9
-    assert sorted({float(one) for one in 2**-9 / rounded}, reverse=True) == pytest.approx(
+    assert sorted({float(share) for share in 2**-9 / rounded}, reverse=True) == pytest.approx(
         [1, 1 / 3, 1 / 5, 1 / 7, 1 / 9, 1 / 11, 1 / 13, 1 / 15]
     )
     assert halves[1] == 0 and halves[3] == 2 * 2**-9
@@ -100,16 +100,16 @@ def test_ranges_of_the_golden_model_survive(tmp_path: Path) -> None:
 
 def test_static_activation_and_cache_scales_are_doubled_too(tmp_path: Path) -> None:
     """They were made for +-448 as well; those of layers that are not FP8, and upper bounds, stay."""
-    one = torch.tensor([0.75])
+    scale = torch.tensor([0.75])
     tensors = {
         "a.weight": make_fp8(16, 32),
         "a.weight_scale": torch.rand(16, 1).bfloat16(),
-        "a.input_scale": one.clone(),
-        "a.input_scale_ub": one.clone(),
-        "attn.k_scale": one.clone(),
-        "attn.v_scale": one.clone(),
+        "a.input_scale": scale.clone(),
+        "a.input_scale_ub": scale.clone(),
+        "attn.k_scale": scale.clone(),
+        "attn.v_scale": scale.clone(),
         "b.weight": torch.randn(4, 4),
-        "b.input_scale": one.clone(),
+        "b.input_scale": scale.clone(),
     }
     convert(save_model(tmp_path / "source", tensors, CHANNEL_FP8), tmp_path / "out")
     converted = load_model(tmp_path / "out")
