@@ -13,16 +13,18 @@ from gaudi_calib.checkpoints.halving import double_scale, halve, is_half
 from gaudi_calib.cli.main import main
 from gaudi_calib.errors import ModelError
 from tests.support import paths
+from tests.support.files import snapshot
 from tests.support.fp8_models import (
     ALL_CODES,
     CHANNEL_FP8,
     convert,
-    hash_files,
     load_model,
     make_fp8,
     make_tensors,
     save_model,
 )
+
+pytestmark = pytest.mark.torch
 
 
 def convert_as_reference(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -134,6 +136,7 @@ def test_vllm_gaudi_is_told_not_to_halve_again(tmp_path: Path, capsys: pytest.Ca
     assert (source / "config.json").read_bytes() == (tmp_path / "two" / "config.json").read_bytes()
 
 
+@pytest.mark.vllm
 def test_transformers_and_vllm_accept_the_key() -> None:
     """The key that vllm-gaudi reads breaks no other loader of such configs."""
     from compressed_tensors.quantization import QuantizationConfig
@@ -184,14 +187,14 @@ def test_a_dry_run_prints_files_and_sizes_and_touches_nothing(
     """The plan names every file, and there is no output directory afterwards."""
     source = save_model(tmp_path / "source", make_tensors(), shards=2)
     save_file({"w": make_fp8(16, 16)}, source / "consolidated.safetensors")
-    before = hash_files(source)
+    before = snapshot(source)
     assert main(["convert-weights", "-m", str(source), "-o", str(tmp_path / "out"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "2 FP8 weights halved, 2 scales doubled, 6 tensors as they are" in printed
     assert "model-00002-of-00002.safetensors  " in printed and "kB" in printed
     assert "tokenizer.json  26 B" in printed
     assert "not converted, though FP8: consolidated.safetensors" in printed
-    assert not (tmp_path / "out").exists() and hash_files(source) == before
+    assert not (tmp_path / "out").exists() and snapshot(source) == before
 
 
 @pytest.mark.parametrize(

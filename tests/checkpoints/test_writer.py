@@ -21,7 +21,10 @@ from gaudi_calib.checkpoints.checkpoint import Checkpoint
 from gaudi_calib.checkpoints.gaudi2 import Gaudi2Converter, plan_gaudi2
 from gaudi_calib.errors import FileError, UsageError
 from gaudi_calib.models.headers import Header, Span, read_header
-from tests.support.fp8_models import convert, hash_files, make_tensors, save_model
+from tests.support.files import snapshot
+from tests.support.fp8_models import convert, make_tensors, save_model
+
+pytestmark = pytest.mark.torch
 
 RECORD = Gaudi2Converter.record_name
 
@@ -29,10 +32,10 @@ RECORD = Gaudi2Converter.record_name
 def test_every_other_file_travels(tmp_path: Path) -> None:
     """Tokenizer, template, code, index and subdirectories are byte-identical; a download cache is left behind."""
     source = save_model(tmp_path / "source", make_tensors(), shards=2)
-    before = hash_files(source)
+    before = snapshot(source)
     plan, _ = convert(source, tmp_path / "out")
-    after = hash_files(tmp_path / "out")
-    assert hash_files(source) == before
+    after = snapshot(tmp_path / "out")
+    assert snapshot(source) == before
     assert set(after) == {name for name in before if not name.startswith(".cache")} | {RECORD}
     assert {name for name in before if name in after and before[name] != after[name]} == set(plan.shards)
     assert "extra/a/b.txt" in after and "model.safetensors.index.json" in after
@@ -47,7 +50,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
         (source / path.name).symlink_to(path)
     convert(source, tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
-    assert {"tokenizer.json", "extra/a/b.txt", "model.safetensors"} <= set(hash_files(tmp_path / "out"))
+    assert {"tokenizer.json", "extra/a/b.txt", "model.safetensors"} <= set(snapshot(tmp_path / "out"))
 
 
 def test_headers_keep_their_metadata(tmp_path: Path) -> None:
@@ -86,13 +89,13 @@ def test_a_second_call_does_what_is_missing(tmp_path: Path) -> None:
     """Files that are done are kept; one that is missing or damaged, or whose source is new, is made again."""
     source = save_model(tmp_path / "source", make_tensors(), shards=3)
     plan, counts = convert(source, tmp_path / "out")
-    complete = hash_files(tmp_path / "out")
+    complete = snapshot(tmp_path / "out")
     one, two, three = (tmp_path / "out" / name for name in plan.shards)
     kept = two.stat().st_ino
     one.unlink()
     three.write_bytes(three.read_bytes()[:-1])
     assert convert(source, tmp_path / "out")[1] == counts
-    after = hash_files(tmp_path / "out")
+    after = snapshot(tmp_path / "out")
     assert {name for name in after if after[name] != complete[name]} <= {RECORD}
     assert two.stat().st_ino == kept
     os.utime(source / two.name, ns=(1, 1))
@@ -103,7 +106,7 @@ def test_a_second_call_does_what_is_missing(tmp_path: Path) -> None:
 def test_a_killed_call_is_continued(tmp_path: Path) -> None:
     """After a kill in the middle the source is as it was, no half file is in place, and a second call completes."""
     source = save_model(tmp_path / "source", make_tensors(12), shards=6)
-    before = hash_files(source)
+    before = snapshot(source)
     code = (
         "import sys, time; from pathlib import Path\n"
         "from gaudi_calib.checkpoints import gaudi2, writer\n"
@@ -126,12 +129,12 @@ def test_a_killed_call_is_continued(tmp_path: Path) -> None:
     inode = (out / shards[0]).stat().st_ino
     convert(source, out)
     convert(source, tmp_path / "whole")
-    first, second = hash_files(out), hash_files(tmp_path / "whole")
+    first, second = snapshot(out), snapshot(tmp_path / "whole")
     assert first.keys() == second.keys()
     assert {name for name in first if first[name] != second[name]} == {RECORD}
     assert json.loads((out / RECORD).read_text())["status"] == "ok"
     assert (out / shards[0]).stat().st_ino == inode
-    assert not list(out.glob(".staging*")) and hash_files(source) == before
+    assert not list(out.glob(".staging*")) and snapshot(source) == before
 
 
 @pytest.mark.parametrize(
@@ -176,7 +179,7 @@ def test_memory_is_a_few_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gaudi2, "halve", lambda chunk: seen.append(len(chunk)) or halve(chunk))
     convert(source, tmp_path / "pieces")
     assert max(seen) == 1000 and len(seen) > 100
-    assert hash_files(tmp_path / "pieces")["model.safetensors"] == hash_files(tmp_path / "whole")["model.safetensors"]
+    assert snapshot(tmp_path / "pieces")["model.safetensors"] == snapshot(tmp_path / "whole")["model.safetensors"]
 
 
 class Narrower:

@@ -12,7 +12,6 @@ import pytest
 
 from gaudi_calib.cli.main import cli
 from tests.support.paths import GOLDEN, ROOT
-from tests.support.tiny import make_tiny_model
 
 TEXT = (ROOT / "docs" / "api.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
@@ -47,8 +46,11 @@ def test_every_name_can_be_imported(block: str) -> None:
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
+@pytest.mark.torch
 def test_the_blocks_run_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader who copies the page gets what it says."""
+    from tests.support.tiny import make_tiny_model
+
     make_tiny_model("llama", tmp_path / "llama")
     shutil.copytree(GOLDEN / "deepseek-v3-fp8-tiny" / "model", tmp_path / "model-fp8")
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,5 @@
 """Small FP8 checkpoints with everything a model's directory has, and their conversion for Gaudi 2."""
 
-import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -79,12 +78,3 @@ def convert(source: Path, out: Path) -> tuple[ConversionPlan[Gaudi2Converter], C
 def load_model(directory: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of a checkpoint."""
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def hash_files(directory: Path) -> dict[str, str]:
-    """Return the hash of every file below `directory`, by its path there."""
-    return {
-        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
