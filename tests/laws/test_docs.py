@@ -1,4 +1,4 @@
-"""The documents say what is true: links lead somewhere, quoted messages are the program's, rooms are those of HOUSE."""
+"""The documents say what is true: links lead somewhere, quoted messages are the program's."""
 
 import ast
 import re
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.laws.test_layers import HOUSE
 from tests.support.paths import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
@@ -44,11 +43,3 @@ def test_troubleshooting_quotes_messages_of_the_program() -> None:
     messages = read_messages()
     assert len(rows) > 30
     assert [row for row in rows if row not in messages] == []
-
-
-def test_design_draws_every_room() -> None:
-    """docs/design.md has the rows of HOUSE, with the same numbers."""
-    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
-    drawn = {(int(row), name) for row, names in rows for name in re.findall(r"`([^`]+)`", names)}
-    expected = {(room.row, re.sub(r"(/?\*)?\.py$", "", pattern)) for room in HOUSE for pattern in room.patterns}
-    assert drawn == expected

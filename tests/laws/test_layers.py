@@ -195,6 +195,14 @@ def test_the_check_accepts_what_the_house_allows(file: str, source: str) -> None
     assert find_violations(source, file) == []
 
 
+def test_design_draws_every_room() -> None:
+    """docs/design.md has the rows of HOUSE, with the same numbers."""
+    text = (PACKAGE.parent / "docs" / "design.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", text, re.MULTILINE)
+    drawn = {(int(row), name) for row, names in rows for name in re.findall(r"`([^`]+)`", names)}
+    assert drawn == {(room.row, re.sub(r"(/?\*)?\.py$", "", pattern)) for room in HOUSE for pattern in room.patterns}
+
+
 # Families are told apart by model_type, in families.py and nowhere else. "opt" is left out: it is
 # also INC's word for the scale methods that search for the best scale.
 FAMILY_WORDS = sorted(
