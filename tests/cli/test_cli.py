@@ -163,7 +163,7 @@ def find_defaults() -> dict[str, dict[str, object]]:
 
     def defaults(call: Callable[..., object]) -> dict[str, object]:
         parameters = inspect.signature(call).parameters.values()
-        return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+        return {item.name: item.default for item in parameters if item.default is not item.empty}
 
     prompts = defaults(prepare_prompts)
     run = {**defaults(EngineOptions), **prompts, **defaults(RunOptions)}

@@ -11,7 +11,9 @@ from gaudi_calib.cli.main import COMMANDS, cli
 from tests.support.paths import ROOT
 
 SOURCES = sorted([*ROOT.glob("gaudi_calib/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("examples/*.py")])
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("scripts/*.sh")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("scripts/*.sh")]
+)
 # A command with its words, to where the line of prose or shell goes on with something else.
 LINE = re.compile(r"gaudi-calib (?!\[)(?:-v )?((?:[a-z]+-)?[a-z]+)\b([^`;,()\n]*)")
 FLAG = re.compile(r"(?<![\w-])(--?[a-z][a-z-]*)")
