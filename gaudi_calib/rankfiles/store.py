@@ -35,6 +35,7 @@ from gaudi_calib.rankfiles.nested import (
     encode_rank,
     flatten_node,
     is_same_table,
+    require_nodes,
     to_lists,
 )
 from gaudi_calib.rankfiles.npz import load_value, pack_pickle, pack_value, read_pickle
@@ -108,6 +109,16 @@ def read_ranges(path: Path) -> RankSet[Node]:
 def read_scales(path: Path) -> RankSet[ScaleNode]:
     """Read one rank's scales; see `read_ranges`."""
     return _read_rank(path, SCALES_MODE)
+
+
+def read_node_names(path: Path) -> tuple[str, ...]:
+    """Return the names of a rank's nodes, in order, from its `.json` alone.
+
+    Raises:
+        FileError: the file is missing or malformed.
+    """
+    content = read_json(path, lambda value: None if isinstance(value.get("inputs"), list) else value)
+    return tuple(require_nodes(path, content))
 
 
 def list_worlds(directory: Path, method: str | None = None) -> dict[int, dict[int, Path]]:
