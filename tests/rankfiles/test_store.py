@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
 from gaudi_calib.layout import parse_rank_file
 from gaudi_calib.ranges.bf16 import round_to_bf16
@@ -21,11 +22,9 @@ from gaudi_calib.rankfiles.background import BackgroundWriter
 from gaudi_calib.rankfiles.nested import Head, encode_node, encode_rank
 from gaudi_calib.rankfiles.store import (
     _Renderer,
-    list_worlds,
     read_node_names,
     read_ranges,
     read_scales,
-    read_world_dir,
     render_nested,
     write_rank_set,
 )
@@ -73,15 +72,15 @@ def test_worlds_are_told_apart_by_name_not_by_substring(tmp_path: Path):
     node = {"n": Node((np.ones(1, np.float32),))}
     for rank in (0, 1, 10):
         write_rank_set(tmp_path, RankSet(rank, 16, node))
-    assert {world: sorted(ranks) for world, ranks in list_worlds(tmp_path).items()} == {16: [0, 1, 10]}
-    assert list_worlds(tmp_path, "MAXABS_HW") == {}
+    assert {world: sorted(ranks) for world, ranks in CalibrationDir(tmp_path).worlds.items()} == {16: [0, 1, 10]}
+    assert CalibrationDir(tmp_path).list_methods(16) == []
 
 
 def test_files_without_rank_count_as_one_rank(tmp_path: Path):
     """Plain INC, without torch.distributed, writes no rank suffix."""
     for path in (GOLDEN / "tp1/g3").glob("*_maxabs_0_1*"):
         shutil.copy(path, tmp_path / path.name.replace("_0_1", ""))
-    (rank_set,) = read_world_dir(tmp_path, 1)
+    (rank_set,) = CalibrationDir(tmp_path).read_world(1)
     assert (rank_set.rank, rank_set.world, len(rank_set.nodes)) == (0, 1, 45)
 
 
@@ -89,7 +88,7 @@ def test_missing_rank_is_named(tmp_path: Path):
     """The error names the missing rank, its file and the worlds that are there."""
     shutil.copy(GOLDEN / "tp2/g2/inc_output_hooks_maxabs_0_2.json", tmp_path)
     with pytest.raises(FileError, match="no ranges of rank 1 of 2") as error:
-        read_world_dir(tmp_path, 2)
+        CalibrationDir(tmp_path).read_world(2)
     assert error.value.where.endswith("inc_output_hooks_maxabs_1_2.json")
     assert "world size 2" in error.value.why and "measure -t 2" in error.value.fix
 
@@ -221,7 +220,7 @@ def test_ranks_that_differ_only_in_numbers_share_their_inventory(tmp_path: Path)
     ranks[1] = replace(ranks[1], nodes=RangeTable(table.inventory, table.numbers * 2))
     for rank in ranks:
         write_rank_set(tmp_path, rank)
-    first, second = read_world_dir(tmp_path, 2)
+    first, second = CalibrationDir(tmp_path).read_world(2)
     assert second.nodes.inventory is first.nodes.inventory
     assert np.array_equal(second.nodes.numbers, 2 * first.nodes.numbers)
     assert repr(second) == repr(ranks[1])
@@ -239,7 +238,7 @@ def test_one_changed_number_on_a_later_rank_is_seen(fix_numbers: str, tmp_path: 
     write_rank_set(tmp_path / "other", replace(ranks[1], nodes=RangeTable(table.inventory, numbers)))
     shutil.copy(tmp_path / f"other/inc_output_hooks_maxabs_1_2.{fix_numbers}", tmp_path)
     with pytest.raises(FileError, match="different values"):
-        read_world_dir(tmp_path, 2)
+        CalibrationDir(tmp_path).read_world(2)
 
 
 def test_files_of_another_layout_are_read(tmp_path: Path):
