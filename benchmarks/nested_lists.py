@@ -83,9 +83,9 @@ def take_maximum(node: dict[str, Any], other: dict[str, Any], experts: int) -> N
 def higher(ours: Any, theirs: Any) -> Any:
     """Return the elementwise maximum of two numbers, lists or dicts of the same structure."""
     if isinstance(ours, list):
-        return [higher(one, two) for one, two in zip(ours, theirs, strict=True)]
+        return [higher(our, their) for our, their in zip(ours, theirs, strict=True)]
     if isinstance(ours, dict):
-        return {key: higher(one, theirs[key]) for key, one in ours.items()}
+        return {key: higher(our, theirs[key]) for key, our in ours.items()}
     return max(ours, theirs)
 
 
@@ -115,13 +115,13 @@ def write_rank(path: Path, content: dict[str, Any], rank: int) -> None:
         json.dump(content, file, indent=4)
     nodes: Nodes = {}
     for name, node in content["Nodes"].items():
-        nodes[name] = {"inputs": [np.array(one, dtype=np.float32) for one in node["inputs"]]}
+        nodes[name] = {"inputs": [np.array(numbers, dtype=np.float32) for numbers in node["inputs"]]}
         if "outputs" in node:
-            nodes[name]["outputs"] = [np.array(one, dtype=np.float32) for one in node["outputs"]]
+            nodes[name]["outputs"] = [np.array(numbers, dtype=np.float32) for numbers in node["outputs"]]
         if "weight" in node.get("params", {}):
             weight = node["params"]["weight"]
             if isinstance(weight, dict):
-                arrays: Any = {int(axis): np.array(one, dtype=np.float32) for axis, one in weight.items()}
+                arrays: Any = {int(axis): np.array(numbers, dtype=np.float32) for axis, numbers in weight.items()}
             else:
                 arrays = np.array(weight, dtype=np.float32)
             nodes[name]["params"] = {"weight": arrays}

@@ -141,7 +141,7 @@ def run(words: Sequence[object], out: Path) -> Cost:
 def write_sets(root: Path) -> None:
     """Write all sets."""
     write_set(root / "latent" / "g2", list_latent_nodes(256 // WORLD), WORLD)
-    write_set(root / "one" / "g2", list_latent_nodes(256), 1)
+    write_set(root / "whole" / "g2", list_latent_nodes(256), 1)
     write_set(root / "dense" / "g2", list_dense_nodes(), WORLD)
 
 
@@ -155,10 +155,10 @@ def list_races(root: Path) -> list[Race]:
 
     return [
         race("R1 size, unify EP 8 to 1", "unify", 1, "latent", 4, "-u"),
-        race("R1 size, expand to EP 16", "expand", 16, "one", 10, "-u"),
-        race("the same, ranges only", "expand", 16, "one", 10, "-u -s"),
-        race("R1 size, expand to TP 16", "expand", 16, "one", None, "--no-expert-parallel"),
-        race("the same, ranges only", "expand", 16, "one", None, "--no-expert-parallel -s"),
+        race("R1 size, expand to EP 16", "expand", 16, "whole", 10, "-u"),
+        race("the same, ranges only", "expand", 16, "whole", 10, "-u -s"),
+        race("R1 size, expand to TP 16", "expand", 16, "whole", None, "--no-expert-parallel"),
+        race("the same, ranges only", "expand", 16, "whole", None, "--no-expert-parallel -s"),
         race("405B, unify TP 8 to 1", "unify", 1, "dense", 1 / 0.6),
     ]
 
@@ -185,9 +185,9 @@ def compare(race: Race, rounds: int, root: Path) -> str:
     for _ in range(rounds):
         theirs.append(run(race.baseline, root / "theirs"))
         ours.append(run(race.ours, root / "ours"))
-    best = [min(one.seconds for one in costs) for costs in (theirs, ours)]
-    peaks = [max(one.peak_mb for one in costs) for costs in (theirs, ours)]
-    ratio = statistics.median(one.seconds / other.seconds for one, other in zip(theirs, ours, strict=True))
+    best = [min(cost.seconds for cost in costs) for costs in (theirs, ours)]
+    peaks = [max(cost.peak_mb for cost in costs) for costs in (theirs, ours)]
+    ratio = statistics.median(baseline.seconds / cost.seconds for baseline, cost in zip(theirs, ours, strict=True))
     promise = "-" if race.target is None else f"{race.target:.1f}x"
     cells = "".join(f"{seconds:8.2f} s {peak:4.0f} MB " for seconds, peak in zip(best, peaks, strict=True))
     return f"{race.name:26}{cells}{best[0] / best[1]:7.1f}x {promise:>9}  (median {ratio:.1f}x)"

@@ -69,10 +69,12 @@ class CalibrationDir:
     @cached_property
     def newest_manifest(self) -> "Manifest | None":
         """The manifest, of whatever run was the last, finished or not; None where there is none."""
+        path = self.path / MANIFEST_NAME
+        if not path.is_file():
+            return None
         from gaudi_calib.manifest import read_manifest
 
-        path = self.path / MANIFEST_NAME
-        return read_manifest(path) if path.is_file() else None
+        return read_manifest(path)
 
     @property
     def manifest(self) -> "Manifest | None":

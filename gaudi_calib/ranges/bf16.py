@@ -59,9 +59,3 @@ def log2(x: np.ndarray) -> np.ndarray:
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         return round_to_bf16(np.log2(np.asarray(x, dtype=np.float64)))
-
-
-def exp2(x: np.ndarray) -> np.ndarray:
-    """Return 2**x rounded to bfloat16."""
-    with np.errstate(over="ignore", under="ignore"):
-        return round_to_bf16(np.exp2(np.asarray(x, dtype=np.float64)))

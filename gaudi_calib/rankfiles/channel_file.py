@@ -39,9 +39,9 @@ def write_channel_ranges(path: Path, channels: ChannelRanges) -> None:
     nodes: dict[str, Any] = {}
     for name, node in channels.nodes.items():
         axes = {}
-        for part, one in _parts(node).items():
-            tensors[f"{name}|{part}"] = np.ascontiguousarray(one.values, dtype=np.float32)
-            axes[part] = [[segment.channels, segment.units, segment.replicates] for segment in one.axis.segments]
+        for part, range_ in _parts(node).items():
+            tensors[f"{name}|{part}"] = np.ascontiguousarray(range_.values, dtype=np.float32)
+            axes[part] = [[segment.channels, segment.units, segment.replicates] for segment in range_.axis.segments]
         nodes[name] = {"op": node.op.value, "axes": axes, "partial_products": _to_lists(node.partial_products)}
         if node.experts is not None:
             facts = {"count": node.experts.count, "routing": node.experts.routing, "bias": node.experts.bias}
@@ -93,8 +93,8 @@ def _to_lists(products: Mapping[int, Sequence[float]]) -> dict[int, list[float]]
 
 
 def _parts(node: ChannelNode) -> dict[str, ChannelRange]:
-    parts = {f"inputs.{i}": one for i, one in enumerate(node.inputs)}
-    parts |= {f"outputs.{i}": one for i, one in enumerate(node.outputs or ())}
+    parts = {f"inputs.{i}": range_ for i, range_ in enumerate(node.inputs)}
+    parts |= {f"outputs.{i}": range_ for i, range_ in enumerate(node.outputs or ())}
     if node.weight is not None:
         parts["weight"] = node.weight
     if node.softmax_sums is not None:

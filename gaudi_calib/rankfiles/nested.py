@@ -101,11 +101,21 @@ def decode_table(path: Path, value: Any, mode: str) -> RangeTable | ScaleTable:
     Raises:
         FileError: no nodes, another mode, or a node is malformed.
     """
-    if not isinstance(value, dict) or not isinstance(value.get("Nodes"), dict):
-        raise FileError(f"{path.name} has no Nodes", where=path, fix="restore the file or measure again")
+    nodes = require_nodes(path, value)
     if value.get("Mode", mode) != mode:
         raise FileError(f"{path.name} holds {value['Mode']}, expected {mode}", where=path, fix=_FIXES[mode])
-    return _decode_ranges(path, value["Nodes"]) if mode == RANGES_MODE else _decode_scales(path, value["Nodes"])
+    return _decode_ranges(path, nodes) if mode == RANGES_MODE else _decode_scales(path, nodes)
+
+
+def require_nodes(path: Path, value: Any) -> dict[str, Any]:
+    """Return the nodes in a rank's dict.
+
+    Raises:
+        FileError: there are none.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("Nodes"), dict):
+        raise FileError(f"{path.name} has no Nodes", where=path, fix="restore the file, or make it again")
+    return value["Nodes"]
 
 
 def flatten_node(value: dict[str, Any]) -> Any:
@@ -114,7 +124,7 @@ def flatten_node(value: dict[str, Any]) -> Any:
     As `object_hook` of the json parser it keeps a rank's many small lists from piling up.
     """
     try:
-        return _flatten(value) if "inputs" in value else value
+        return _flatten(value) if isinstance(value.get("inputs"), list) else value
     except (TypeError, ValueError, AttributeError, OverflowError):
         return value  # `decode_table` will say which node it is
 

@@ -35,6 +35,7 @@ from gaudi_calib.rankfiles.nested import (
     encode_rank,
     flatten_node,
     is_same_table,
+    require_nodes,
     to_lists,
 )
 from gaudi_calib.rankfiles.npz import load_value, pack_pickle, pack_value, read_pickle
@@ -110,46 +111,14 @@ def read_scales(path: Path) -> RankSet[ScaleNode]:
     return _read_rank(path, SCALES_MODE)
 
 
-def list_worlds(directory: Path, method: str | None = None) -> dict[int, dict[int, Path]]:
-    """Return the `.json` files of a directory by world and rank (ranges, or scales of `method`).
-
-    A file without a rank (INC without torch.distributed) counts as rank 0 of 1.
+def read_node_names(path: Path) -> tuple[str, ...]:
+    """Return the names of a rank's nodes, in order, from its `.json` alone.
 
     Raises:
-        FileError: the directory is missing.
+        FileError: the file is missing or malformed.
     """
-    if not directory.is_dir():
-        raise FileError(
-            "no such directory", where=directory, fix="give the <device> directory of a run, e.g. OUT/<model>/g3"
-        )
-    worlds: dict[int, dict[int, Path]] = {}
-    for path in sorted(directory.iterdir()):
-        file = parse_rank_file(path.name)
-        if file is None or file.is_mod_list or file.extension != "json" or file.method != method:
-            continue
-        if file.observer != "maxabs":
-            continue
-        worlds.setdefault(file.world or 1, {}).setdefault(file.rank or 0, path)
-    return dict(sorted(worlds.items()))
-
-
-def read_world_dir(directory: Path, world: int) -> list[RankSet[Node]]:
-    """Read the ranges of all ranks of `world`, in rank order.
-
-    Raises:
-        FileError: a rank's file is missing or malformed.
-    """
-    worlds = list_worlds(directory)
-    files = worlds.get(world, {})
-    missing = [rank for rank in range(world) if rank not in files]
-    if missing:
-        raise FileError(
-            f"no ranges of rank {missing[0]} of {world}" + (f" (nor of {len(missing) - 1} more)" * (len(missing) > 1)),
-            where=directory / RankFile(rank=missing[0], world=world).name,
-            why=f"the directory holds ranges of world size {', '.join(map(str, worlds)) or 'none'}",
-            fix=f"run `gaudi-calib measure -t {world}`, or name a world size that is there",
-        )
-    return read_world_files([files[rank] for rank in range(world)])
+    content = read_json(path, lambda value: None if isinstance(value.get("inputs"), list) else value)
+    return tuple(require_nodes(path, content))
 
 
 def read_world_files(paths: Sequence[Path]) -> list[RankSet[Node]]:

@@ -10,11 +10,11 @@ import numpy as np
 from gaudi_calib.config.methods import SCALE_METHODS, MethodTable
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import read_json
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.experts import Choose, rename_modules
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.ranges.table import Inventory, RangeTable, tabulate_ranges
+from gaudi_calib.rankfiles.store import read_node_names
 from gaudi_calib.scales.compute import compute_scales
 
 if TYPE_CHECKING:
@@ -158,17 +158,7 @@ def _read_scaled_names(
             why="other ranks have scales of this method",
             fix="restore the file, delete the other ranks' scales, or leave scales out with --skip-scales",
         )
-    named = {}
-    for rank in ranks:
-        content = read_json(files[rank])
-        if not isinstance(content, dict) or not isinstance(content.get("Nodes"), dict):
-            raise FileError(
-                f"{files[rank].name} has no Nodes",
-                where=files[rank],
-                fix="restore the file, or leave scales out with --skip-scales",
-            )
-        named[rank] = tuple(content["Nodes"])
-    return named
+    return {rank: read_node_names(files[rank]) for rank in ranks}
 
 
 def _compute(

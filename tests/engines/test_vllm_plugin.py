@@ -15,12 +15,13 @@ from gaudi_calib.checkpoints.plan import ModelPlan, plan_model
 from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.config.methods import get_scale_method
 from gaudi_calib.config.presets import measure_config, quant_config
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.fp8 import get_device
 from gaudi_calib.ranges.derive import derive_world
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.ranges.topology import Topology
-from gaudi_calib.rankfiles.store import read_world_dir, write_rank_set, write_rank_sets
+from gaudi_calib.rankfiles.store import write_rank_set, write_rank_sets
 from gaudi_calib.runs.unify import Conversion, unify_dir
 from gaudi_calib.scales.compute import compute_scales
 from tests.support.reference_fp8 import compute_logprobs
@@ -76,7 +77,7 @@ class Measured:
 
     @property
     def found(self) -> list[RankSet[Node]]:
-        return read_world_dir(self.directory, self.topology.world)
+        return CalibrationDir(self.directory).read_world(self.topology.world)
 
     @property
     def expected(self) -> list[RankSet[Node]]:
@@ -167,7 +168,7 @@ def test_two_ranks_unify_to_what_one_rank_measures(one_rank, two_ranks, tmp_path
     conversion = Conversion(expert_parallel=case.endswith("-ep"))
     unify_dir(two_ranks[case].directory, 1, tmp_path, conversion=conversion)
     alone = one_rank[case.removesuffix("-ep")].found[0]
-    unified = read_world_dir(tmp_path, 1)[0]
+    unified = CalibrationDir(tmp_path).read_world(1)[0]
     different = list(compare_ranges(_drop_partial_sums(unified), _drop_partial_sums(alone), BF16_STEP))
     assert different == []
 

@@ -13,7 +13,7 @@ from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.vllm_runner.process import list_group
 from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.manifest import read_manifest
-from gaudi_calib.rankfiles.store import list_worlds, read_ranges, read_world_dir
+from gaudi_calib.rankfiles.store import read_ranges
 from gaudi_calib.serve.command import ServeOptions, plan_serve
 from tests.support.calibrated import HPU3, MODEL, calibrate_by_torch
 from tests.support.files import snapshot, write_prompts
@@ -36,8 +36,8 @@ def test_two_ranks_measured_by_vllm(tmp_path):
     done = run_cli(*words(tmp_path, *more), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     root = tmp_path / "model"
-    ranks, (whole,) = read_world_dir(root / "g3", 2), read_world_dir(root / "g3", 1)
-    assert set(list_worlds(root / "g3", "MAXABS_HW")) == {1, 2}
+    ranks, (whole,) = CalibrationDir(root / "g3").read_world(2), CalibrationDir(root / "g3").read_world(1)
+    assert [CalibrationDir(root / "g3").list_methods(world) for world in (1, 2)] == [["MAXABS_HW"]] * 2
     for name, node in whole.nodes.items():
         parts = [rank.nodes[name].inputs for rank in ranks]
         assert all(np.array_equal(one, np.maximum(*pair)) for one, pair in zip(node.inputs, zip(*parts)))

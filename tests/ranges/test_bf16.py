@@ -54,14 +54,11 @@ def test_products_and_differences_equal_torch():
     np.testing.assert_array_equal(bf16.subtract(VALUES, VALUES[order]), (TENSOR - other).float().numpy())
 
 
-def test_logarithms_and_powers_equal_torch():
-    """log2, ceil and exp2, one after the other, of every value."""
+def test_logarithms_equal_torch():
+    """log2, and ceil of it, of every value."""
     logs = torch.log2(TENSOR)
     np.testing.assert_array_equal(bf16.log2(VALUES), logs.float().numpy())
-    exponents = torch.ceil(logs)
-    np.testing.assert_array_equal(np.ceil(bf16.log2(VALUES)), exponents.float().numpy())
-    np.testing.assert_array_equal(bf16.exp2(exponents.float().numpy()), torch.exp2(exponents).float().numpy())
-    np.testing.assert_array_equal(bf16.exp2(bf16.log2(VALUES)), torch.exp2(logs).float().numpy())
+    np.testing.assert_array_equal(np.ceil(bf16.log2(VALUES)), torch.ceil(logs).float().numpy())
 
 
 def test_no_logarithm_depends_on_the_library():

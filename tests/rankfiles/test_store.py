@@ -12,26 +12,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
 from gaudi_calib.layout import parse_rank_file
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
 from gaudi_calib.rankfiles.background import BackgroundWriter
-from gaudi_calib.rankfiles.nested import Head
+from gaudi_calib.rankfiles.nested import Head, encode_node, encode_rank
 from gaudi_calib.rankfiles.store import (
     _Renderer,
-    list_worlds,
+    read_node_names,
     read_ranges,
     read_scales,
-    read_world_dir,
     render_nested,
     write_rank_set,
 )
 from tests.support import paths
 
 GOLDEN = paths.GOLDEN / "llama-tiny"
-RUNS = [GOLDEN / one for one in ("tp1/g2", "tp1/g3", "tp2/g2", "tp1pcs/g2")]
+RUNS = [GOLDEN / run for run in ("tp1/g2", "tp1/g3", "tp2/g2", "tp1pcs/g2")]
 RUNS += [GOLDEN.parent / model / "tp1/g2" for model in ("mixtral-tiny", "deepseek-v3-fp8-tiny")]
 FILES = sorted(path for run in RUNS for path in run.glob("*.json") if not parse_rank_file(path.name).is_mod_list)
 
@@ -39,22 +39,22 @@ FILES = sorted(path for run in RUNS for path in run.glob("*.json") if not parse_
 @pytest.mark.parametrize("path", FILES, ids=lambda path: "-".join([*path.parts[-4:-2], path.stem]))
 def test_what_inc_wrote_is_written_again_byte_for_byte(path: Path, tmp_path: Path):
     """Reading and writing a real file gives the same json, the same pickled values and the same module list."""
-    file = parse_rank_file(path.name)
-    rank_set = read_ranges(path) if file.method is None else read_scales(path)
-    written = write_rank_set(tmp_path, rank_set, method=file.method)
+    method = parse_rank_file(path.name).method
+    rank_set = read_ranges(path) if method is None else read_scales(path)
+    written = write_rank_set(tmp_path, rank_set, method=method)
     assert written[0].read_bytes() == path.read_bytes()
-    ours, theirs = (np.load(one.with_suffix(".npz"), allow_pickle=True)["arr_0"].item() for one in (written[0], path))
+    ours, theirs = (np.load(file.with_suffix(".npz"), allow_pickle=True)["arr_0"].item() for file in (written[0], path))
     assert _describe(ours) == _describe(theirs)
-    if file.method is None:
+    if method is None:
         assert json.loads(written[2].read_text()) == json.loads(path.with_name(written[2].name).read_text())
 
 
 def _describe(value):
     """Structure, dtypes, shapes and values; INC itself mixes lists and tuples."""
     if isinstance(value, dict):
-        return {key: _describe(one) for key, one in value.items()}
+        return {key: _describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_describe(one) for one in value]
+        return [_describe(item) for item in value]
     return (value.dtype, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
 
 
@@ -72,15 +72,15 @@ def test_worlds_are_told_apart_by_name_not_by_substring(tmp_path: Path):
     node = {"n": Node((np.ones(1, np.float32),))}
     for rank in (0, 1, 10):
         write_rank_set(tmp_path, RankSet(rank, 16, node))
-    assert {world: sorted(ranks) for world, ranks in list_worlds(tmp_path).items()} == {16: [0, 1, 10]}
-    assert list_worlds(tmp_path, "MAXABS_HW") == {}
+    assert {world: sorted(ranks) for world, ranks in CalibrationDir(tmp_path).worlds.items()} == {16: [0, 1, 10]}
+    assert CalibrationDir(tmp_path).list_methods(16) == []
 
 
 def test_files_without_rank_count_as_one_rank(tmp_path: Path):
     """Plain INC, without torch.distributed, writes no rank suffix."""
     for path in (GOLDEN / "tp1/g3").glob("*_maxabs_0_1*"):
         shutil.copy(path, tmp_path / path.name.replace("_0_1", ""))
-    (rank_set,) = read_world_dir(tmp_path, 1)
+    (rank_set,) = CalibrationDir(tmp_path).read_world(1)
     assert (rank_set.rank, rank_set.world, len(rank_set.nodes)) == (0, 1, 45)
 
 
@@ -88,7 +88,7 @@ def test_missing_rank_is_named(tmp_path: Path):
     """The error names the missing rank, its file and the worlds that are there."""
     shutil.copy(GOLDEN / "tp2/g2/inc_output_hooks_maxabs_0_2.json", tmp_path)
     with pytest.raises(FileError, match="no ranges of rank 1 of 2") as error:
-        read_world_dir(tmp_path, 2)
+        CalibrationDir(tmp_path).read_world(2)
     assert error.value.where.endswith("inc_output_hooks_maxabs_1_2.json")
     assert "world size 2" in error.value.why and "measure -t 2" in error.value.fix
 
@@ -169,6 +169,15 @@ def _random_rank(seed: int, count: int, outputs: int = 3) -> RankSet[Node]:
     return RankSet(seed, 70000, nodes, tuple(nodes), (None, 3, 300, 70000)[seed % 4])
 
 
+def test_a_small_rank_is_written_as_np_savez_writes_it(tmp_path: Path):
+    """Byte for byte, the archive around it included; a larger one differs in the length of its frames alone."""
+    rank_set = _random_rank(2, 40)
+    _, npz, _ = write_rank_set(tmp_path, rank_set)
+    nodes = {name: encode_node(node) for name, node in rank_set.nodes.items()}
+    np.savez(tmp_path / "plain.npz", np.array(encode_rank(Head("DynamicRange", 2, 300), nodes), dtype=object))
+    assert npz.read_bytes() == (tmp_path / "plain.npz").read_bytes()
+
+
 @pytest.mark.parametrize(("count", "outputs"), [(0, 1), (1, 1), (2, 4), (999, 3), (1000, 2), (2001, 5), (40, 2003)])
 @pytest.mark.parametrize("seed", range(4))
 def test_fast_writing_equals_the_plain_way(seed: int, count: int, outputs: int):
@@ -211,7 +220,7 @@ def test_ranks_that_differ_only_in_numbers_share_their_inventory(tmp_path: Path)
     ranks[1] = replace(ranks[1], nodes=RangeTable(table.inventory, table.numbers * 2))
     for rank in ranks:
         write_rank_set(tmp_path, rank)
-    first, second = read_world_dir(tmp_path, 2)
+    first, second = CalibrationDir(tmp_path).read_world(2)
     assert second.nodes.inventory is first.nodes.inventory
     assert np.array_equal(second.nodes.numbers, 2 * first.nodes.numbers)
     assert repr(second) == repr(ranks[1])
@@ -229,7 +238,7 @@ def test_one_changed_number_on_a_later_rank_is_seen(fix_numbers: str, tmp_path: 
     write_rank_set(tmp_path / "other", replace(ranks[1], nodes=RangeTable(table.inventory, numbers)))
     shutil.copy(tmp_path / f"other/inc_output_hooks_maxabs_1_2.{fix_numbers}", tmp_path)
     with pytest.raises(FileError, match="different values"):
-        read_world_dir(tmp_path, 2)
+        CalibrationDir(tmp_path).read_world(2)
 
 
 def test_files_of_another_layout_are_read(tmp_path: Path):
@@ -241,7 +250,7 @@ def test_files_of_another_layout_are_read(tmp_path: Path):
     for node in value["Nodes"].values():
         for key in ("inputs", "outputs"):
             if key in node:
-                node[key] = [np.array(one, dtype=np.float64) for one in node[key]]
+                node[key] = [np.array(values, dtype=np.float64) for values in node[key]]
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|O", "fortran_order": False, "shape": ()})
     with zipfile.ZipFile(path.with_suffix(".npz"), "w") as archive:
@@ -256,6 +265,25 @@ def test_names_of_any_alphabet_survive(tmp_path: Path):
         write_rank_set(tmp_path, RankSet(0, 1, chosen, tuple(chosen)))
         found = read_ranges(tmp_path / "inc_output_hooks_maxabs_0_1.json")
         assert repr(dict(found.nodes)) == repr(chosen) and found.modules == tuple(chosen)
+
+
+@pytest.mark.parametrize("node", [{"inputs": "x"}, {"inputs": [["x"]]}, 3], ids=["text", "text in a list", "number"])
+def test_a_malformed_node_is_named(tmp_path: Path, node):
+    """Whether or not it looks like a node while it is parsed."""
+    path = _copy_rank(tmp_path)
+    value = json.loads(path.read_text())
+    value["Nodes"]["lm_head"] = node
+    path.write_text(json.dumps(value))
+    with pytest.raises(FileError, match="cannot read the ranges of lm_head"):
+        read_ranges(path)
+
+
+def test_a_module_may_have_the_name_of_a_key(tmp_path: Path):
+    """`inputs` and `outputs` are names like any other."""
+    nodes = {name: Node((np.ones(1, np.float32),), None, np.ones(1, np.float32)) for name in ("inputs", "outputs")}
+    path, *_ = write_rank_set(tmp_path, RankSet(0, 1, nodes))
+    assert read_node_names(path) == ("inputs", "outputs")
+    assert repr(dict(read_ranges(path).nodes)) == repr(nodes)
 
 
 def test_a_full_disk_is_reported_from_the_writing_thread(tmp_path: Path):

@@ -15,7 +15,7 @@ from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ModelError
 from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file
 from gaudi_calib.manifest import read_manifest
-from gaudi_calib.rankfiles.store import list_worlds, read_ranges, read_scales, read_world_dir
+from gaudi_calib.rankfiles.store import read_ranges, read_scales
 from gaudi_calib.runs.calibrate import calibrate, list_files, measure, quantize
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.postprocess import postprocess_dir
@@ -117,7 +117,7 @@ def test_one_measurement_serves_both_devices_and_several_worlds(dataset: Path):
 def test_quantize_adds_worlds_and_methods_later(dataset: Path):
     """A world that was not written is derived from the channel ranges; earlier files stay."""
     root = measure(options(dataset, world=2)).root
-    assert list_worlds(root / "g3") == {
+    assert CalibrationDir(root / "g3").worlds == {
         2: {rank: root / f"g3/inc_output_hooks_maxabs_{rank}_2.json" for rank in (0, 1)}
     }
     before = snapshot_results(root)
@@ -125,7 +125,7 @@ def test_quantize_adds_worlds_and_methods_later(dataset: Path):
     result = quantize(options(dataset, world=4, scale_method=method.lower()))
     assert before.items() <= snapshot_results(root).items()
     assert serve(result, world=4).env["RUNTIME_SCALE_PATCHING"] == "0"
-    assert sorted(list_worlds(root / "g3", method)[4]) == [0, 1, 2, 3]
+    assert len(CalibrationDir(root / "g3").list_scales(4, method)) == 4 * 2
     weight = (
         read_scales(root / f"g3/inc_output_hooks_maxabs_{method}_1_4.json").nodes["model.layers.0.mlp.down_proj"].weight
     )
@@ -161,7 +161,7 @@ def test_blocklist_of_a_custom_config_is_obeyed(dataset: Path, tmp_path: Path):
     lists = {"blocklist": {"types": [], "names": ["self_attn", "no_such"]}, "dump_stats_path": "x/inc"}
     config.write_text(json.dumps({"mode": "MEASURE", "observer": "maxabs", **lists}))
     result = measure(options(dataset, measure_config=config, devices=("g2",)))
-    (ranges,) = read_world_dir(result.root / "g2", 1)
+    (ranges,) = CalibrationDir(result.root / "g2").read_world(1)
     assert sorted({name.split(".")[3] for name in ranges.modules if "layers" in name}) == ["mlp"]
     assert list(ranges.nodes) == list(ranges.modules)
     assert any("'no_such' matches no node" in warning for warning in result.warnings)
@@ -187,8 +187,8 @@ def test_unify_takes_the_maximum_over_ranks(tmp_path: Path):
         f"inc_output_hooks_maxabs_{end}"
         for end in ("0_1.json", "0_1.npz", "0_1_mod_list.json", "MAXABS_HW_0_1.json", "MAXABS_HW_0_1.npz")
     )
-    first, second = read_world_dir(GOLDEN / "tp2/g2", 2)
-    (merged,) = read_world_dir(tmp_path, 1)
+    first, second = CalibrationDir(GOLDEN / "tp2/g2").read_world(2)
+    (merged,) = CalibrationDir(tmp_path).read_world(1)
     assert merged.modules == first.modules
     for name, node in merged.nodes.items():
         pairs = zip(node.inputs, first.nodes[name].inputs, second.nodes[name].inputs, strict=True)

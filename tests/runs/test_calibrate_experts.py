@@ -14,7 +14,7 @@ from gaudi_calib.errors import ConfigError, FileError, RangeError, TopologyError
 from gaudi_calib.manifest import read_manifest
 from gaudi_calib.ranges.coverage import count_coverage
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
-from gaudi_calib.rankfiles.store import list_worlds, read_ranges, read_scales, read_world_dir
+from gaudi_calib.rankfiles.store import read_ranges, read_scales
 from gaudi_calib.runs.calibrate import calibrate, measure, quantize
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.reshard import reshard_dir
@@ -60,7 +60,7 @@ def find_manifest(root: Path):
 def test_cold_experts_are_filled_and_told(options):
     """By default a cold expert gets real tokens of its layer, and manifest and warnings say which and how many."""
     result = calibrate(options(min_expert_tokens=5))
-    (ranges,) = read_world_dir(result.root / "g3", 1)
+    (ranges,) = CalibrationDir(result.root / "g3").read_world(1)
     assert all(one[0] > 0 for one in ranges.nodes[OP].outputs)
     coverage = find_manifest(result.root).expert_coverage
     assert coverage.policy == "fill" and coverage.min_tokens == 5
@@ -75,7 +75,7 @@ def test_cold_experts_are_filled_and_told(options):
 def test_cold_experts_are_left_when_asked(options):
     """`ignore` leaves the range 0 of an expert that saw nothing, and warns that serving goes wrong."""
     result = measure(options(cold_experts="ignore"))
-    (ranges,) = read_world_dir(result.root / "g3", 1)
+    (ranges,) = CalibrationDir(result.root / "g3").read_world(1)
     cold = find_manifest(result.root).expert_coverage.cold[OP]
     idle = [index for index, one in enumerate(ranges.nodes[OP].outputs[1:]) if one[0] == 0]
     assert idle == cold and set(COLD_EXPERTS[COLD]) <= set(idle)
@@ -106,7 +106,9 @@ def test_deepseek_is_expert_parallel_and_can_be_told_otherwise(options):
     """The family's way of sharing is the default; each rank's files hold its experts, numbered from 0."""
     wanted = options(world=4, unified_world=1)
     result = calibrate(wanted)
-    experts = [[name for name in one.nodes if "w13_list" in name] for one in read_world_dir(result.root / "g3", 4)]
+    experts = [
+        [name for name in one.nodes if "w13_list" in name] for one in CalibrationDir(result.root / "g3").read_world(4)
+    ]
     assert (
         experts
         == [[f"model.layers.{i}.mlp.experts.routed_experts.moe_op.w13_list.{e}" for i in (1, 2) for e in (0, 1)]] * 4
@@ -115,7 +117,7 @@ def test_deepseek_is_expert_parallel_and_can_be_told_otherwise(options):
     assert "--enable-expert-parallel" not in serve(result, wanted.model, 1).argv
     assert find_manifest(result.root).expert_parallel
     sliced = calibrate(options(world=4, expert_parallel=False))
-    (first, *_) = read_world_dir(sliced.root / "g3", 4)
+    (first, *_) = CalibrationDir(sliced.root / "g3").read_world(4)
     assert len(first.nodes[OP].outputs) == 9
 
 
@@ -137,9 +139,9 @@ def test_quantize_keeps_the_way_the_run_shares_experts(options):
 def test_unify_takes_the_sharing_from_the_manifest(options):
     """Ranks with different experts are lined up, without a flag: the result equals a measurement with one rank."""
     root = measure(options("qwen3_moe", world=4, unified_world=1, expert_parallel=True)).root
-    (expected,) = read_world_dir(root / "g3", 1)
+    (expected,) = CalibrationDir(root / "g3").read_world(1)
     unify_dir(root / "g3", 1, root / "unified")
-    (unified,) = read_world_dir(root / "unified", 1)
+    (unified,) = CalibrationDir(root / "unified").read_world(1)
     assert list(unified.nodes) == list(expected.nodes) and unified.modules == expected.modules
     for name, node in unified.nodes.items():
         # What a rank sums up itself is no slice of what one rank alone does.
@@ -167,15 +169,15 @@ def test_reshard_in_place_sets_stale_scales_aside(options, capsys):
     """Worlds stand side by side; scales of ranks that change are moved where INC does not find them."""
     root = calibrate(options("mixtral", world=2, expert_parallel=True)).root
     assert main(["reshard", str(root / "g3"), "-t", "4"]) == 0
-    assert list(list_worlds(root / "g3")) == [2, 4]
-    assert list(list_worlds(root / "g3", TAG)) == [2]
+    assert list(CalibrationDir(root / "g3").worlds) == [2, 4]
+    assert [world for world in (2, 4) if CalibrationDir(root / "g3").list_scales(world, TAG)] == [2]
     assert main(["reshard", str(root), "-t", "2", "--no-expert-parallel", "--device", "g3"]) == 0
-    assert list(list_worlds(root / "g3", TAG)) == []
+    assert not any(CalibrationDir(root / "g3").list_scales(world, TAG) for world in (2, 4))
     assert len(list((root / "g3/replaced").iterdir())) == 4
     quantize(options("mixtral", world=2))
     assert CalibrationDir(root / "g3").find_stale() == []
     op = "model.layers.0.block_sparse_moe.experts.routed_experts.moe_op"
-    assert [len(read_world_dir(root / "g3", world)[0].nodes[op].outputs) for world in (2, 4)] == [5, 2]
+    assert [len(CalibrationDir(root / "g3").read_world(world)[0].nodes[op].outputs) for world in (2, 4)] == [5, 2]
     capsys.readouterr()
 
 
@@ -189,8 +191,8 @@ def test_merged_runs_are_resharded_and_quantized(options, tmp_path: Path):
     assert main(words) == 0
     reshard_dir(tmp_path / "both" / name, 4)
     quantize(options("mixtral", out=tmp_path / "both", world=4))
-    (first, *_) = read_world_dir(tmp_path / "both" / name / "g3", 4)
-    one = read_world_dir(tmp_path / "1" / name / "g3", 2)[0]
+    (first, *_) = CalibrationDir(tmp_path / "both" / name / "g3").read_world(4)
+    one = CalibrationDir(tmp_path / "1" / name / "g3").read_world(2)[0]
     assert not any("self_attn" in module for module in first.modules)
     assert len([module for module in one.modules if "w13" in module]) == 2 * len(
         [module for module in first.modules if "w13" in module]
@@ -200,11 +202,11 @@ def test_merged_runs_are_resharded_and_quantized(options, tmp_path: Path):
 def test_names_of_an_older_vllm(options, tmp_path: Path):
     """Before 0.24 the fused op hangs below `experts` itself; the choice is kept for worlds that come later."""
     root = measure(options("mixtral", world=2, vllm="0.11")).root
-    names = [name for name in read_world_dir(root / "g3", 2)[0].modules if "moe_op" in name]
+    names = [name for name in CalibrationDir(root / "g3").read_world(2)[0].modules if "moe_op" in name]
     assert names[0] == "model.layers.0.block_sparse_moe.experts.moe_op"
     assert not any("routed_experts" in name for name in names)
     reshard_dir(root, 4)
-    assert read_world_dir(root / "g3", 4)[0].modules == read_world_dir(root / "g3", 2)[0].modules
+    assert CalibrationDir(root / "g3").read_world(4)[0].modules == CalibrationDir(root / "g3").read_world(2)[0].modules
     method = "act_maxabs_hw_weights_pcs_maxabs_pow2"
     quantize(options("mixtral", world=4, scale_method=method))
     scales = read_scales(root / f"g3/inc_output_hooks_maxabs_{method.upper()}_1_4.json").nodes[names[0] + ".w2_list.3"]
@@ -220,7 +222,7 @@ def test_layers_that_cannot_be_measured_must_stay_blocked(options, tmp_path: Pat
     assert "'mamba'" in error.value.fix
     wanted = options("granitemoehybrid")
     result = calibrate(wanted)
-    (ranges,) = read_world_dir(result.root / "g3", 1)
+    (ranges,) = CalibrationDir(result.root / "g3").read_world(1)
     assert not any("mamba" in name or "self_attn" in name for name in ranges.modules)
     assert "fp8_inc" not in serve(result, wanted.model, 1).argv
 
@@ -279,7 +281,7 @@ def test_the_language_model_of_a_larger_model(options, tiny_model: Callable[[str
     text = json.loads((source / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "text_config": text, "vision_config": {}}))
     alone, larger = (
-        read_world_dir(measure(options("llama4_text", **where)).root / "g3", 2)[1]
+        CalibrationDir(measure(options("llama4_text", **where)).root / "g3").read_world(2)[1]
         for where in ({"world": 2}, {"world": 2, "model": str(directory)})
     )
     assert [f"language_model.{name}" for name in alone.modules] == list(larger.modules)

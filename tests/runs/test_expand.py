@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaudi_calib.cli.main import main
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import RangeError, TopologyError
 from gaudi_calib.fp8 import GAUDI2
 from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.manifest import WorldFacts, record_run
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.unify import expand_ranks, gather_world, unify_ranks
-from gaudi_calib.rankfiles.store import read_ranges, read_scales, read_world_dir, write_rank_set
+from gaudi_calib.rankfiles.store import read_ranges, read_scales, write_rank_set
 from gaudi_calib.runs.conversion import Conversion
 from gaudi_calib.runs.expand import expand_dir
 from gaudi_calib.runs.unify import unify_dir
@@ -88,12 +89,12 @@ def test_expand_asks_how_experts_are_split(tmp_path: Path, capsys):
     with record_run(source / MANIFEST_NAME, command=[], **facts):
         pass
     assert main(["expand", "-m", str(source), "-w", "2", "-o", str(tmp_path / "ep")]) == 0
-    assert len(read_world_dir(tmp_path / "ep", 2)[0].nodes[LAYER].outputs) == 3
+    assert len(CalibrationDir(tmp_path / "ep").read_world(2)[0].nodes[LAYER].outputs) == 3
     assert main(["expand", "-m", str(source), "-w", "2", "-o", str(tmp_path / "tp"), "--no-expert-parallel"]) == 0
-    assert len(read_world_dir(tmp_path / "tp", 2)[0].nodes[LAYER].outputs) == 5
+    assert len(CalibrationDir(tmp_path / "tp").read_world(2)[0].nodes[LAYER].outputs) == 5
     for name in ("ep", "tp"):  # each result knows how it was made
         assert main(["unify", "-m", str(tmp_path / name), "-r", "1"]) == 0
-        assert is_equal(read_world_dir(tmp_path / name, 1)[0], read_world_dir(source, 1)[0])
+        assert is_equal(CalibrationDir(tmp_path / name).read_world(1)[0], CalibrationDir(source).read_world(1)[0])
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["tp", "ep"])
@@ -104,7 +105,7 @@ def test_scales_of_every_rank_are_computed(expert_parallel: bool, tmp_path: Path
     write_rank_set(source, compute_scales(whole, "maxabs_hw", GAUDI2, weights=lambda _: None), method="MAXABS_HW")
     written = expand_dir(source, 2, tmp_path / "out", conversion=Conversion(expert_parallel=expert_parallel))
     assert len(written) == 2 * 5
-    for rank in read_world_dir(tmp_path / "out", 2):
+    for rank in CalibrationDir(tmp_path / "out").read_world(2):
         expected = compute_scales(rank, "maxabs_hw", GAUDI2, weights=lambda _: None).nodes
         path = tmp_path / "out" / f"inc_output_hooks_maxabs_MAXABS_HW_{rank.rank}_2.json"
         assert dict(read_scales(path).nodes) == dict(expected)
@@ -149,4 +150,6 @@ def test_expand_in_place_keeps_the_source(tmp_path: Path):
     assert {name: snapshot(source)[name] for name in before} == before
     assert {name: snapshot(source)[name] for name in snapshot(tmp_path / "direct")} == snapshot(tmp_path / "direct")
     unify_dir(source, 1, tmp_path / "back", conversion=conversion)
-    assert is_equal(read_ranges(tmp_path / "back/inc_output_hooks_maxabs_0_1.json"), read_world_dir(source, 1)[0])
+    assert is_equal(
+        read_ranges(tmp_path / "back/inc_output_hooks_maxabs_0_1.json"), CalibrationDir(source).read_world(1)[0]
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gaudi_calib.cli.main import main
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ModelError
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME
 from gaudi_calib.manifest import ModelFacts, read_manifest, record_run
@@ -20,7 +21,7 @@ from gaudi_calib.ranges.merge import join_names, merge_channels, merge_ranks
 from gaudi_calib.ranges.node import Node, Op, RankSet
 from gaudi_calib.ranges.topology import Axis, Segment
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channel_ranges
-from gaudi_calib.rankfiles.store import list_worlds, read_world_dir, write_rank_set
+from gaudi_calib.rankfiles.store import write_rank_set
 from tests.support import paths
 from tests.support.files import snapshot, write_prompts
 
@@ -253,7 +254,7 @@ def test_runs_on_different_data_give_the_maximum_in_any_order(tmp_path: Path, ca
         left, right = ((tmp_path / out / name) for out in ("ab", "ba"))
         assert left.read_bytes() == right.read_bytes()
     for world in (1, 2):
-        each = zip(*(read_world_dir(path, world) for path in (a, b, tmp_path / "ab")), strict=True)
+        each = zip(*(CalibrationDir(path).read_world(world) for path in (a, b, tmp_path / "ab")), strict=True)
         assert all(describe(combine(one, two)) == describe(merged) for one, two, merged in each)
 
 
@@ -263,8 +264,8 @@ def test_ranks_of_one_world_come_from_different_machines(tmp_path: Path):
     directories = [write_run(tmp_path / str(i), 7, {4: ranks}) for i, ranks in enumerate(parts)]
     whole = write_run(tmp_path / "whole", 7, {4: (0, 1, 2, 3)})
     assert run(*directories, "-o", tmp_path / "out") == 0
-    assert [describe(one) for one in read_world_dir(tmp_path / "out", 4)] == [
-        describe(one) for one in read_world_dir(whole, 4)
+    assert [describe(one) for one in CalibrationDir(tmp_path / "out").read_world(4)] == [
+        describe(one) for one in CalibrationDir(whole).read_world(4)
     ]
 
 
@@ -288,7 +289,7 @@ def test_a_world_of_some_runs_is_left_out_and_said(tmp_path: Path, capsys: pytes
     """It would lack what the other run measured; without any world in common the error lists what is there."""
     a, b = write_run(tmp_path / "a", 1, {1: (0,), 2: (0, 1)}), write_run(tmp_path / "b", 2, {2: (0, 1)})
     assert run(a, b, "-o", tmp_path / "out") == 0
-    assert list(list_worlds(tmp_path / "out")) == [2]
+    assert list(CalibrationDir(tmp_path / "out").worlds) == [2]
     assert f"ranges of world size 1 are left out: {b} has none" in capsys.readouterr().err
     c = write_run(tmp_path / "c", 3, {1: (0,)})
     assert run(b, c, "-o", tmp_path / "none") == 1
@@ -302,12 +303,14 @@ def test_merging_in_place_moves_stale_scales_and_worlds_away(tmp_path: Path, cap
     shutil.copytree(GOLDEN / "tp2" / "g2", a)
     write_run(a, 1, {1: (0,)})
     assert run(a, GOLDEN / "tp2" / "g2", "-o", a) == 0
-    assert sorted(list_worlds(a)) == [2] and list_worlds(a, "MAXABS_HW") == {}
-    assert list(list_worlds(a / "replaced", "MAXABS_HW")) == [2] and list(list_worlds(a / "replaced")) == [1]
+    assert sorted(CalibrationDir(a).worlds) == [2] and CalibrationDir(a).list_methods(2) == []
+    assert CalibrationDir(a / "replaced").list_methods(2) == ["MAXABS_HW"] and list(
+        CalibrationDir(a / "replaced").worlds
+    ) == [1]
     error = capsys.readouterr().err
     assert str(a / "replaced") in error and "gaudi-calib quantize" in error
-    before = [describe(one) for one in read_world_dir(GOLDEN / "tp2" / "g2", 2)]
-    assert [describe(one) for one in read_world_dir(a, 2)] == before
+    before = [describe(one) for one in CalibrationDir(GOLDEN / "tp2" / "g2").read_world(2)]
+    assert [describe(one) for one in CalibrationDir(a).read_world(2)] == before
 
 
 def make_model_run(
@@ -331,8 +334,8 @@ def test_whole_runs_are_merged_with_their_channel_ranges_and_history(tmp_path: P
     a, b = (make_model_run(tmp_path / name, seed) for seed, name in enumerate("ab"))
     assert run(a, b, "-o", tmp_path / "out") == 0
     for device in ("g2", "g3"):
-        (merged,) = read_world_dir(tmp_path / "out" / device, 1)
-        assert describe(merged) == describe(combine(*(read_world_dir(one / device, 1)[0] for one in (a, b))))
+        (merged,) = CalibrationDir(tmp_path / "out" / device).read_world(1)
+        assert describe(merged) == describe(combine(*(CalibrationDir(one / device).read_world(1)[0] for one in (a, b))))
         manifest = read_manifest(tmp_path / "out" / device / MANIFEST_NAME)
         assert (manifest.status, manifest.device, manifest.model and manifest.model.name) == ("ok", device, "model")
         assert sorted(step.command[-1] for step in manifest.history) == ["0", "1"]
@@ -353,16 +356,16 @@ def test_a_device_of_some_runs_is_left_out_and_moved_away_in_place(tmp_path: Pat
     assert run(a, b, "-o", a) == 0
     error = capsys.readouterr().err
     assert "ranges of g2 are left out" in error and "channel ranges are left out" in error
-    assert list_worlds(a / "g2") == {} and list(list_worlds(a / "g2" / "replaced")) == [1]
+    assert CalibrationDir(a / "g2").worlds == {} and list(CalibrationDir(a / "g2" / "replaced").worlds) == [1]
     assert not (a / CHANNEL_RANGES_NAME).exists() and (a / "replaced" / CHANNEL_RANGES_NAME).is_file()
-    assert list(list_worlds(a / "g3")) == [1]
+    assert list(CalibrationDir(a / "g3").worlds) == [1]
 
 
 def _edit(part: str, value: object) -> Callable[[Path], None]:
     """Change one part of one node of world 2's rank 1, in json and npz alike."""
 
     def edit(directory: Path) -> None:
-        rank_set = read_world_dir(directory, 2)[1]
+        rank_set = CalibrationDir(directory).read_world(2)[1]
         name = next(
             name for name, node in rank_set.nodes.items() if node.outputs is not None and len(node.outputs) == 2
         )
@@ -439,7 +442,7 @@ def test_stray_files_are_not_taken_for_ranges(tmp_path: Path):
     (a / "notes_0_1.json").write_text(json.dumps({"Nodes": 1}))
     (b / "inc_output_hooks_maxabs_0_1.json.bak").write_text("x")
     assert run(a, b, "-o", tmp_path / "out") == 0
-    assert list(list_worlds(tmp_path / "out")) == [1]
+    assert list(CalibrationDir(tmp_path / "out").worlds) == [1]
 
 
 def test_two_measurements_in_one_directory_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -471,6 +474,7 @@ def test_merging_measurements_of_shards_equals_measuring_all_of_the_data(tmp_pat
             assert (mine.values == theirs.values).all(), name
     for device, world in (("g2", 1), ("g3", 2)):
         ranks = zip(
-            *(read_world_dir(one / device, world) for one in (tmp_path / "merged", tmp_path / "all/model")), strict=True
+            *(CalibrationDir(one / device).read_world(world) for one in (tmp_path / "merged", tmp_path / "all/model")),
+            strict=True,
         )
         assert all(describe(replace(one, num_samples=0)) == describe(replace(two, num_samples=0)) for one, two in ranks)

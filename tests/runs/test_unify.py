@@ -19,7 +19,7 @@ from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME
 from gaudi_calib.manifest import WorldFacts, read_manifest, record_run
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.unify import gather_world, unify_ranks
-from gaudi_calib.rankfiles.store import read_ranges, read_scales, read_world_dir, write_rank_set
+from gaudi_calib.rankfiles.store import read_ranges, read_scales, write_rank_set
 from gaudi_calib.runs.sharing import Evidence, settle_expert_parallel
 from gaudi_calib.runs.unify import Conversion, unify_dir
 from gaudi_calib.scales.compute import compute_scales
@@ -180,7 +180,9 @@ def test_worlds_that_give_different_results_are_ambiguous(tmp_path: Path):
         unify_dir(source, 1, source, conversion=RANKS_ONLY)
     assert "--from-world" in error.value.fix
     unify_dir(source, 1, tmp_path / "out", from_world=2, conversion=RANKS_ONLY)
-    assert is_equal(*read_world_dir(tmp_path / "out", 1), *unify(make_ranks(2, 2, experts=4), 1, expert_parallel=True))
+    assert is_equal(
+        *CalibrationDir(tmp_path / "out").read_world(1), *unify(make_ranks(2, 2, experts=4), 1, expert_parallel=True)
+    )
 
 
 def test_two_measurements_of_one_world_are_ambiguous(tmp_path: Path):
@@ -198,7 +200,7 @@ def test_the_number_of_experts_tells(tmp_path: Path):
     for experts, expected in ((8, 8), (4, 8)):
         source = write_world(tmp_path / str(experts), make_ranks(1, 2, experts=experts))
         unify_dir(source, 1, source, conversion=conversion)
-        (merged,) = read_world_dir(source, 1)
+        (merged,) = CalibrationDir(source).read_world(1)
         assert len(merged.nodes[LAYER].outputs) == 1 + expected
     source = write_world(tmp_path / "5", make_ranks(1, 2, experts=5))
     with pytest.raises(TopologyError, match="5 experts are not those of a model with 8"):
@@ -213,7 +215,7 @@ def test_the_channel_ranges_of_the_run_tell_the_number_of_experts(tmp_path: Path
     channels.write_bytes(struct.pack("<Q", len(header)) + header)
     source = write_world(tmp_path / "g2", make_ranks(1, 4, experts=2))
     unify_dir(source, 1, tmp_path / "out")
-    assert len(read_world_dir(tmp_path / "out", 1)[0].nodes[LAYER].outputs) == 9
+    assert len(CalibrationDir(tmp_path / "out").read_world(1)[0].nodes[LAYER].outputs) == 9
     channels.write_bytes(channels.read_bytes()[:-5])
     with pytest.raises(CalibrationError, match="damaged"):
         unify_dir(source, 1, tmp_path / "again")
@@ -230,7 +232,7 @@ def test_scales_are_computed_from_the_merged_ranges(device, tmp_path: Path):
         nodes = {name: node for name, node in scales.nodes.items() if "gate" not in name}
         write_rank_set(source, replace(scales, nodes=nodes), method="MAXABS_POW2")
     unify_dir(source, 2, tmp_path / "out", conversion=Conversion(expert_parallel=True))
-    for merged in read_world_dir(tmp_path / "out", 2):
+    for merged in CalibrationDir(tmp_path / "out").read_world(2):
         expected = compute_scales(merged, "maxabs_pow2", device, weights=lambda _: None).nodes
         found = read_scales(tmp_path / "out" / f"inc_output_hooks_maxabs_MAXABS_POW2_{merged.rank}_2.json").nodes
         assert dict(found) == {name: node for name, node in expected.items() if "gate" not in name}
@@ -308,7 +310,7 @@ def test_the_manifest_covers_the_new_world(in_place: bool, tmp_path: Path):
     assert stale == []
     assert manifest.scales["inc_output_hooks_maxabs_MAXABS_HW_1_2.npz"].settings["device"] == "g3"
     unify_dir(out, 1, out)  # the new manifest tells it again
-    assert len(read_world_dir(out, 1)[0].nodes[LAYER].outputs) == 9
+    assert len(CalibrationDir(out).read_world(1)[0].nodes[LAYER].outputs) == 9
 
 
 class _Bomb:

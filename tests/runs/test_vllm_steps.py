@@ -21,7 +21,7 @@ from gaudi_calib.errors import CalibrationError, FileError, RangeError
 from gaudi_calib.fp8 import GAUDI2
 from gaudi_calib.layout import parse_rank_file
 from gaudi_calib.manifest import read_manifest
-from gaudi_calib.rankfiles.store import list_worlds, read_scales, read_world_dir, write_rank_set
+from gaudi_calib.rankfiles.store import read_scales, write_rank_set
 from gaudi_calib.runs.calibrate import calibrate, list_files, measure
 from gaudi_calib.runs.options import RunOptions
 from tests.support import paths
@@ -85,8 +85,8 @@ def test_calibration_on_a_gaudi(cards, tmp_path):
     for rank in (0, 1):
         scales = f"inc_output_hooks_maxabs_MAXABS_HW_{rank}_2.npz"
         assert (directory / scales).read_bytes() == (GOLDEN / "tp2" / "g2" / scales).read_bytes()
-    assert set(list_worlds(directory, "MAXABS_HW")) == {1, 2}
-    for ranks in (read_world_dir(directory, 2), read_world_dir(directory, 1)):
+    assert [CalibrationDir(directory).list_methods(world) for world in (1, 2)] == [["MAXABS_HW"]] * 2
+    for ranks in (CalibrationDir(directory).read_world(2), CalibrationDir(directory).read_world(1)):
         for rank_set in ranks:
             impl = rank_set.nodes["model.layers.0.self_attn.attn.impl.matmul_qk"]
             cache = rank_set.nodes["model.layers.0.self_attn.attn.impl.k_cache"]
@@ -106,7 +106,7 @@ def test_measurement_of_another_engine_is_set_aside(cards, tmp_path):
     result = measure(options(tmp_path))
     assert not (result.root / "channel_ranges.safetensors").exists()
     assert list(result.root.rglob("channel_ranges.safetensors")) != []
-    assert set(list_worlds(result.root / "g2")) == {2}
+    assert set(CalibrationDir(result.root / "g2").worlds) == {2}
 
 
 def test_a_rank_wrote_nothing(cards, tmp_path):
@@ -172,8 +172,8 @@ def test_ray_is_asked_before_an_engine_starts(cards, tmp_path, monkeypatch):
 def test_values_of_the_engine_are_kept(cards, tmp_path):
     """What the ranks measured is what the run's files say."""
     result = measure(options(tmp_path))
-    golden = read_world_dir(GOLDEN / "tp2" / "g2", 2)
-    for ours, theirs in zip(read_world_dir(result.root / "g2", 2), golden, strict=True):
+    golden = CalibrationDir(GOLDEN / "tp2" / "g2").read_world(2)
+    for ours, theirs in zip(CalibrationDir(result.root / "g2").read_world(2), golden, strict=True):
         assert ours.modules == theirs.modules and list(ours.nodes) == list(theirs.nodes)
         for name, node in theirs.nodes.items():
             assert np.array_equal(ours.nodes[name].inputs[0], node.inputs[0]), name
