@@ -24,7 +24,7 @@ PROMPTS = [[generator.randrange(300) for _ in range(length)] for length in (7, 3
 
 def find_head_inputs(directory: Path) -> list[torch.Tensor]:
     """Return what enters the output projection of the whole model, prompt by prompt."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     seen: list[torch.Tensor] = []
     model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.inference_mode():
