@@ -201,7 +201,7 @@ def test_a_cold_expert_is_filled_with_real_tokens(min_tokens: int, tiny_model: C
     left = measure_channels(directory, PROMPTS, cold=ColdPolicy(min_tokens))
     model = record_moe_model(directory, PROMPTS, torch.float32)
     for name, record in model.experts.items():
-        experts, before = (one.nodes[f"{name}.routed_experts.moe_op"].experts for one in (channels, left))
+        experts, before = (measured.nodes[f"{name}.routed_experts.moe_op"].experts for measured in (channels, left))
         router = model.model.get_submodule(name.replace("experts", "gate")).weight
         for expert in range(8):
             missing = max(0, min_tokens - record.count_tokens(expert))

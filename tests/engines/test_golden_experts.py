@@ -76,7 +76,7 @@ def test_nodes_and_modules_are_those_of_inc(model: str, measured: Callable[[str]
 
 def _describe_slots(node: Node) -> tuple[list[tuple[int, ...]], ...]:
     slots = (node.inputs, node.outputs or (), () if node.weight is None else (node.weight,))
-    return tuple([one.shape for one in slot] for slot in slots)
+    return tuple([values.shape for values in slot] for slot in slots)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -166,8 +166,8 @@ def test_mxfp4_experts_give_the_ranges_of_their_bfloat16_copy(tmp_path: Path):
 
 
 def _assert_same_ranks(first: Path, second: Path, prompts: list[list[int]]):
-    channels: list[ChannelRanges] = [measure_channels(one, prompts, worlds=(1, 2)) for one in (first, second)]
+    channels: list[ChannelRanges] = [measure_channels(model, prompts, worlds=(1, 2)) for model in (first, second)]
     for topology in (Topology(1), Topology(2), Topology(2, expert_parallel=True)):
-        ours, theirs = (derive_rank(one, topology.world - 1, topology, GAUDI2) for one in channels)
+        ours, theirs = (derive_rank(measured, topology.world - 1, topology, GAUDI2) for measured in channels)
         assert ours.modules == theirs.modules
         assert repr(ours.nodes) == repr(theirs.nodes)

@@ -126,8 +126,8 @@ def _shard_rows(plan: ModelPlan, split: Split, name: str, weights: list[torch.Te
         keys = [grouped[:, -2], grouped[:, -1]]
     elif split is Split.QKV:
         query, *keys = (
-            one.view(-1, dim, whole.shape[1])
-            for one in whole.split([heads * dim, kv_heads * dim, kv_heads * dim])
+            rows.view(-1, dim, whole.shape[1])
+            for rows in whole.split([heads * dim, kv_heads * dim, kv_heads * dim])
         )  # fmt: skip
     else:
         parts = whole.chunk(2) if name.endswith("gate_up_proj") else [whole]
@@ -154,7 +154,7 @@ def _pair_attention(recording: Recording, plan: ModelPlan, derived, index: int, 
     }
     for op, ranges in expected.items():
         node = derived[plan.attention_node(index, op)]
-        measured = [float(one[0]) for one in (*node.inputs, *(node.outputs or ())[:1])]
+        measured = [float(values[0]) for values in (*node.inputs, *(node.outputs or ())[:1])]
         yield from ((op, *pair) for pair in zip(measured, ranges, strict=True))
 
 
@@ -186,8 +186,8 @@ def test_unmeasured_world_is_bounded_from_above(tiny_model: Callable[[str], Path
 
 def test_sharded_checkpoint_equals_single_file(tmp_path: Path):
     """A checkpoint in two shards with an index gives the ranges of the same one in one file."""
-    one, two = (make_tiny_model("llama", tmp_path / str(shards), shards=shards) for shards in (1, 2))
-    first, second = (measure_channels(directory, make_prompts()) for directory in (one, two))
+    single, sharded = (make_tiny_model("llama", tmp_path / str(shards), shards=shards) for shards in (1, 2))
+    first, second = (measure_channels(directory, make_prompts()) for directory in (single, sharded))
     _assert_same(first, second)
 
 
@@ -203,7 +203,7 @@ def test_channel_file_keeps_everything(tmp_path: Path, tiny_model: Callable[[str
 
 def _assert_same(first: ChannelRanges, second: ChannelRanges):
     for world in (1, 4):
-        ours, theirs = (derive_rank(one, world - 1, Topology(world), GAUDI2).nodes for one in (first, second))
+        ours, theirs = (derive_rank(channels, world - 1, Topology(world), GAUDI2).nodes for channels in (first, second))
         assert list(ours) == list(theirs)
         for name, node in ours.items():
             assert repr(node) == repr(theirs[name]), name

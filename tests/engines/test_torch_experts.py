@@ -72,8 +72,9 @@ def sliced(whole: Callable[..., WholeModel]) -> Slice:
 
 def describe(node: Node) -> Seen:
     """Return a derived node as the reference has it."""
-    outputs = None if node.outputs is None else [float(one[0]) for one in node.outputs]
-    return Seen([float(one[0]) for one in node.inputs], outputs, None if node.weight is None else float(node.weight[0]))
+    weight = None if node.weight is None else float(node.weight[0])
+    outputs = None if node.outputs is None else [float(values[0]) for values in node.outputs]
+    return Seen([float(values[0]) for values in node.inputs], outputs, weight)
 
 
 def divides(checkpoint: str, topology: Topology) -> bool:
@@ -113,7 +114,7 @@ def assert_near(ours: np.ndarray, expected: np.ndarray):
     np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-5 * expected.max())
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda one: one.key)
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda topology: topology.key)
 @pytest.mark.parametrize("checkpoint", MOE_CHECKPOINTS)
 def test_a_rank_sees_the_ranges_of_the_tensors_it_holds(
     checkpoint: str, topology: Topology, measured: Measure, sliced: Slice
@@ -131,7 +132,7 @@ def test_a_rank_sees_the_ranges_of_the_tensors_it_holds(
             compare_nodes(nodes, sliced(checkpoint, "float32", rank, topology, device), BF16_STEP)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES[:5], ids=lambda one: one.key)
+@pytest.mark.parametrize("topology", TOPOLOGIES[:5], ids=lambda topology: topology.key)
 @pytest.mark.parametrize("checkpoint", EXACT)
 def test_computed_in_bfloat16_a_rank_sees_exactly_what_it_holds(
     checkpoint: str, topology: Topology, measured: Measure, sliced: Slice
@@ -149,11 +150,11 @@ def compare_nodes(nodes: Mapping[str, Node], expected: Mapping[str, Seen], toler
     for name, node in nodes.items():
         ours, theirs = describe(node), expected[name]
         for slot in ("inputs", "outputs", "weight"):
-            one, other = getattr(ours, slot), getattr(theirs, slot)
-            assert one == (other if other is None else pytest.approx(other, rel=tolerance, abs=0)), (name, slot)
+            found, other = getattr(ours, slot), getattr(theirs, slot)
+            assert found == (other if other is None else pytest.approx(other, rel=tolerance, abs=0)), (name, slot)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES[:5], ids=lambda one: one.key)
+@pytest.mark.parametrize("topology", TOPOLOGIES[:5], ids=lambda topology: topology.key)
 @pytest.mark.parametrize("checkpoint", MOE_CHECKPOINTS)
 def test_a_rank_lists_its_own_experts_only(checkpoint: str, topology: Topology, measured: Measure):
     """Numbered from 0; other modules are the same on all ranks, and ranges come in module order."""
@@ -175,7 +176,7 @@ def test_a_rank_lists_its_own_experts_only(checkpoint: str, topology: Topology, 
         assert set(derived.nodes) == set(derived.modules) - set(never_run)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES[1:5], ids=lambda one: one.key)
+@pytest.mark.parametrize("topology", TOPOLOGIES[1:5], ids=lambda topology: topology.key)
 @pytest.mark.parametrize("checkpoint", MOE_CHECKPOINTS)
 def test_a_world_that_was_not_measured_is_bounded_from_above(
     checkpoint: str, topology: Topology, measured: Measure, sliced: Slice
@@ -200,10 +201,10 @@ def test_ranks_derived_from_the_file_are_the_same(
     channels = measured(checkpoint, "float32", worlds)
     write_channel_ranges(tmp_path / "channel_ranges.safetensors", channels)
     read = read_channel_ranges(tmp_path / "channel_ranges.safetensors")
-    for topology in [one for one in TOPOLOGIES if divides(checkpoint, one)]:
+    for topology in [topology for topology in TOPOLOGIES if divides(checkpoint, topology)]:
         assert read.is_measured(topology) == channels.is_measured(topology) == (topology.world in worlds)
         device = GAUDI3 if topology.expert_parallel else GAUDI2
-        ours, theirs = (derive_rank(one, topology.world - 1, topology, device) for one in (channels, read))
+        ours, theirs = (derive_rank(measured, topology.world - 1, topology, device) for measured in (channels, read))
         assert ours.modules == theirs.modules
         compare_nodes(ours.nodes, {name: describe(node) for name, node in theirs.nodes.items()}, 0.0)
 
@@ -249,7 +250,7 @@ def test_ranges_do_not_depend_on_how_the_work_is_cut(
     ours = measure_channels(directory, PROMPTS, cold=cold, batch_size=batch_size)
     assert ours.modules == expected.modules
     for topology in (Topology(4), Topology(4, expert_parallel=True)):
-        nodes, others = (derive_rank(one, 1, topology, GAUDI2).nodes for one in (ours, expected))
+        nodes, others = (derive_rank(channels, 1, topology, GAUDI2).nodes for channels in (ours, expected))
         compare_nodes(nodes, {name: describe(node) for name, node in others.items()}, BF16_STEP)
     for name, node in ours.nodes.items():
         if node.experts:
@@ -273,7 +274,7 @@ def test_no_more_experts_are_in_memory_than_the_cache_holds(
     def count(self: engine.ObservedExperts, expert: int) -> Any:
         nonlocal most
         loaded = read(self, expert)
-        alive[:] = [one for one in alive if one() is not None] + [weakref.ref(loaded)]
+        alive[:] = [expert for expert in alive if expert() is not None] + [weakref.ref(loaded)]
         assert loaded.size_bytes == size_bytes
         reads.append((self.weights.node, expert))
         most = max(most, len(alive))
@@ -285,8 +286,8 @@ def test_no_more_experts_are_in_memory_than_the_cache_holds(
     layers, experts = 2, 8
     assert len(set(reads)) == layers * experts
     assert most == held if held == experts else held < most <= held + 2, most
-    assert sum(reads.count(one) == 1 for one in set(reads)) >= layers * held
-    assert max(reads.count(one) for one in set(reads)) == (1 if held == experts else 3)
+    assert sum(reads.count(read) == 1 for read in set(reads)) >= layers * held
+    assert max(reads.count(read) for read in set(reads)) == (1 if held == experts else 3)
 
 
 def test_sinks_that_dominate_leave_keys_less_than_one(tmp_path: Path, tiny_model: Callable[[str], Path]):

@@ -133,9 +133,9 @@ def compare_ranges(
         assert len(ours) == len(theirs), name
         if node.weight is not None and other.weight is not None:
             np.testing.assert_array_equal(node.weight, other.weight, err_msg=name)
-        for index, (one, two) in enumerate(zip(ours, theirs, strict=True)):
-            if not np.allclose(one, two, rtol=tolerance, atol=atol):
-                yield f"{name}[{index}]: {one} != {two}"
+        for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            if not np.allclose(mine, other, rtol=tolerance, atol=atol):
+                yield f"{name}[{index}]: {mine} != {other}"
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def quantized(models, prompts, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 def find_distance(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
     """Mean absolute difference of log-probabilities."""
-    return float(np.mean([np.abs(one - two).mean() for one, two in zip(found, expected, strict=True)]))
+    return float(np.mean([np.abs(logprobs - wanted).mean() for logprobs, wanted in zip(found, expected, strict=True)]))
 
 
 @pytest.mark.parametrize(
@@ -278,9 +278,9 @@ def test_quantized_logprobs_are_those_of_a_plain_computation(quantized, case: st
     """
     run = quantized[case]
     expected = run.predict()
-    largest = [np.abs(one - two).max(-1) for one, two in zip(run.answer.logprobs, expected, strict=True)]
+    largest = [np.abs(found - wanted).max(-1) for found, wanted in zip(run.answer.logprobs, expected, strict=True)]
     assert np.median(np.concatenate(largest)) < 1e-4
-    assert np.median([one[-3:] for one in largest]) < 1e-4  # decoded
+    assert np.median([differences[-3:] for differences in largest]) < 1e-4  # decoded
     assert find_distance(run.answer.logprobs, expected) < 0.02
     assert find_distance(run.answer.logprobs, run.predict(quantized=False)) > 0.1
 
@@ -288,6 +288,6 @@ def test_quantized_logprobs_are_those_of_a_plain_computation(quantized, case: st
 def test_wrong_scales_change_the_result(quantized):
     """An engine reads the scales that are there: saturated inputs are far from those of right scales."""
     right, wrong = quantized["scale files"], quantized["wrong scales"]
-    size = min(len(one) for one in right.prompts)
+    size = min(len(logprobs) for logprobs in right.prompts)
     pairs = zip(right.answer.logprobs, wrong.answer.logprobs, strict=True)
-    assert np.mean([np.abs(one[:size] - two[:size]).mean() for one, two in pairs]) > 0.1
+    assert np.mean([np.abs(mine[:size] - other[:size]).mean() for mine, other in pairs]) > 0.1

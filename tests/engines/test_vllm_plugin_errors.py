@@ -57,7 +57,7 @@ def open_session(path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
 
 def test_vllm_finds_the_plugin_and_it_stays_silent_and_light():
     """The entry point is there; registering twice is harmless, prints nothing and loads nothing of this package."""
-    (entry,) = [one for one in entry_points(group="vllm.general_plugins") if one.name == "gaudi_fp8"]
+    (entry,) = [entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "gaudi_fp8"]
     assert entry.value == "gaudi_calib.engines.vllm_plugin:register"
     code = (
         "import sys; from gaudi_calib.engines.vllm_plugin import register\n"

@@ -40,7 +40,7 @@ def test_two_ranks_measured_by_vllm(tmp_path):
     assert [CalibrationDir(root / "g3").list_methods(world) for world in (1, 2)] == [["MAXABS_HW"]] * 2
     for name, node in whole.nodes.items():
         parts = [rank.nodes[name].inputs for rank in ranks]
-        assert all(np.array_equal(one, np.maximum(*pair)) for one, pair in zip(node.inputs, zip(*parts)))
+        assert all(np.array_equal(values, np.maximum(*pair)) for values, pair in zip(node.inputs, zip(*parts)))
     assert ranks[0].nodes["lm_head"].weight != ranks[1].nodes["lm_head"].weight
     assert "model.layers.0.self_attn.attn.impl.matmul_qk" in whole.nodes
     manifest = read_manifest(root / "g3" / "calibration_manifest.json")

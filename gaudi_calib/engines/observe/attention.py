@@ -1,6 +1,5 @@
 """What one attention layer has seen, and its softmax, for both engines."""
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -22,12 +21,12 @@ class AttentionRanges:
         scale: the factor on q·k.
     """
 
-    peaks: defaultdict[str, Peak] = field(default_factory=lambda: defaultdict(Peak))
+    peaks: dict[str, Peak] = field(default_factory=dict)
     scale: float = 1.0
 
     def take(self, name: str, values: torch.Tensor) -> None:
         """Take in magnitudes of a tensor, shape (heads,)."""
-        self.peaks[name].take(values)
+        self.peaks.setdefault(name, Peak()).take(values)
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,7 @@ class ObservedExperts:
 
     def to_node(self) -> ChannelNode:
         """Return the channel ranges of the fused op."""
+        assert self.input.is_seen, self.weights.node
         for expert in range(self.weights.count):
             if not self._gate_up[expert].any():
                 self._read(expert)

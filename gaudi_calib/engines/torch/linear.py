@@ -55,6 +55,7 @@ class ObservedLinear:
         Raises:
             RangeError: the weight is not finite.
         """
+        assert self.input.is_seen, linear.node
         weight = _measure_weight(plan, linear)
         require_finite_weight(linear.node, weight.values)
         outputs = None
