@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.laws.test_layers import HOUSE
+from tests.support.house import HOUSE
 from tests.support.paths import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
