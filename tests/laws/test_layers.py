@@ -1,124 +1,15 @@
-"""The house: who may import what, and who may know a model's name (docs/design.md draws the table)."""
+"""Who may import what, and who may know a model's name."""
 
 import ast
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-import gaudi_calib
 from gaudi_calib.models.families import FAMILIES
-
-PACKAGE = Path(gaudi_calib.__file__).parent
-MODULES = sorted(str(path.relative_to(PACKAGE.parent)) for path in PACKAGE.rglob("*.py"))
-ANY = frozenset({"*"})
-
-
-@dataclass(frozen=True)
-class Room:
-    """One room of the house: modules that belong together.
-
-    Attributes:
-        row: a room imports from itself and from rooms of lower rows, never from another room of its own row.
-        name: as errors call it.
-        patterns: its modules, as file patterns inside the package.
-        at_import: third-party packages its modules may load when they are imported.
-        in_functions: further ones they may load inside functions.
-        is_heavy: loads torch; lighter rooms import it inside functions only.
-    """
-
-    row: int
-    name: str
-    patterns: tuple[str, ...]
-    at_import: frozenset[str] = frozenset()
-    in_functions: frozenset[str] = frozenset()
-    is_heavy: bool = False
-
-
-DATA_LIBRARIES = frozenset({"pandas", "datasets", "transformers", "pyarrow", "jinja2"})
-NUMPY, PYDANTIC, TORCH = frozenset({"numpy"}), frozenset({"pydantic"}), frozenset({"torch", "numpy"})
-BASE = ("__init__.py", "errors.py", "fp8.py", "files.py", "layout.py", "redaction.py")
-HOUSE = (
-    Room(0, "base", BASE),
-    Room(1, "models", ("models/*.py",), in_functions=frozenset({"huggingface_hub"})),
-    Room(2, "config", ("config/*.py",), PYDANTIC),
-    Room(2, "manifest", ("manifest.py",), PYDANTIC),
-    Room(3, "ranges", ("ranges/*.py",), NUMPY),
-    Room(4, "scales", ("scales/*.py",), NUMPY),
-    Room(4, "rankfiles", ("rankfiles/*.py",), NUMPY, frozenset({"safetensors"})),
-    Room(4, "data", ("data/*.py",), NUMPY, DATA_LIBRARIES),
-    Room(5, "directory", ("directory.py",)),
-    Room(5, "checkpoints", ("checkpoints/*.py",), TORCH | {"safetensors"}, is_heavy=True),
-    Room(5, "engines", ("engines/__init__.py", "engines/detect.py")),
-    Room(6, "observe", ("engines/observe/*.py",), TORCH, frozenset({"transformers"}), is_heavy=True),
-    Room(7, "torch", ("engines/torch/*.py",), TORCH, frozenset({"transformers"}), is_heavy=True),
-    Room(7, "vllm_runner", ("engines/vllm_runner/*.py",), in_functions=frozenset({"vllm", "ray"})),
-    Room(7, "vllm_plugin", ("engines/vllm_plugin/*.py",), TORCH | {"vllm"}, is_heavy=True),
-    Room(8, "runs", ("runs/*.py",), NUMPY, frozenset({"tqdm"})),
-    Room(9, "serve", ("serve/*.py",)),
-    Room(10, "cli", ("cli/*.py", "__main__.py"), frozenset({"click"})),
-)
-
-
-@dataclass(frozen=True)
-class Import:
-    """One imported module of a file.
-
-    Attributes:
-        module: absolute dotted name.
-        line: where.
-        when: `import` (module level), `call` (inside a function) or `types` (under TYPE_CHECKING).
-    """
-
-    module: str
-    line: int
-    when: str
-
-
-def find_room(file: str) -> Room | None:
-    """Return the room of a file given inside the package (`ranges/node.py`), None if no room, or several, have it."""
-    rooms = [room for room in HOUSE if any(fnmatch(file, pattern) for pattern in room.patterns)]
-    rooms = [] or rooms
-    return rooms[0] if len(rooms) == 1 else None
-
-
-def find_imports(source: str, file: str) -> list[Import]:
-    """Return what the file imports, `from package import module` as the module where there is one."""
-    package = ["gaudi_calib", *Path(file).parent.parts]
-    return list(_walk(ast.parse(source), package, "import"))
-
-
-def _walk(node: ast.AST, package: list[str], when: str) -> Iterator[Import]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            yield from (Import(alias.name, child.lineno, when) for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            base = package[: len(package) + 1 - child.level] if child.level else []
-            module = ".".join([*base, *([child.module] if child.module else [])])
-            yield from (Import(_full_name(module, alias.name), child.lineno, when) for alias in child.names)
-        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from _walk(child, package, "call")
-        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            yield from _walk(ast.Module(child.body, []), package, "types")
-            yield from _walk(ast.Module(child.orelse, []), package, when)
-        else:
-            yield from _walk(child, package, when)
-
-
-def _full_name(module: str, name: str) -> str:
-    if module.partition(".")[0] != "gaudi_calib":
-        return module
-    path = PACKAGE.joinpath(*module.split(".")[1:], name)
-    return f"{module}.{name}" if path.is_dir() or path.with_suffix(".py").is_file() else module
-
-
-def _file_of(module: str) -> str:
-    path = PACKAGE.joinpath(*module.split(".")[1:])
-    return str((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).relative_to(PACKAGE))
+from tests.support.house import FILES, HOUSE, PACKAGE, find_file, find_imports, find_room
 
 
 def find_violations(source: str, file: str) -> list[str]:
@@ -129,7 +20,7 @@ def find_violations(source: str, file: str) -> list[str]:
     for item in find_imports(source, file):
         top = item.module.partition(".")[0]
         if top == "gaudi_calib":
-            target = find_room(_file_of(item.module))
+            target = find_room(find_file(item.module))
             if target is None or (target is not room and target.row >= room.row):
                 where = f"{target.name} (row {target.row})" if target else "nowhere"
                 found.append(f"line {item.line}: {room.name} (row {room.row}) imports {item.module} of {where}")
@@ -142,16 +33,15 @@ def find_violations(source: str, file: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_exactly_one_room(module: str) -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_every_module_has_exactly_one_room(file: str) -> None:
     """A new file must be given a room of the house before it can be merged."""
-    assert find_room(str(Path(*Path(module).parts[1:]))) is not None, f"add {module} to HOUSE in {__file__}"
+    assert find_room(file) is not None, f"add {file} to HOUSE in tests/support/house.py"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_its_own_room_or_lower_rows(module: str) -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_a_module_imports_only_from_its_own_room_or_lower_rows(file: str) -> None:
     """No import points upward, and no row loads a library it may not."""
-    file = str(Path(*Path(module).parts[1:]))
     assert find_violations((PACKAGE / file).read_text(), file) == []
 
 
@@ -203,6 +93,29 @@ def test_design_draws_every_room() -> None:
     assert drawn == {(room.row, re.sub(r"(/?\*)?\.py$", "", pattern)) for room in HOUSE for pattern in room.patterns}
 
 
+def find_circle(imports: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return modules that import each other in a circle, by what each imports; none if there is no circle.
+
+    >>> find_circle({"rules": ["model"], "model": ["check"], "check": ["rules"]})
+    ['rules', 'check', 'model', 'rules']
+    """
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Neither inside functions nor for types: of two modules, one knows the other."""
+    imports = {file: find_imports((PACKAGE / file).read_text(), file) for file in FILES}
+    ours = {
+        file: {find_file(item.module) for item in items if item.module.partition(".")[0] == "gaudi_calib"} - {file}
+        for file, items in imports.items()
+    }
+    assert find_circle(ours) == []
+
+
 # Families are told apart by model_type, in families.py and nowhere else. "opt" is left out: it is
 # also INC's word for the scale methods that search for the best scale.
 FAMILY_WORDS = sorted(
@@ -236,10 +149,10 @@ def _words_of(node: ast.AST) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name != "gaudi_calib/models/families.py"])
-def test_only_families_knows_model_names(module: str) -> None:
+@pytest.mark.parametrize("file", [file for file in FILES if file != "models/families.py"])
+def test_only_families_knows_model_names(file: str) -> None:
     """Behaviour follows a family's row of facts, never its name."""
-    assert find_family_names((PACKAGE.parent / module).read_text()) == []
+    assert find_family_names((PACKAGE / file).read_text()) == []
 
 
 def test_the_check_sees_family_names() -> None:
@@ -250,9 +163,9 @@ def test_the_check_sees_family_names() -> None:
     assert find_family_names('"""Like Mixtral."""\nf(help="as Qwen3 does")\nx = "philosophy"') == []
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_files_are_rooms_not_halls(module: str) -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_files_are_rooms_not_halls(file: str) -> None:
     """A file over 400 lines is several rooms, and a name like `utils` says nothing."""
-    path = PACKAGE.parent / module
+    path = PACKAGE / file
     assert len(path.read_text().splitlines()) <= 400
     assert path.stem not in {"utils", "helpers", "common", "misc", "manager"}
