@@ -20,7 +20,7 @@ import numpy as np
 from gaudi_calib.ranges.table import Inventory, RangeShape
 from gaudi_calib.rankfiles.nested import HOLE, SCALES_MODE, Head, encode_rank, encode_samples
 
-PROTOCOL = 4  # np.savez's
+_PROTOCOL = 4  # np.savez's
 _FRAME = b"\x95"
 _LEAST_FRAME = 4  # bytes; fewer at the end stand alone
 _MOST_IN_FRAME = 1 << 16  # bytes; a larger object stands alone
@@ -57,7 +57,7 @@ class PickleForm:
         """Return the whole pickle, in one frame."""
         start, end = _cut_head(head)
         length = struct.pack("<Q", len(start) + len(filled) + len(end))
-        return b"".join((pickle.PROTO, bytes([PROTOCOL]), _FRAME, length, start, filled, end))
+        return b"".join((pickle.PROTO, bytes([_PROTOCOL]), _FRAME, length, start, filled, end))
 
     def match(self, head: Head, content: bytes) -> np.ndarray | None:
         """Return the values in the pickle `content`, or None where it is not exactly this stream."""
@@ -94,12 +94,12 @@ def _cut_head(head: Head) -> tuple[bytes, bytes]:
 
 
 def _dump(value: Any) -> bytes:
-    return _join_frames(pickle.dumps(value, protocol=PROTOCOL))
+    return _join_frames(pickle.dumps(value, protocol=_PROTOCOL))
 
 
 def _join_frames(content: bytes) -> bytes:
     """Return a pickle of protocol 4 without its header and frame marks; empty where it is something else."""
-    if content[:2] != pickle.PROTO + bytes([PROTOCOL]):
+    if content[:2] != pickle.PROTO + bytes([_PROTOCOL]):
         return b""
     parts, position = [], 2
     while len(content) - position >= _LEAST_FRAME:

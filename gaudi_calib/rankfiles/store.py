@@ -219,7 +219,7 @@ class _Renderer:
             return render_nested(head, table)
         text_form = _json_form(table.inventory)
         pickle_form = _pickle_form(table.inventory, counts_samples=head.num_samples is not None)
-        if self._last is None or not _is_one_table(self._last, table):
+        if self._last is not table:
             self._last, self._filled = table, (text_form.fill(table.numbers), pickle_form.fill(table.numbers))
         text, stream = self._filled
         return text_form.finish(head, text), pack_pickle(pickle_form.finish(head, stream))
@@ -230,10 +230,6 @@ class _Renderer:
             names = ",\n    ".join(map(encode_basestring_ascii, modules))
             self._modules = (modules, f"[\n    {names}\n]" if modules else "[]")
         return self._modules[1]
-
-
-def _is_one_table(left: RangeTable | ScaleTable, right: RangeTable | ScaleTable) -> bool:
-    return left.inventory is right.inventory and left.numbers is right.numbers
 
 
 def render_nested(head: Head, nodes: Mapping[str, Node | ScaleNode]) -> tuple[bytes, bytes]:
