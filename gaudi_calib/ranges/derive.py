@@ -13,6 +13,7 @@ from gaudi_calib.ranges.experts import list_children
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import Node, Op, RankSet, find_op
+from gaudi_calib.ranges.table import tabulate_ranges
 from gaudi_calib.ranges.topology import Topology
 
 # First vLLM whose fused expert ops are called `...experts.routed_experts.moe_op`; before, `...experts.moe_op`.
@@ -32,7 +33,9 @@ def derive_world(
     """
     ranks = (derive_rank(channels, rank, topology, device) for rank in range(topology.world))
     derived = [select_nodes(apply_kv_cache(rank_set), config) for rank_set in ranks]
-    return [_rename_experts(one) for one in derived] if parse_vllm_version(vllm) < ROUTED_EXPERTS_SINCE else derived
+    if parse_vllm_version(vllm) >= ROUTED_EXPERTS_SINCE:
+        return derived
+    return [_rename_experts(rank_set) for rank_set in derived]
 
 
 def parse_vllm_version(vllm: str | None) -> tuple[int, ...]:
@@ -58,21 +61,22 @@ def _rename_experts(rank_set: RankSet[Node]) -> RankSet[Node]:
     def rename(name: str) -> str:
         return name.replace(".routed_experts.moe_op", ".moe_op")
 
-    nodes = {rename(name): node for name, node in rank_set.nodes.items()}
+    table = tabulate_ranges(rank_set.nodes)
+    nodes = table.rename(tuple(map(rename, table)))
     return replace(rank_set, nodes=nodes, modules=tuple(map(rename, rank_set.modules)))
 
 
 def select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
     """Leave out the nodes that `config` blocks."""
+    table = tabulate_ranges(rank_set.nodes)
+    shapes = dict(zip(table.inventory.names, table.inventory.shapes, strict=True))
 
-    def blocked(name: str) -> bool:
-        node = rank_set.nodes.get(name)
-        layer_type = None if node is None else find_layer_type(name, find_op(name, node))
-        return config.is_blocked(name, layer_type)
+    def is_kept(name: str) -> bool:
+        layer_type = find_layer_type(name, find_op(name, shapes[name])) if name in shapes else None
+        return not config.is_blocked(name, layer_type)
 
-    modules = tuple(name for name in rank_set.modules if not blocked(name))
-    nodes = {name: node for name, node in rank_set.nodes.items() if not blocked(name)}
-    return replace(rank_set, nodes=nodes, modules=modules)
+    modules = tuple(filter(is_kept, rank_set.modules))
+    return replace(rank_set, nodes=table.select([is_kept(name) for name in table]), modules=modules)
 
 
 def derive_rank(channels: ChannelRanges, rank: int, topology: Topology, device: Device) -> RankSet[Node]:
@@ -100,24 +104,20 @@ def derive_rank(channels: ChannelRanges, rank: int, topology: Topology, device: 
         except TopologyError as error:
             raise TopologyError(f"{name}: {error.what}", fix=error.fix) from error
     modules = tuple(name for name in channels.modules if name not in absent)
-    return RankSet(rank, topology.world, nodes, modules, channels.num_samples)
+    return RankSet(rank, topology.world, tabulate_ranges(nodes), modules, channels.num_samples)
 
 
 def _derive_experts(name: str, experts: ExpertChannels, rank: int, topology: Topology) -> dict[str, Node]:
     """Nodes of the weights of a rank's experts, numbered from 0; INC gives each a dummy input of 0."""
-    weights = [(gate_up, down) for _, gate_up, down in experts.by_expert(rank, topology)]
-    values = [one[0] for one in weights] + [one[1] for one in weights]
-    names = list_children(len(weights))
-    return {
-        f"{name}.{child}": Node(inputs=(_one(0.0),), weight=_one(value))
-        for child, value in zip(names, values, strict=True)
-    }
+    _, gate_up, down = zip(*experts.by_expert(rank, topology), strict=True)
+    children = zip(list_children(len(down)), gate_up + down, strict=True)
+    return {f"{name}.{child}": Node((_to_range(0.0),), weight=_to_range(weight)) for child, weight in children}
 
 
 def _derive_node(node: ChannelNode, rank: int, topology: Topology, device: Device) -> Node:
     world = topology.world
-    inputs = [one.over_rank(rank, world) for one in node.inputs]
-    outputs = None if node.outputs is None else [one.over_rank(rank, world) for one in node.outputs]
+    inputs = [channels.over_rank(rank, world) for channels in node.inputs]
+    outputs = None if node.outputs is None else [channels.over_rank(rank, world) for channels in node.outputs]
     if node.op is Op.ROW_PARALLEL_LINEAR and outputs is not None:
         measured = node.partial_products.get(world)
         outputs[0] = bound_partial_product(node, world) if measured is None else measured[rank % len(measured)]
@@ -128,9 +128,9 @@ def _derive_node(node: ChannelNode, rank: int, topology: Topology, device: Devic
         maxima = [intermediate for intermediate, _, _ in node.experts.by_expert(rank, topology)]
         outputs = [node.experts.output(rank, topology), *maxima]
     return Node(
-        inputs=tuple(_one(value) for value in inputs),
-        outputs=None if outputs is None else tuple(_one(value) for value in outputs),
-        weight=None if node.weight is None else _one(node.weight.over_rank(rank, world)),
+        tuple(map(_to_range, inputs)),
+        None if outputs is None else tuple(map(_to_range, outputs)),
+        None if node.weight is None else _to_range(node.weight.over_rank(rank, world)),
     )
 
 
@@ -146,5 +146,5 @@ def bound_partial_product(node: ChannelNode, world: int) -> float:
     return float(max(sum(terms[part].sum() for part in parts) for parts in ranks))
 
 
-def _one(value: float) -> np.ndarray:
+def _to_range(value: float) -> np.ndarray:
     return round_to_bf16(np.array([value], dtype=np.float32))

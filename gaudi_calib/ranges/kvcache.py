@@ -8,7 +8,7 @@ scales, which spares a re-quantization between cache and matmul.
 from dataclasses import replace
 
 from gaudi_calib.ranges.node import Node, RankSet
-from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
+from gaudi_calib.ranges.table import tabulate_ranges
 
 _CACHES = {"matmul_qk": ("k_cache", "latent_cache_k"), "matmul_av": ("v_cache", "latent_cache_k")}
 
@@ -19,20 +19,11 @@ def apply_kv_cache(rank_set: RankSet[Node]) -> RankSet[Node]:
     A matmul without a cache node beside it is left as it is.
     """
     table = tabulate_ranges(rank_set.nodes)
-    inventory, changed = table.inventory, {}
-    for name in inventory.names:
+    changed = {}
+    for name in table:
         parent, _, op = name.rpartition(".")
-        for cache in _CACHES.get(op, ()):
-            if f"{parent}.{cache}" in inventory.index:
-                node = table[name]
-                if len(node.inputs) > 1:
-                    source = table[f"{parent}.{cache}"].inputs[0]
-                    changed[name] = replace(node, inputs=(node.inputs[0], source, *node.inputs[2:]))
-                break
-    if any(len(node.inputs[1]) != len(table[name].inputs[1]) for name, node in changed.items()):
-        return replace(rank_set, nodes={**table, **changed})
-    numbers = table.numbers.copy()
-    for name, node in changed.items():
-        start = int(inventory.starts[inventory.index[name]]) + len(node.inputs[0])
-        numbers[start : start + len(node.inputs[1])] = node.inputs[1]
-    return replace(rank_set, nodes=RangeTable(inventory, numbers))
+        caches = [f"{parent}.{cache}" for cache in _CACHES.get(op, ()) if f"{parent}.{cache}" in table]
+        if caches and len(table[name].inputs) > 1:
+            query, _, *rest = table[name].inputs
+            changed[name] = replace(table[name], inputs=(query, table[caches[0]].inputs[0], *rest))
+    return replace(rank_set, nodes=table.replace(changed))

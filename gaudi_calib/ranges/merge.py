@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from graphlib import CycleError, TopologicalSorter
 from numbers import Real
 from typing import Any, NoReturn, TypeVar
 
@@ -118,23 +119,21 @@ def join_names(orders: Sequence[Sequence[str]]) -> tuple[str, ...]:
     distinct = {tuple(order) for order in orders}
     if len(distinct) == 1:
         return next(iter(distinct))
-    followers: dict[str, set[str]] = {name: set() for order in distinct for name in order}
-    for order in distinct:
-        for name, following in itertools.pairwise(order):
-            followers[name].add(following)
-    before = dict.fromkeys(followers, 0)
-    for name in itertools.chain.from_iterable(followers.values()):
-        before[name] += 1
-    ready = [_sort_key(name) for name, count in before.items() if count == 0]
-    heapq.heapify(ready)
+    sorter: TopologicalSorter[str] = TopologicalSorter({name: () for order in distinct for name in order})
+    for before, name in itertools.chain.from_iterable(map(itertools.pairwise, distinct)):
+        sorter.add(name, before)
+    try:
+        sorter.prepare()
+    except CycleError:
+        return tuple(sorted({name for order in distinct for name in order}, key=_sort_key))
+    ready: list[tuple[list[str | int], str]] = []
     joined: list[str] = []
-    while ready:
+    while sorter.is_active():
+        for name in sorter.get_ready():
+            heapq.heappush(ready, _sort_key(name))
         joined.append(heapq.heappop(ready)[-1])
-        for name in followers[joined[-1]]:
-            before[name] -= 1
-            if before[name] == 0:
-                heapq.heappush(ready, _sort_key(name))
-    return tuple(joined) if len(joined) == len(followers) else tuple(sorted(followers, key=_sort_key))
+        sorter.done(joined[-1])
+    return tuple(joined)
 
 
 def _sort_key(name: str) -> tuple[list[str | int], str]:
@@ -145,13 +144,10 @@ def _sort_key(name: str) -> tuple[list[str | int], str]:
 
 def _without_garbage(table: RangeTable) -> RangeTable:
     """Give row-parallel layers their first output for the second one."""
-    inventory, numbers = table.inventory, table.numbers.copy()
-    for name, shape, start in zip(inventory.names, inventory.shapes, inventory.starts.tolist(), strict=True):
-        if shape.outputs is not None and find_op(name, shape) is Op.ROW_PARALLEL_LINEAR:
-            first, second = shape.outputs
-            start += sum(shape.inputs)
-            numbers[start + first : start + first + second] = numbers[start : start + first]
-    return RangeTable(inventory, numbers)
+    shapes = zip(table.inventory.names, table.inventory.shapes, strict=True)
+    nodes = {name: table[name] for name, shape in shapes if find_op(name, shape) is Op.ROW_PARALLEL_LINEAR}
+    firsts = {name: node.outputs[0] for name, node in nodes.items() if node.outputs}
+    return table.replace({name: replace(nodes[name], outputs=(first, first)) for name, first in firsts.items()})
 
 
 def _combine_alike(tables: Sequence[RangeTable]) -> RangeTable | None:

@@ -154,6 +154,19 @@ class RangeTable(_Table[Node]):
         kept = np.repeat(np.asarray(keep, dtype=bool), self.inventory.sizes)
         return RangeTable(self.inventory.select(keep), self.numbers[kept])
 
+    def replace(self, nodes: Mapping[str, Node]) -> "RangeTable":
+        """Return the same nodes with other ranges for those in `nodes`."""
+        if not nodes:
+            return self
+        shapes, pieces, end = list(self.inventory.shapes), [], 0
+        for name in sorted(nodes, key=self.inventory.index.__getitem__):
+            position = self.inventory.index[name]
+            start, changed = int(self.inventory.starts[position]), tabulate_ranges({name: nodes[name]})
+            pieces += [self.numbers[end:start], changed.numbers]
+            end = start + shapes[position].size
+            shapes[position] = changed.inventory.shapes[0]
+        return RangeTable(Inventory(self.inventory.names, shapes), np.concatenate([*pieces, self.numbers[end:]]))
+
     def describe_number(self, position: int) -> tuple[str, str]:
         """Return the node and the part (`inputs[0]`) that the number at `position` belongs to."""
         inventory = self.inventory

@@ -50,3 +50,13 @@ def test_a_number_is_called_by_its_node_and_part():
         *[("c", "inputs[0]")] * 2,
         ("c", "weight"),
     ]
+
+
+def test_replaced_nodes_may_have_other_shapes():
+    """Other nodes keep their ranges and places; a node may grow by channels."""
+    one, two = np.ones(1, np.float32), np.full(2, 2, np.float32)
+    table = tabulate_ranges({"a": Node((one,), weight=one), "b": Node((one, one)), "c": Node((one,))})
+    changed = table.replace({"b": Node((one, two)), "a": Node((one,), weight=one * 3)})
+    assert list(changed) == ["a", "b", "c"]
+    assert changed["a"].weight == 3 and changed["b"].inputs[1].tolist() == [2, 2] and changed["c"].inputs[0] == 1
+    assert table["b"].inputs[1].tolist() == [1] and table.replace({}) is table
