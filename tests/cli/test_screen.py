@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.tiny import make_tiny_model
+
+pytestmark = pytest.mark.torch
 
 OWN_LINES = (
     r"Step \d/4: .+",
