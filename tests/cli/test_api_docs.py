@@ -47,7 +47,6 @@ def test_every_name_can_be_imported(block: str) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.usefixtures("one_thread")
 def test_the_blocks_run_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader who copies the page gets what it says."""
     from tests.support.tiny import make_tiny_model

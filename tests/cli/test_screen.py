@@ -1,12 +1,11 @@
 """What people see while a command runs: its own lines, and nothing that libraries have to say."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import run_cli
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.torch
@@ -21,9 +20,8 @@ OWN_LINES = (
 def test_calibrate_shows_its_own_lines_alone(tmp_path: Path):
     """Neither transformers nor what it imports where it is installed (torchao, of which torch warns) is heard."""
     model = make_tiny_model("llama", tmp_path / "model", tokenizer=True)
-    words = ["calibrate", "-m", model, "-d", "builtin", "-o", tmp_path / "out", "-l", "3", "--max-tokens", "64"]
-    command = [sys.executable, "-m", "gaudi_calib", *map(str, words)]
-    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    child = run_cli("calibrate", "-m", model, "-d", "builtin", "-o", tmp_path / "out", "-l", 3, "--max-tokens", 64)
+    assert child.returncode == 0, child.stderr
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", child.stderr) if line.strip()]
     assert [line for line in lines if not any(re.fullmatch(own, line) for own in OWN_LINES)] == []
     assert lines[0] == "Step 1/4: Prepare prompts" and any(line.startswith("measure: 100%") for line in lines)

@@ -44,7 +44,7 @@ def program(tmp_path: Path) -> Path:
 def run(words: list[object], cwd: Path, **env: object) -> subprocess.CompletedProcess[str]:
     """Run a script with the environment's additions `env`."""
     clean = {name: value for name, value in os.environ.items() if name != "QUANT_CONFIG"}
-    full = {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in env.items()}}
+    full = {**clean, "PYTHONPATH": str(ROOT), **{key: str(value) for key, value in env.items()}}
     return subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=cwd, env=full, check=False)
 
 

@@ -18,7 +18,7 @@ from gaudi_calib.ranges.topology import Topology
 from tests.support.reference_moe import record_moe_model
 from tests.support.tiny import MOE_CHECKPOINTS, make_tiny_model
 
-pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.torch
 
 PROMPTS = [[5, 17, 250, 3], list(range(40)), [9, 123, 44]]
 MOE = "model.layers.1.mlp"

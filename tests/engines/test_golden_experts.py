@@ -24,7 +24,7 @@ from gaudi_calib.scales.compute import compute_scales
 from tests.support import paths
 from tests.support.tiny import make_tiny_model
 
-pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.torch
 
 GOLDEN = paths.GOLDEN
 MODELS = ("mixtral-tiny", "deepseek-v3-fp8-tiny")

@@ -26,7 +26,7 @@ from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channe
 from tests.support.reference_ranks import Seen, WholeModel, record_whole_model
 from tests.support.tiny import MOE_CHECKPOINTS
 
-pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.torch
 
 TOPOLOGIES = [Topology(1), *(Topology(world, split) for world in (2, 4, 8) for split in (False, True))]
 # The distance of neighbouring bfloat16 values, relative to them, is at most this.

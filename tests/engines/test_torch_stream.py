@@ -15,7 +15,7 @@ from gaudi_calib.checkpoints.plan import plan_model
 from gaudi_calib.engines.torch.skeleton import build_skeleton
 from gaudi_calib.engines.torch.stream import Stream, make_batches
 
-pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.torch
 
 CHECKPOINTS = ["llama-tied", "gemma2", "opt", "gpt_neox", "falcon"]
 generator = random.Random(0)

@@ -16,6 +16,7 @@ MODULES = sorted(path.relative_to(paths.ROOT).as_posix() for path in TESTS.rglob
 NOT_OF_A_ROOM = {"laws", "support", "oracles", "golden"}
 MARKERS = {"vllm*": "vllm", "neural_compressor*": "inc", "ray*": "ray"}
 MARKERS |= {"mistral_common*": "vllm", "compressed_tensors*": "vllm", "openai*": "vllm"}  # come with vLLM
+MARKERS |= {"tests.support.tiny.*": "torch", "tests.support.reference*": "torch", "tests.support.calibrated*": "torch"}
 MARKERS |= {"tests.oracles.vllm_*": "vllm", "tests.oracles.inc_*": "inc"}
 
 
@@ -44,7 +45,7 @@ def find_marks(node: ast.AST) -> set[str]:
 def find_unmarked(source: str) -> list[str]:
     """Return a sentence for every test, or module, that loads what `make check` lacks and has no mark that says so.
 
-    A fixture needs no mark: the tests that use it do.
+    A fixture needs no mark: the tests that use it do, as with `tiny_model`.
     """
     tree = ast.parse(source)
     of_module = {
@@ -62,6 +63,8 @@ def find_unmarked(source: str) -> list[str]:
         for name in find_imports(node):
             wanted = {mark for pattern, mark in MARKERS.items() if fnmatch(name, pattern)}
             found += [f"{name} needs the mark {mark}" for mark in sorted(wanted - marks)]
+        if is_function and any(argument.arg == "tiny_model" for argument in node.args.args) and "torch" not in marks:
+            found.append("tiny_model needs the mark torch")
     return found
 
 
@@ -89,9 +92,9 @@ def test_directories_of_tests_mirror_the_rooms() -> None:
 
 
 def test_every_mark_is_registered() -> None:
-    """The marks that this law knows, and `torch`, are those that pytest knows."""
+    """The marks that this law knows are those that pytest knows."""
     options = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    assert {text.partition(":")[0] for text in options["markers"]} == {"torch", *MARKERS.values()}
+    assert {text.partition(":")[0] for text in options["markers"]} == set(MARKERS.values())
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,8 @@ def test_every_mark_is_registered() -> None:
         ("pytestmark = pytest.mark.torch\nimport vllm.envs", [], ["vllm.envs needs the mark vllm"]),
         ("def test_a():\n    pytest.importorskip('ray')", [], ["ray needs the mark ray"]),
         ("@pytest.mark.ray\ndef test_a():\n    pytest.importorskip('ray')", [], []),
+        ("def test_a(tiny_model): pass", [], ["tiny_model needs the mark torch"]),
+        ("from tests.support.tiny_tokenizer import save_tokenizer", [], []),
         ("@pytest.fixture\ndef a():\n    import ray", [], []),
         (
             "from tests.oracles.inc_scales import IncScales",

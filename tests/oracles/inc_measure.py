@@ -74,7 +74,7 @@ def measure_with_inc(jobs: Mapping[Key, Job]) -> dict[Key, dict[str, Measured]]:
         ]
         jobs_file = Path(scratch) / "jobs.json"
         jobs_file.write_text(json.dumps(rows))
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "LOGLEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "LOGLEVEL": "WARNING"}
         command = [sys.executable, __file__, str(jobs_file)]
         child = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if child.returncode != 0:

@@ -44,7 +44,7 @@ def quantize_with_inc(checkpoint: Path, quant_config: Path, tokens: Sequence[int
     with tempfile.TemporaryDirectory() as scratch:
         result, job = Path(scratch) / "result.json", Path(scratch) / "job.json"
         job.write_text(json.dumps([str(checkpoint), str(quant_config), list(tokens), str(result)]))
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "LOGLEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "LOGLEVEL": "WARNING"}
         command = [sys.executable, __file__, str(job)]
         child = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if child.returncode != 0:

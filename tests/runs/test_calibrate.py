@@ -1,4 +1,4 @@
-"""The whole run, through the command line in a child process, and what happens when it goes wrong."""
+"""The whole run, and what happens when it goes wrong: through the command line, stopped, on a full disk."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gaudi_calib.cli.main import main
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ModelError
 from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file
@@ -42,6 +43,11 @@ def dataset(tmp_path: Path) -> Path:
 def options(data: Path, **changes) -> RunOptions:
     facts = {"model": str(GOLDEN / "model"), "out": data.parent / "out", "dataset": {"dataset": str(data)}}
     return RunOptions(**{**facts, **changes})
+
+
+def run(*words: object) -> int:
+    """Run a command in this process and return its exit code."""
+    return main([*map(str, words)])
 
 
 def serve(result, *, world: int):
@@ -195,18 +201,18 @@ def test_unify_takes_the_maximum_over_ranks(tmp_path: Path):
         assert all(one == np.maximum(left, right) for one, left, right in pairs)
 
 
-def test_expand_is_undone_by_unify(tmp_path: Path):
+def test_expand_is_undone_by_unify(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Every rank gets the whole's ranges, and their maximum is the whole's again; the files keep their name."""
     source = tmp_path / "source"
     source.mkdir()
     for path in (GOLDEN / "tp1/g3").glob("inc_output_hooks_maxabs_0_1*"):
         (source / path.name.replace("inc_output", "mine")).write_bytes(path.read_bytes())
-    assert run_cli("expand", "-m", source, "-w", 4, "-o", tmp_path / "four").returncode == 0
-    assert run_cli("unify", "-m", tmp_path / "four", "-r", 1, "-o", tmp_path / "one").returncode == 0
+    assert run("expand", "-m", source, "-w", 4, "-o", tmp_path / "four") == 0
+    assert run("unify", "-m", tmp_path / "four", "-r", 1, "-o", tmp_path / "one") == 0
     before, after = (read_ranges(one / "mine_hooks_maxabs_0_1.json") for one in (source, tmp_path / "one"))
     assert repr(after) == repr(before)
-    run = run_cli("expand", "-m", tmp_path / "four", "-w", 8)
-    assert run.returncode == 1 and "no ranges of rank 0 of 1" in run.stderr
+    assert run("expand", "-m", tmp_path / "four", "-w", 8) == 1
+    assert "no ranges of rank 0 of 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,15 +228,16 @@ def test_expand_is_undone_by_unify(tmp_path: Path):
     ],
     ids=["missing rank", "missing node", "nan", "another shape"],
 )
-def test_unify_refuses_ranks_that_do_not_fit(damage, message: str, tmp_path: Path):
+def test_unify_refuses_ranks_that_do_not_fit(damage, message: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     """A gap on any rank is an error that names it, and nothing is written."""
     source = tmp_path / "in"
     source.mkdir()
     for path in (GOLDEN / "tp2/g2").glob("*.json"):
         (source / path.name).write_bytes(path.read_bytes())
     damage(source)
-    run = run_cli("unify", "-m", source, "-r", 1, "-o", tmp_path / "out")
-    assert run.returncode == 1 and message in run.stderr and "fix:" in run.stderr
+    assert run("unify", "-m", source, "-r", 1, "-o", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert message in error and "fix:" in error
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -270,27 +277,30 @@ def _bad_inputs(dataset: Path) -> dict[str, tuple[Sequence[object], int, str]]:
     }
 
 
-def test_bad_input_is_refused_and_the_last_result_kept(dataset: Path):
+def test_bad_input_is_refused_and_the_last_result_kept(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     """Every mistake ends with its exit code, a message and a fix, without a traceback, and changes no file."""
     calibrate(options(dataset))
+    monkeypatch.chdir(dataset.parent)
     out = dataset.parent / "out"
     good, before = ["-m", GOLDEN / "model", "-d", dataset, "-o", out], snapshot_results(out)
     for mistake, (words, exit_code, message) in _bad_inputs(dataset).items():
-        run = run_cli("calibrate", *good, *words)
-        assert run.returncode == exit_code, (mistake, run.stderr)
-        assert message in run.stderr, (mistake, run.stderr)
-        assert "Traceback" not in run.stderr and ("fix:" in run.stderr or exit_code == 2), (mistake, run.stderr)
+        code, error = run("calibrate", *good, *words), capsys.readouterr().err
+        assert code == exit_code, (mistake, error)
+        assert message in error, (mistake, error)
+        assert "unexpected" not in error and ("fix:" in error or exit_code == 2), (mistake, error)
         assert snapshot_results(out) == before, mistake
     assert not (dataset.parent / "evil").exists()
 
 
 @pytest.mark.parametrize("flag", ["-m", "-d", "-o"])
-def test_each_required_flag_is_asked_for(flag: str, dataset: Path):
+def test_each_required_flag_is_asked_for(flag: str, dataset: Path, capsys: pytest.CaptureFixture):
     """Leaving out one required flag is a usage error that names it."""
     words = {"-m": GOLDEN / "model", "-d": dataset, "-o": dataset.parent / "out"}
     del words[flag]
-    run = run_cli("calibrate", *(word for pair in words.items() for word in pair))
-    assert run.returncode == 2 and f"'{flag}'" in run.stderr
+    assert run("calibrate", *(word for pair in words.items() for word in pair)) == 2
+    assert f"'{flag}'" in capsys.readouterr().err
 
 
 def test_full_disk_keeps_the_last_result(dataset: Path):
@@ -306,8 +316,8 @@ def test_full_disk_keeps_the_last_result(dataset: Path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    run = run_cli("calibrate", "-m", GOLDEN / "model", "-d", dataset, "-o", out, "-t", 2, preexec_fn=limit_files)
-    assert run.returncode == 1 and "cannot write" in run.stderr and "fix:" in run.stderr, run.stderr
+    done = run_cli("calibrate", "-m", GOLDEN / "model", "-d", dataset, "-o", out, "-t", 2, preexec_fn=limit_files)
+    assert done.returncode == 1 and "cannot write" in done.stderr and "fix:" in done.stderr, done.stderr
     assert snapshot_results(out) == before
     assert read_manifest(out / "model/g3/calibration_manifest.json").status in ("failed", "running")
 
@@ -319,13 +329,13 @@ def test_a_killed_run_keeps_the_last_result(stop: signal.Signals, dataset: Path)
     out = dataset.parent / "out"
     before = snapshot_results(out)
     words = ["calibrate", "-m", GOLDEN / "model", "-d", dataset, "-o", out, "-t", 2]
-    run = start_cli(*words, stderr=subprocess.PIPE)
-    while b"Step 2" not in run.stderr.readline():
-        assert run.poll() is None
+    child = start_cli(*words, stderr=subprocess.PIPE)
+    while b"Step 2" not in child.stderr.readline():
+        assert child.poll() is None
     time.sleep(0.2)
-    run.send_signal(stop)
-    run.communicate()
-    assert run.returncode != 0
+    child.send_signal(stop)
+    child.communicate()
+    assert child.returncode != 0
     after = {name: content for name, content in snapshot_results(out).items() if ".staging." not in name}
     assert after == before
     manifest = read_manifest(out / "model/g3/calibration_manifest.json")
@@ -337,9 +347,9 @@ def test_a_killed_run_keeps_the_last_result(stop: signal.Signals, dataset: Path)
 def test_paths_count_from_the_callers_directory(dataset: Path):
     """Relative -m, -d and -o are taken from where the command is run."""
     os.symlink(GOLDEN / "model", dataset.parent / "Llama-Tiny")
-    run = run_cli("measure", "-m", "Llama-Tiny", "-d", dataset.name, "-o", "here", "--json", cwd=dataset.parent)
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout)
+    done = run_cli("measure", "-m", "Llama-Tiny", "-d", dataset.name, "-o", "here", "--json", cwd=dataset.parent)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
     assert result["root"] == str(dataset.parent.resolve() / "here/llama-tiny")
     assert all(Path(path).is_file() for path in result["files"])
     assert sum(parse_rank_file(Path(path).name) is not None for path in result["files"]) == 6
