@@ -1,7 +1,7 @@
 """Files written by a second thread: the disk works while the next content is made."""
 
-import queue
-import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -18,36 +18,31 @@ class BackgroundWriter:
     """
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[tuple[Path, str | bytes] | None] = queue.Queue(_WAITING)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._waiting: deque[Future[None]] = deque()
+        self._failed = False
 
     def __enter__(self) -> "BackgroundWriter":
-        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if kind is None:
-            self._raise()
+        try:
+            while kind is None and self._waiting:
+                self._waiting.popleft().result()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
 
-    def write(self, path: Path, content: str | bytes) -> None:
-        """Hand over a file; text is written as UTF-8."""
-        self._raise()
-        self._queue.put((path, content))
+    def write(self, path: Path, content: bytes) -> None:
+        """Hand over a file."""
+        while len(self._waiting) >= _WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._write, path, content))
 
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            path, content = item
-            try:
-                if self._error is None:
-                    write_bytes(path, content.encode() if isinstance(content, str) else content)
-            except BaseException as error:
-                self._error = error
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def _write(self, path: Path, content: bytes) -> None:
+        if self._failed:
+            return
+        self._failed = True
+        write_bytes(path, content)
+        self._failed = False

@@ -11,8 +11,8 @@ file that consists of them is read without being parsed.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,19 @@ from gaudi_calib.rankfiles.nested import (
 from gaudi_calib.rankfiles.npz import load_value, pack_pickle, pack_value, read_pickle
 from gaudi_calib.rankfiles.pickle_form import PickleForm, can_pickle_flat
 
+AnyRankSet = RankSet[Node] | RankSet[ScaleNode]
+
 _json_form = lru_cache(maxsize=4)(JsonForm)
 _pickle_form = lru_cache(maxsize=4)(PickleForm)
 
 
-def write_rank_set(
-    directory: Path,
-    rank_set: RankSet[Node] | RankSet[ScaleNode],
-    *,
-    method: str | None = None,
-) -> list[Path]:
-    """Write one rank's `.json` and `.npz`, and for ranges `_mod_list.json`.
+def write_rank_set(directory: Path, rank_set: AnyRankSet, *, method: str | None = None) -> list[Path]:
+    """Write one rank's files; see `write_rank_sets`."""
+    return write_rank_sets(directory, [rank_set], method=method)
+
+
+def write_rank_sets(directory: Path, rank_sets: Sequence[AnyRankSet], *, method: str | None = None) -> list[Path]:
+    """Write every rank's `.json` and `.npz`, and for ranges `_mod_list.json`; what ranks have in common is made once.
 
     Args:
         method: scale method in upper case for scales, None for ranges.
@@ -62,38 +64,18 @@ def write_rank_set(
     Raises:
         FileError: a file cannot be written.
     """
-    return write_rank_sets(directory, [rank_set], method=method)
-
-
-def write_rank_sets(
-    directory: Path, rank_sets: Sequence[RankSet[Node] | RankSet[ScaleNode]], *, method: str | None = None
-) -> list[Path]:
-    """Write several ranks like `write_rank_set`; what they have in common is made once."""
-    with BackgroundWriter() as writer:
-        return render_rank_sets(directory, rank_sets, writer, method=method)
-
-
-def render_rank_sets(
-    directory: Path,
-    rank_sets: Sequence[RankSet[Node] | RankSet[ScaleNode]],
-    writer: BackgroundWriter,
-    *,
-    method: str | None = None,
-) -> list[Path]:
-    """Hand the files of several ranks to `writer`, and return them."""
-    written = []
+    written: list[Path] = []
     renderer = _Renderer(SCALES_MODE if method else RANGES_MODE)
-    for rank_set in rank_sets:
-        file = RankFile(dump=rank_set.dump, method=method, rank=rank_set.rank, world=rank_set.world)
-        json_path = directory / file.name
-        text, npz = renderer.render(rank_set)
-        writer.write(json_path, text)
-        writer.write(json_path.with_suffix(".npz"), npz)
-        written += [json_path, json_path.with_suffix(".npz")]
-        if method is None:
-            name = RankFile(dump=rank_set.dump, rank=rank_set.rank, world=rank_set.world, is_mod_list=True).name
-            writer.write(directory / name, renderer.render_modules(rank_set.modules))
-            written.append(directory / name)
+    with BackgroundWriter() as writer:
+        for rank_set in rank_sets:
+            file = RankFile(rank_set.dump, method=method, rank=rank_set.rank, world=rank_set.world)
+            text, npz = renderer.render(rank_set)
+            contents = {file.name: text, replace(file, extension="npz").name: npz}
+            if method is None:
+                contents[replace(file, is_mod_list=True).name] = renderer.render_modules(rank_set.modules)
+            for name, content in contents.items():
+                writer.write(directory / name, content)
+                written.append(directory / name)
     return written
 
 
@@ -209,7 +191,7 @@ class _Renderer:
         self._mode = mode
         self._last: RangeTable | ScaleTable | None = None
         self._filled = b"", b""
-        self._modules: tuple[tuple[str, ...], str] | None = None
+        self._modules: tuple[tuple[str, ...], bytes] | None = None
 
     def render(self, rank_set: RankSet[Any]) -> tuple[bytes, bytes]:
         """Return the json and the npz of one rank."""
@@ -224,11 +206,10 @@ class _Renderer:
         text, stream = self._filled
         return text_form.finish(head, text), pack_pickle(pickle_form.finish(head, stream))
 
-    def render_modules(self, modules: tuple[str, ...]) -> str:
+    def render_modules(self, modules: tuple[str, ...]) -> bytes:
         """Return the text of `_mod_list.json`."""
         if self._modules is None or self._modules[0] is not modules:
-            names = ",\n    ".join(map(encode_basestring_ascii, modules))
-            self._modules = (modules, f"[\n    {names}\n]" if modules else "[]")
+            self._modules = modules, json.dumps(modules, indent=4).encode()
         return self._modules[1]
 
 

@@ -13,8 +13,7 @@ from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.files import REPLACED_NAME, hash_file, set_aside, stage_files
 from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
 from gaudi_calib.ranges.node import RankSet, ScaleNode
-from gaudi_calib.rankfiles.background import BackgroundWriter
-from gaudi_calib.rankfiles.store import render_rank_sets
+from gaudi_calib.rankfiles.store import write_rank_sets
 from gaudi_calib.runs.rescale import Converted, Recipe, rescale
 
 if TYPE_CHECKING:
@@ -51,10 +50,9 @@ def write_converted(source: CalibrationDir, out: Path, converted: Converted, opt
     world = len(converted.ranks)
     with record_world(source, out, world, expert_parallel=converted.expert_parallel) as record:
         with stage_files(out) as staging:
-            with BackgroundWriter() as writer:
-                written = render_rank_sets(staging, converted.ranks, writer)
-                for recipe, rank_sets in scales:
-                    written += render_rank_sets(staging, rank_sets, writer, method=recipe.tag)
+            written = write_rank_sets(staging, converted.ranks)
+            for recipe, rank_sets in scales:
+                written += write_rank_sets(staging, rank_sets, method=recipe.tag)
             set_aside_scales(out, staging, world, {path.name for path in written})
         if record is not None:
             for recipe, rank_sets in scales:
