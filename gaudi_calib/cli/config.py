@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from gaudi_calib.cli.options import output_option
+from gaudi_calib.cli.options import device_option, json_option, output_option
+from gaudi_calib.fp8 import DEVICES
 
 
 @click.group()
@@ -19,8 +20,8 @@ def config() -> None:
     "-m", "--model", type=click.Path(path_type=Path), help="Model directory; its config.json tells the family."
 )
 @click.option("--family", "family_name", help="Model family instead of a model; `config presets` lists them.")
-@output_option("As in calibrate.", default="out", show_default=True)
-@click.option("--device", type=click.Choice(["g2", "g3", "all"]), default="all", show_default=True, help="To serve on.")
+@output_option("As in calibrate.", default="out")
+@device_option("To serve on.", takes_all=True)
 @click.option("--scale-method", default="maxabs_hw", show_default=True, help="`config presets` lists them.")
 def show(model: Path | None, family_name: str | None, out: Path, device: str, scale_method: str) -> None:
     """Print the config files a calibration would write, as JSON by path.
@@ -36,7 +37,7 @@ def show(model: Path | None, family_name: str | None, out: Path, device: str, sc
 
     family = choose_family(model, family_name)
     layout = RunLayout(out.absolute(), str(model.absolute() if model else family.name))
-    configs = plan_configs(family, layout, ["g2", "g3"] if device == "all" else [device], scale_method)
+    configs = plan_configs(family, layout, [*DEVICES] if device == "all" else [device], scale_method)
     click.echo(json.dumps({str(path): to_content(content) for path, content in configs.items()}, indent=2))
     for warning in dict.fromkeys(finding for content in configs.values() for finding in find_warnings(content)):
         click.echo(f"Warning: {warning}", err=True)
@@ -44,8 +45,8 @@ def show(model: Path | None, family_name: str | None, out: Path, device: str, sc
 
 @config.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--device", type=click.Choice(["g2", "g3"]), help="Check for serving on this device, too.")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of findings.")
+@device_option("Check for serving on this device, too.")
+@json_option
 def validate(files: tuple[Path, ...], device: str | None, as_json: bool) -> int:
     """Check QUANT_CONFIG FILES: every error, and what INC would silently change or ignore.
 
@@ -68,7 +69,7 @@ def validate(files: tuple[Path, ...], device: str | None, as_json: bool) -> int:
 
 
 @config.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def presets(as_json: bool) -> None:
     """List the model families with their rules, and the scale methods.
 

@@ -21,22 +21,11 @@ from gaudi_calib.errors import CalibrationError
 
 PROGRAM = "gaudi-calib"
 
-# Name on the command line -> module:attribute, in the order help lists them.
-COMMANDS = {
-    "calibrate": "gaudi_calib.cli.calibrate:calibrate",
-    "prepare": "gaudi_calib.cli.prepare:prepare",
-    "measure": "gaudi_calib.cli.measure:measure",
-    "postprocess": "gaudi_calib.cli.postprocess:postprocess",
-    "unify": "gaudi_calib.cli.unify:unify",
-    "expand": "gaudi_calib.cli.expand:expand",
-    "merge": "gaudi_calib.cli.merge:merge",
-    "reshard": "gaudi_calib.cli.reshard:reshard",
-    "quantize": "gaudi_calib.cli.quantize:quantize",
-    "serve": "gaudi_calib.cli.serve:serve",
-    "convert-weights": "gaudi_calib.cli.convert_weights:convert_weights",
-    "config": "gaudi_calib.cli.config:config",
-    "detect": "gaudi_calib.cli.detect:detect",
-}
+# In the order help lists them; each is a function of its name in a module of its name.
+COMMANDS = (
+    *("calibrate", "prepare", "measure", "postprocess", "unify", "expand", "merge", "reshard", "quantize"),
+    *("serve", "convert-weights", "config", "detect"),
+)
 
 
 class LazyGroup(click.Group):
@@ -50,8 +39,8 @@ class LazyGroup(click.Group):
         """Import and return the command called `cmd_name`, or None where there is none."""
         if cmd_name not in COMMANDS:
             return None
-        module, _, attribute = COMMANDS[cmd_name].partition(":")
-        return getattr(import_module(module), attribute)
+        name = cmd_name.replace("-", "_")
+        return getattr(import_module(f"gaudi_calib.cli.{name}"), name)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -2,11 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from gaudi_calib.fp8 import DEVICES
 
 if TYPE_CHECKING:
     from gaudi_calib.engines.vllm_runner.phases import EngineOptions
@@ -24,7 +27,7 @@ _DATASET_ARGUMENTS = (
     "chat_template",
     "trust_remote_code",
 )
-_ENGINE_ARGUMENTS = ("enforce_eager", "max_new_tokens", "max_model_len", "gpu_memory_utilization", "executor")
+_ENGINE_ARGUMENTS = ("enforce_eager", "max_new_tokens", "max_model_len", "gpu_memory_utilization", "executor", "env")
 
 
 def make_run_options(arguments: dict[str, Any]) -> "RunOptions":
@@ -36,31 +39,14 @@ def make_run_options(arguments: dict[str, Any]) -> "RunOptions":
     device = given.pop("device")
     if "engine_args" in given:
         given["engine_options"] = _make_engine_options(given)
-    return RunOptions(dataset=dataset, devices=("g2", "g3") if device == "all" else (device,), **given)
+    return RunOptions(dataset=dataset, devices=tuple(DEVICES) if device == "all" else (device,), **given)
 
 
 def _make_engine_options(given: dict[str, Any]) -> "EngineOptions":
     from gaudi_calib.engines.vllm_runner.phases import EngineOptions
 
-    args = {name.replace("-", "_"): _parse_value(text) for name, text in _split_pairs(given.pop("engine_args"))}
-    env = dict(_split_pairs(given.pop("env")))
-    return EngineOptions(**{name: given.pop(name) for name in _ENGINE_ARGUMENTS}, args=args, env=env)
-
-
-def _split_pairs(pairs: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for pair in pairs:
-        name, sign, value = pair.partition("=")
-        if not (sign and name):
-            raise click.UsageError(f"{pair!r} is not NAME=VALUE.")
-        yield name, value
-
-
-def _parse_value(text: str) -> Any:
-    """Return the JSON value that `text` is, else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return {"True": True, "False": False}.get(text, text)
+    args = {name.replace("-", "_"): value for name, value in given.pop("engine_args").items()}
+    return EngineOptions(**{name: given.pop(name) for name in _ENGINE_ARGUMENTS}, args=args)
 
 
 def make_conversion(arguments: dict[str, Any]) -> "Conversion":
@@ -81,14 +67,7 @@ def print_paths(paths: Iterable[Path]) -> None:
 def print_result(result: "RunResult", options: "RunOptions", *, as_json: bool) -> None:
     """Print what a run wrote, and how to serve it."""
     if as_json:
-        value = {
-            "root": str(result.root),
-            "files": [str(path) for path in result.files],
-            "quant_configs": {name: str(path) for name, path in result.quant_configs.items()},
-            "worlds": list(result.worlds),
-            "warnings": list(result.warnings),
-        }
-        click.echo(json.dumps(value, indent=2))
+        click.echo(json.dumps(asdict(result), indent=2, default=str))
         return
     from gaudi_calib.serve.command import plan_on_gaudi
 

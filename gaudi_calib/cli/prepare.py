@@ -7,12 +7,15 @@ from typing import Any
 import click
 
 from gaudi_calib.cli.options import dataset_options, json_option, model_option, output_option
-from gaudi_calib.cli.sections import command
+from gaudi_calib.cli.sections import bundle, command
 
 
 @command(epilog="Example: gaudi-calib prepare -m ./llama -d builtin -l 256 --max-tokens 1024 -o prompts.jsonl")
-@model_option("Model directory or Hugging Face name; its tokenizer is used.", section="Model and output")
-@output_option("Prompts file to write (.jsonl).", is_file=True, required=True, section="Model and output")
+@bundle(
+    model_option("Model directory or Hugging Face name; its tokenizer is used."),
+    output_option("Prompts file to write (.jsonl).", is_file=True, required=True),
+    section="Model and output",
+)
 @dataset_options
 @json_option
 def prepare(model: str, out: Path, as_json: bool, **options: Any) -> None:

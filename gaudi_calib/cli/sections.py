@@ -1,9 +1,11 @@
-"""Commands whose `--help` shows options in sections, each under the title its option names."""
+"""Commands whose `--help` shows options in sections, each under the title its bundle names."""
 
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+Function = Callable[..., Any]
 
 _LAST = "Options"
 
@@ -31,11 +33,26 @@ class Command(click.Command):
                 formatter.write_dl(sections[title])
 
 
-def command(**settings: Any) -> Callable[[Callable[..., Any]], Command]:
+def command(**settings: Any) -> Callable[[Function], Command]:
     """Return the decorator that makes a function a command, as `click.command` does."""
     return click.command(cls=Command, **settings)
 
 
-def option(*names: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the decorator that adds an option, as `click.option` does; `section` is its title in `--help`."""
-    return click.option(*names, cls=Option, **settings)
+def option(*names: str, **settings: Any) -> Function:
+    """Return the decorator that adds an option, as `click.option` does; `bundle` says in which section."""
+
+    def add(function: Function, **place: str) -> Function:
+        return click.option(*names, cls=Option, **settings, **place)(function)
+
+    return add
+
+
+def bundle(*options: Function, **place: str) -> Function:
+    """Return the decorator that adds `options` in this order; `section` is their title in `--help`."""
+
+    def add(function: Function) -> Function:
+        for decorate in reversed(options):
+            function = decorate(function, **place)
+        return function
+
+    return add

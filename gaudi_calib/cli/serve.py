@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
     help="What QUANT_CONFIG will be: OUT/<model>/maxabs_quant_<device>.json. Not for AWQ, GPTQ, "
     "compressed-tensors and FP8 checkpoints that are served with their own method.",
 )  # fmt: skip
-@world_option("Ranks.")
+@world_option("Ranks.", default=1)
 @device_option("Gaudi that will serve; with --print, show the command for it.  [the one of this machine]")
 @experts_option(found="as the files were made")
 @option("--skip-warmup", is_flag=True, help="Start sooner on a Gaudi; the first requests are slower.")

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 from gaudi_calib.errors import UsageError
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import RunLayout
-from gaudi_calib.ranges.derive import parse_vllm_version
 
 if TYPE_CHECKING:
     from gaudi_calib.engines.vllm_runner.phases import EngineOptions
 
-COLD_POLICIES = ("fill", "ignore", "error")
+# What some fields of `RunOptions` may be.
+CHOICES = {
+    "engine": ("auto", "torch", "vllm"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "compute_dtype": ("float32", "bfloat16"),
+    "cold_experts": ("fill", "ignore", "error"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,17 +78,16 @@ class RunOptions:
 
 def check_options(options: RunOptions) -> None:
     """Raise UsageError where options contradict each other or name something unknown."""
-    if options.engine not in ("auto", "torch", "vllm"):
-        raise UsageError(f"unknown engine {options.engine!r}", fix="choose auto, torch or vllm")
+    from gaudi_calib.ranges.derive import parse_vllm_version
+
+    for name, choices in CHOICES.items():
+        if getattr(options, name) not in choices:
+            raise UsageError(f"unknown {name} {getattr(options, name)!r}", fix=f"choose one of {', '.join(choices)}")
     if options.world < 1 or options.world % (options.unified_world or 1):
         raise UsageError(
             f"cannot unify {options.world} ranks into {options.unified_world}",
             why="-r must divide -t",
             fix="choose a divisor of -t for -r",
-        )
-    if options.cold_experts not in COLD_POLICIES:
-        raise UsageError(
-            f"unknown policy {options.cold_experts!r} for cold experts", fix="choose fill, ignore or error"
         )
     parse_vllm_version(options.vllm)
     if options.scale_method and options.quant_config:
