@@ -4,12 +4,10 @@ An expert that no token reached has a range of 0, and with it a scale that destr
 whatever the router sends there when serving.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from statistics import median
 
-import numpy as np
-
+from gaudi_calib.manifest import CoverageFacts
 from gaudi_calib.ranges.channels import ChannelRanges
 
 # At least so much more data is suggested where an expert saw none.
@@ -17,93 +15,53 @@ _LEAST_FACTOR = 4
 _SHOWN = 5
 
 
-@dataclass(frozen=True)
-class LayerCoverage:
-    """One layer's experts.
+def count_coverage(channels: ChannelRanges, *, policy: str, min_tokens: int) -> CoverageFacts | None:
+    """Return how tokens spread over the experts, or None for a model without experts.
 
-    Attributes:
-        node: name of the fused op.
-        tokens: how many the router sent to each expert.
-        filled: how many more were sent to it because it was cold.
-        cold: numbers of the experts with fewer tokens than wanted.
+    Args:
+        policy: what was done with experts that saw fewer tokens than `min_tokens`.
     """
+    layers = {name: node.experts for name, node in channels.nodes.items() if node.experts is not None}
+    if not layers:
+        return None
+    tokens = {name: experts.tokens.tolist() for name, experts in layers.items()}
+    cold = {name: [expert for expert, seen in enumerate(counts) if seen < min_tokens] for name, counts in tokens.items()}
+    filled = {
+        name: {expert: count for expert, count in enumerate(experts.filled.tolist()) if count}
+        for name, experts in layers.items()
+    }
+    return CoverageFacts(
+        policy=policy,
+        min_tokens=min_tokens,
+        tokens=tokens,
+        cold={name: experts for name, experts in cold.items() if experts},
+        filled={name: experts for name, experts in filled.items() if experts},
+    )
 
-    node: str
-    tokens: tuple[int, ...]
-    filled: tuple[int, ...]
-    cold: tuple[int, ...]
+
+def describe_coverage(coverage: CoverageFacts) -> str:
+    """Return one line on how tokens spread over the experts."""
+    counts = list(chain.from_iterable(coverage.tokens.values()))
+    return (
+        f"{len(coverage.tokens)} layers with experts: {len(counts)} experts in all, tokens per expert: "
+        f"fewest {min(counts)}, median {int(median(counts))}, most {max(counts)}"
+    )
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """All layers with experts.
+def list_cold(coverage: CoverageFacts) -> str:
+    """Return which experts are cold, the first few layers of them."""
+    layers = [f"{name}: {', '.join(map(str, experts))}" for name, experts in coverage.cold.items()]
+    more = f"; and in {len(layers) - _SHOWN} more layers (see the manifest)" if len(layers) > _SHOWN else ""
+    return "; ".join(layers[:_SHOWN]) + more
 
-    Attributes:
-        layers: in module order.
-        min_tokens: fewer tokens than that make an expert cold.
-        total_tokens: tokens of the data.
-    """
 
-    layers: Sequence[LayerCoverage]
-    min_tokens: int
-    total_tokens: int
-
-    @property
-    def cold_count(self) -> int:
-        """Number of cold experts."""
-        return sum(len(layer.cold) for layer in self.layers)
-
-    @property
-    def fewest(self) -> int:
-        """Tokens of the expert that saw fewest."""
-        return min(min(layer.tokens) for layer in self.layers)
-
-    def describe(self) -> str:
-        """Return one line on how tokens spread over the experts."""
-        tokens = np.concatenate([layer.tokens for layer in self.layers])
+def suggest_data(coverage: CoverageFacts, total_tokens: int) -> str:
+    """Return how much data would warm the coldest expert, as far as its share of `total_tokens` tells."""
+    fewest = min(map(min, coverage.tokens.values()))
+    if fewest == 0:
         return (
-            f"{len(self.layers)} layers with experts: {len(tokens)} experts in all, tokens per expert: "
-            f"fewest {tokens.min()}, median {int(np.median(tokens))}, most {tokens.max()}"
+            f"an expert that {total_tokens} tokens do not reach may need data of another kind; "
+            f"try at least {_LEAST_FACTOR} times as much (-l, another -d)"
         )
-
-    def list_cold(self) -> str:
-        """Return which experts are cold, the first few layers of them."""
-        layers = [layer for layer in self.layers if layer.cold]
-        shown = [f"{layer.node}: {', '.join(map(str, layer.cold))}" for layer in layers[:_SHOWN]]
-        more = f"; and in {len(layers) - _SHOWN} more layers (see the manifest)" if len(layers) > _SHOWN else ""
-        return "; ".join(shown) + more
-
-    def suggest_data(self) -> str:
-        """Return how much data would warm the coldest expert, as far as its share of tokens tells."""
-        if self.fewest == 0:
-            return (
-                f"an expert that {self.total_tokens} tokens do not reach may need data of another kind; "
-                f"try at least {_LEAST_FACTOR} times as much (-l, another -d)"
-            )
-        factor = -(-self.min_tokens // self.fewest)
-        return f"about {factor} times the data, {factor * self.total_tokens} tokens, would give each {self.min_tokens}"
-
-    def to_facts(self, policy: str) -> dict[str, Any]:
-        """Return what the manifest keeps: per fused op the tokens, and the cold and filled experts."""
-        return {
-            "policy": policy,
-            "min_tokens": self.min_tokens,
-            "tokens": {layer.node: list(layer.tokens) for layer in self.layers},
-            "cold": {layer.node: list(layer.cold) for layer in self.layers if layer.cold},
-            "filled": {
-                layer.node: {str(expert): count for expert, count in enumerate(layer.filled) if count}
-                for layer in self.layers
-                if any(layer.filled)
-            },
-        }
-
-
-def count_coverage(channels: ChannelRanges, min_tokens: int, total_tokens: int) -> Coverage | None:
-    """Return how tokens spread over the experts, or None for a model without experts."""
-    layers = []
-    for name, node in channels.nodes.items():
-        if node.experts is not None:
-            tokens = tuple(node.experts.tokens.tolist())
-            cold = tuple(expert for expert, seen in enumerate(tokens) if seen < min_tokens)
-            layers.append(LayerCoverage(name, tokens, tuple(node.experts.filled.tolist()), cold))
-    return Coverage(layers, min_tokens, total_tokens) if layers else None
+    factor = -(-coverage.min_tokens // fewest)
+    return f"about {factor} times the data, {factor * total_tokens} tokens, would give each {coverage.min_tokens}"

@@ -6,7 +6,7 @@ from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.errors import RangeError
 from gaudi_calib.layout import CHANNEL_RANGES_NAME
 from gaudi_calib.ranges.channels import ChannelRanges
-from gaudi_calib.ranges.coverage import count_coverage
+from gaudi_calib.ranges.coverage import count_coverage, describe_coverage, list_cold, suggest_data
 from gaudi_calib.ranges.derive import derive_world
 from gaudi_calib.rankfiles.channel_file import write_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_sets
@@ -46,27 +46,28 @@ def measure_model(run: Run) -> None:
 def _cover_experts(run: Run, channels: ChannelRanges, tokens: int) -> None:
     """Say how tokens spread over the experts, and fail or warn where some saw too few."""
     policy = run.options.cold_experts
-    coverage = count_coverage(channels, run.options.min_expert_tokens, tokens)
+    coverage = count_coverage(channels, policy=policy, min_tokens=run.options.min_expert_tokens)
     if coverage is None:
         return
     for target in run.targets:
-        target.record.update(expert_coverage=coverage.to_facts(policy))
-    _log.info("%s", coverage.describe())
-    if not coverage.cold_count:
+        target.record.update(expert_coverage=coverage)
+    _log.info("%s", describe_coverage(coverage))
+    if not coverage.cold:
         return
-    what = f"{coverage.cold_count} experts saw fewer than {coverage.min_tokens} tokens"
+    what = f"{sum(map(len, coverage.cold.values()))} experts saw fewer than {coverage.min_tokens} tokens"
+    more_data = suggest_data(coverage, tokens)
     if policy == "error":
         raise RangeError(
             what,
-            where=coverage.list_cold(),
+            where=list_cold(coverage),
             why="their ranges would not be those of real use",
-            fix=f"{coverage.suggest_data()}; or --cold-experts fill, which sends them tokens of their own layer",
+            fix=f"{more_data}; or --cold-experts fill, which sends them tokens of their own layer",
         )
     outcome = {
         "fill": "tokens of their own layer, those the router likes best for them, were sent through them alone",
         "ignore": "their ranges are as they are, 0 for those that saw none: serving them goes wrong",
     }[policy]
-    run.warn(f"{what} ({coverage.list_cold()}); {outcome}. {coverage.suggest_data().capitalize()}")
+    run.warn(f"{what} ({list_cold(coverage)}); {outcome}. {more_data.capitalize()}")
 
 
 def derive_ranks(run: Run) -> None:

@@ -12,7 +12,7 @@ from gaudi_calib.cli.main import main
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError, FileError, RangeError, TopologyError, UsageError
 from gaudi_calib.manifest import read_manifest
-from gaudi_calib.ranges.coverage import count_coverage
+from gaudi_calib.ranges.coverage import count_coverage, suggest_data
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
 from gaudi_calib.rankfiles.store import read_ranges, read_scales
 from gaudi_calib.runs.calibrate import calibrate, measure, quantize
@@ -96,10 +96,11 @@ def test_suggestion_follows_the_coldest_expert(options):
     root = measure(options("qwen3_moe")).root
     channels = read_channel_ranges(root / "channel_ranges.safetensors")
     fewest = min(int(node.experts.tokens.min()) for node in channels.nodes.values() if node.experts)
-    coverage = count_coverage(channels, fewest * 3, 512)
-    assert coverage.fewest == fewest > 0
-    assert coverage.suggest_data() == f"about 3 times the data, 1536 tokens, would give each {fewest * 3}"
-    assert count_coverage(channels, fewest, 512).cold_count == 0
+    assert fewest > 0
+    coverage = count_coverage(channels, policy="ignore", min_tokens=fewest * 3)
+    assert coverage.cold
+    assert suggest_data(coverage, 512) == f"about 3 times the data, 1536 tokens, would give each {fewest * 3}"
+    assert count_coverage(channels, policy="ignore", min_tokens=fewest).cold == {}
 
 
 def test_deepseek_is_expert_parallel_and_can_be_told_otherwise(options):
