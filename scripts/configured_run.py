@@ -109,18 +109,24 @@ def find_configured_run(device: str | None) -> ConfiguredRun:
     return ConfiguredRun(Path(path), placed.path / str(placed.dump), known.name)
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """Add --device, which the reference does not have because it always runs on the device."""
+class IdleFlag(argparse.Action):
+    """A flag of the reference that is taken and has no effect without vLLM; says so on stderr."""
+
+    def __call__(self, *arguments: object) -> None:
+        print(f"Note: no effect with the torch engine: {arguments[-1]}", file=sys.stderr)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that both steps have.
+
+    The reference has no --device because it always runs on the device.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("-m", "--model", required=True, help="directory or Hugging Face name of the model")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks that will serve (%(default)s)")
     parser.add_argument(
         "--device",
         choices=sorted(DEVICES),
         help="device that will serve (default: from dump_stats_path, else this one)",
     )
-
-
-def note_idle_flags(given: argparse.Namespace, parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
-    """Say on stderr which of `flags` were given and have no effect without vLLM."""
-    names = {flag: flag.lstrip("-").replace("-", "_") for flag in flags}
-    idle = [flag for flag, name in names.items() if getattr(given, name) != parser.get_default(name)]
-    if idle:
-        print(f"Note: no effect with the torch engine: {', '.join(idle)}", file=sys.stderr)
+    return parser

@@ -7,11 +7,10 @@ Files go to its dump_stats_path; its allowlist and blocklist hold.
 import argparse
 import sys
 
-from configured_run import add_device_option, find_configured_run, note_idle_flags
+from configured_run import IdleFlag, find_configured_run, make_parser
 
 from gaudi_calib.cli.main import report_errors
 
-IDLE = ("--max-num-prefill-seqs", "--block-quant")
 # Names of the reference's flags for vLLM -> ours.
 ENGINE_FLAGS = {
     "max_tokens": "--max-new-tokens",
@@ -22,10 +21,8 @@ ENGINE_FLAGS = {
 
 def main() -> int:
     """Measure, and return the exit code."""
-    parser = make_parser()
-    options = parser.parse_args()
+    options = parse_options()
     run = find_configured_run(options.device)
-    note_idle_flags(options, parser, IDLE)
     words = ["measure", "-d", options.dataset, "-b", str(options.batch_size), "-t", str(options.tensor_parallel_size)]
     if options.auto_process_dataset:
         words += ["--min-tokens", str(options.sample_len), "--max-tokens", str(options.sample_len)]
@@ -41,13 +38,11 @@ def main() -> int:
     return run.execute([*verbose, *words, "--config-measure", str(run.config)], options.model, reads_ranges=False)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return a parser of the reference's options."""
-    parser = argparse.ArgumentParser(description="Measure the ranges of a model; QUANT_CONFIG says where they go.")
+def parse_options() -> argparse.Namespace:
+    """Return the reference's options."""
+    parser = make_parser("Measure the ranges of a model; QUANT_CONFIG says where they go.")
     parser.add_argument("-d", "--dataset", required=True, help="what step 1 wrote, or any dataset")
-    parser.add_argument("-m", "--model", required=True, help="directory or Hugging Face name of the model")
     parser.add_argument("--batch-size", type=int, default=32, help="prompts that run together (%(default)s)")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks that will serve (%(default)s)")
     parser.add_argument("--max-dataset-samples", type=int, default=0, help="number of samples (0: all)")
     parser.add_argument("--expert-parallel", action="store_true", help="expert parallelism")
     parser.add_argument("--enforce-eager", action="store_true", help="eager execution")
@@ -55,15 +50,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sample-len", type=int, default=1024, help="tokens of each such sample (%(default)s)")
     parser.add_argument("--max-model-len", type=int, default=2048, help="cut prompts to this many tokens (%(default)s)")
     parser.add_argument("-v", "--verbose", action="store_true", help="log details")
-    add_device_option(parser)
     vllm = parser.add_argument_group("for vLLM (on a Gaudi)")
     vllm.add_argument("--max-tokens", type=int, help="tokens to generate after each prompt (16)")
     vllm.add_argument("--distributed-executor-backend", choices=["mp", "ray"])
     vllm.add_argument("--gpu-memory-utilization", type=float)
     idle = parser.add_argument_group("taken and without effect")
-    idle.add_argument("--max-num-prefill-seqs", type=int)
-    idle.add_argument("--block-quant", action="store_true")
-    return parser
+    idle.add_argument("--max-num-prefill-seqs", action=IdleFlag)
+    idle.add_argument("--block-quant", action=IdleFlag, nargs=0)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from gaudi_calib.cli.options import device_option, json_option, output_option
+from gaudi_calib.cli.sections import Command
 from gaudi_calib.fp8 import DEVICES
 
 
@@ -15,7 +16,7 @@ def config() -> None:
     """Show, check and describe QUANT_CONFIG files."""
 
 
-@config.command()
+@config.command(cls=Command, epilog="Example: gaudi-calib config show -m models/my-llama --device g3")
 @click.option(
     "-m", "--model", type=click.Path(path_type=Path), help="Model directory; its config.json tells the family."
 )
@@ -24,12 +25,7 @@ def config() -> None:
 @device_option("To serve on.", takes_all=True)
 @click.option("--scale-method", default="maxabs_hw", show_default=True, help="`config presets` lists them.")
 def show(model: Path | None, family_name: str | None, out: Path, device: str, scale_method: str) -> None:
-    """Print the config files a calibration would write, as JSON by path.
-
-    \b
-    Example:
-      gaudi-calib config show -m models/my-llama --device g3
-    """
+    """Print the config files a calibration would write, as JSON by path."""
     from gaudi_calib.config.model import to_content
     from gaudi_calib.config.presets import choose_family, plan_configs
     from gaudi_calib.config.rules import find_warnings
@@ -43,7 +39,7 @@ def show(model: Path | None, family_name: str | None, out: Path, device: str, sc
         click.echo(f"Warning: {warning}", err=True)
 
 
-@config.command()
+@config.command(cls=Command, epilog="Example: gaudi-calib config validate --device g3 my_quant.json")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @device_option("Check for serving on this device, too.")
 @json_option
@@ -51,10 +47,6 @@ def validate(files: tuple[Path, ...], device: str | None, as_json: bool) -> int:
     """Check QUANT_CONFIG FILES: every error, and what INC would silently change or ignore.
 
     Exits with 1 if there is an error; warnings alone exit with 0.
-
-    \b
-    Example:
-      gaudi-calib config validate --device g3 my_quant.json
     """
     from gaudi_calib.config.file import validate_file
 
@@ -68,15 +60,10 @@ def validate(files: tuple[Path, ...], device: str | None, as_json: bool) -> int:
     return int(any(report.errors for report in reports.values()))
 
 
-@config.command()
+@config.command(cls=Command, epilog="Example: gaudi-calib config presets --json")
 @json_option
 def presets(as_json: bool) -> None:
-    """List the model families with their rules, and the scale methods.
-
-    \b
-    Example:
-      gaudi-calib config presets --json
-    """
+    """List the model families with their rules, and the scale methods."""
     from gaudi_calib.config.presets import describe_presets
 
     described = describe_presets()
@@ -90,14 +77,9 @@ def presets(as_json: bool) -> None:
     click.echo(_format_table(["scale method", "weight", "activation", "ranges"], methods))
 
 
-@config.command()
+@config.command(cls=Command, epilog="Example: gaudi-calib config schema > quant_config.schema.json")
 def schema() -> None:
-    """Print the JSON schema of QUANT_CONFIG, for editors.
-
-    \b
-    Example:
-      gaudi-calib config schema > quant_config.schema.json
-    """
+    """Print the JSON schema of QUANT_CONFIG, for editors."""
     from gaudi_calib.config.model import describe_schema
 
     click.echo(json.dumps(describe_schema(), indent=2))

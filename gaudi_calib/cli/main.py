@@ -110,20 +110,13 @@ def report_errors(call: Callable[[], object]) -> int:
     except CalibrationError as error:
         return _fail(str(error), exit_code=error.exit_code)
     except Exception as error:
-        return _fail_unexpectedly(error)
+        logging.getLogger("gaudi_calib").debug("the traceback:", exc_info=error)
+        return _fail(
+            f"unexpected {type(error).__name__}: {error}\n"
+            f"  fix:   `{PROGRAM} -v COMMAND ...` shows the traceback; please report it with the command you ran",
+            exit_code=1,
+        )
     return result if isinstance(result, int) else 0
-
-
-def _fail_unexpectedly(error: Exception) -> int:
-    if logging.getLogger("gaudi_calib").isEnabledFor(logging.DEBUG):
-        import traceback
-
-        traceback.print_exception(error)
-    return _fail(
-        f"unexpected {type(error).__name__}: {error}\n"
-        f"  fix:   `{PROGRAM} -v COMMAND ...` shows the traceback; please report it with the command you ran",
-        exit_code=1,
-    )
 
 
 def _fail(message: str, *, exit_code: int) -> int:

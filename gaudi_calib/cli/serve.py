@@ -49,8 +49,7 @@ def serve(only_print: bool, **arguments: Any) -> None:
     else:
         platform = detect_apart()
     command = plan_serve(options, platform)
-    for note in command.notes:
-        _log.info("%s", note)
+    _log.info("%s", command.note)
     if only_print:
         click.echo(str(command))
         return

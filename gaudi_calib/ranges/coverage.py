@@ -25,7 +25,7 @@ def count_coverage(channels: ChannelRanges, *, policy: str, min_tokens: int) -> 
     if not layers:
         return None
     tokens = {name: experts.tokens.tolist() for name, experts in layers.items()}
-    cold = {name: [expert for expert, seen in enumerate(counts) if seen < min_tokens] for name, counts in tokens.items()}
+    cold = {name: [expert for expert, seen in enumerate(row) if seen < min_tokens] for name, row in tokens.items()}
     filled = {
         name: {expert: count for expert, count in enumerate(experts.filled.tolist()) if count}
         for name, experts in layers.items()

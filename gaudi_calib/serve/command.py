@@ -1,6 +1,5 @@
 """The command that serves a model, and its environment."""
 
-import logging
 import os
 import shlex
 import shutil
@@ -28,9 +27,6 @@ from gaudi_calib.fp8 import get_device
 from gaudi_calib.models.source import ModelSource, find_model
 from gaudi_calib.serve.calibration import Calibration, open_calibration, require_fit
 
-_log = logging.getLogger(__name__)
-
-DEFAULT_PORT = 8000
 _METHOD_FLAGS = ("--quantization", "-q")
 # Flags of `vllm serve` that have an option here, where what they say is checked.
 _OWN_FLAGS = {
@@ -65,8 +61,13 @@ class ServeOptions:
     expert_parallel: bool | None = None
     skip_warmup: bool = False
     timeout_s: int | None = None
-    port: int = DEFAULT_PORT
+    port: int = 8000
     extra: tuple[str, ...] = ()
+
+    @property
+    def names_method(self) -> bool:
+        """Whether `extra` names a quantization method."""
+        return any(word.partition("=")[0] in _METHOD_FLAGS for word in self.extra)
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ class ServeCommand:
     Attributes:
         argv: its words.
         env: what is set beside the caller's environment.
-        notes: what the user should know about it.
+        note: what the user should know about it.
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    note: str = ""
 
     def __str__(self) -> str:
         return to_shell(self.argv, self.env)
@@ -103,9 +104,9 @@ def plan_serve(options: ServeOptions, platform: Platform) -> ServeCommand:
             contradict each other.
     """
     _refuse_own_flags(options.extra)
-    settings, notes = plan_engine(options, platform)
+    settings, note = plan_engine(options, platform)
     argv = [*_name_program(platform), options.model, *settings.flags, "--port", str(options.port), *options.extra]
-    return ServeCommand(tuple(argv), settings.env, tuple(notes))
+    return ServeCommand(tuple(argv), settings.env, note)
 
 
 def plan_on_gaudi(model: str, quant_config: Path, *, world: int, device: str) -> ServeCommand:
@@ -129,16 +130,17 @@ def _has_distribution(name: str) -> bool:
     return True
 
 
-def plan_engine(options: ServeOptions, platform: Platform) -> tuple[Settings, list[str]]:
+def plan_engine(options: ServeOptions, platform: Platform) -> tuple[Settings, str]:
     """Return how an engine is started for `options`, in Python, too, and what the user should know about it."""
     model = find_model(options.model)
-    settings, notes = (
-        _plan_own_method(options, model) if options.quant_config is None else _plan_calibrated(options, model, platform)
-    )
+    if options.quant_config is None:
+        settings, note = _plan_own_method(options, model)
+    else:
+        settings, note = _plan_calibrated(options, model, options.quant_config, platform)
     settings = Settings(settings.args, {**_plan_environment(options, platform), **settings.env})
     if platform.name == "hpu" and options.world > NODE_CARDS:
         settings = forward_to_ray(settings.with_args(distributed_executor_backend="ray"))
-    return settings, notes
+    return settings, note
 
 
 def _refuse_own_flags(extra: tuple[str, ...]) -> None:
@@ -150,9 +152,9 @@ def _refuse_own_flags(extra: tuple[str, ...]) -> None:
             )
 
 
-def _plan_own_method(options: ServeOptions, model: ModelSource) -> tuple[Settings, list[str]]:
+def _plan_own_method(options: ServeOptions, model: ModelSource) -> tuple[Settings, str]:
     """Settings of a checkpoint that needs no QUANT_CONFIG, because it, or the caller, names a method."""
-    asked = any(word.partition("=")[0] in _METHOD_FLAGS for word in options.extra)
+    asked = options.names_method
     if model.config and model.method is None and not asked:
         raise UsageError(
             "no --quant-config, and the checkpoint is not quantized",
@@ -164,16 +166,17 @@ def _plan_own_method(options: ServeOptions, model: ModelSource) -> tuple[Setting
     if options.expert_parallel and options.world > 1:
         args["enable_expert_parallel"] = True
     method = "the one asked for" if asked else model.method or "its own, if it has one"
-    return Settings(args), [f"no QUANT_CONFIG is used; quantization method: {method}"]
+    return Settings(args), f"no QUANT_CONFIG is used; quantization method: {method}"
 
 
-def _plan_calibrated(options: ServeOptions, model: ModelSource, platform: Platform) -> tuple[Settings, list[str]]:
-    assert options.quant_config is not None
-    if any(word.partition("=")[0] in _METHOD_FLAGS for word in options.extra):
+def _plan_calibrated(
+    options: ServeOptions, model: ModelSource, quant_config: Path, platform: Platform
+) -> tuple[Settings, str]:
+    if options.names_method:
         raise UsageError(
             "--quantization after --, and --quant-config", why="both name a method", fix="give one of them"
         )
-    calibration = open_calibration(options.quant_config)
+    calibration = open_calibration(quant_config)
     _require_method(model, platform)
     shares = require_fit(
         calibration,
@@ -192,7 +195,7 @@ def _plan_calibrated(options: ServeOptions, model: ModelSource, platform: Platfo
         quantization=model.quantization,
         modules=calibration.list_modules(options.world),
     )
-    return settings, [_describe(calibration, platform)]
+    return settings, _describe(calibration, platform)
 
 
 def _require_method(model: ModelSource, platform: Platform) -> None:

@@ -52,9 +52,8 @@ def open_llm(
         device,
         expert_parallel,
     )
-    settings, notes = plan_engine(options, detect_apart())
-    for note in notes:
-        _log.info("%s", note)
+    settings, note = plan_engine(options, detect_apart())
+    _log.info("%s", note)
     with _environment(settings.env), open_engine(options.model, {**settings.args, **engine_args}) as llm:
         yield llm
 

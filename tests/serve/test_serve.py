@@ -74,7 +74,7 @@ def test_sixteen_ranks_span_two_nodes(tmp_path):
 
 def test_elsewhere_it_says_that_it_emulates(run):
     """Nobody takes the emulation's speed for the Gaudi's."""
-    (note,) = run.plan("g2", CPU).notes
+    note = run.plan("g2", CPU).note
     assert "no Gaudi" in note and "Gaudi 2" in note and "gaudi_fp8" in note
 
 
@@ -237,7 +237,7 @@ def test_quantized_checkpoints_keep_their_method(quantization, method, tmp_path)
     assert find_model(str(tmp_path)).method == method
     command = plan_serve(ServeOptions(str(tmp_path), world=2), HPU3)
     assert list(command.argv) == ["vllm", "serve", str(tmp_path), "--tensor-parallel-size", "2", "--port", "8000"]
-    assert command.env == {} and method in command.notes[0]
+    assert command.env == {} and method in command.note
 
 
 def test_what_quant_config_cannot_quantize(run, tmp_path):
