@@ -4,20 +4,21 @@ Ranges are merged or copied; scales never: they are computed anew (rescale.py).
 """
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.files import REPLACED_NAME, hash_file, set_aside, stage_files
 from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
-from gaudi_calib.ranges.node import RankSet, ScaleNode
+from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.rankfiles.store import write_rank_sets
-from gaudi_calib.runs.rescale import Converted, Recipe, rescale
+from gaudi_calib.runs.rescale import Converted, Recipe, Rescaled, rescale
 
 if TYPE_CHECKING:
-    from gaudi_calib.manifest import Manifest, Record
+    from gaudi_calib.manifest import Record
 
 _log = logging.getLogger(__name__)
 
@@ -47,49 +48,66 @@ class Conversion(NamedTuple):
 def write_converted(source: CalibrationDir, out: Path, converted: Converted, options: Conversion) -> list[Path]:
     """Write ranges, scales and manifest; everything that can fail for its content has been computed before."""
     scales = [] if options.skips_scales else rescale(source, converted, options.device)
-    world = len(converted.ranks)
-    with record_world(source, out, world, expert_parallel=converted.expert_parallel) as record:
+    return write_world(source, out, converted.ranks, scales, expert_parallel=converted.expert_parallel)
+
+
+def write_world(
+    source: CalibrationDir,
+    out: Path,
+    ranks: Sequence[RankSet[Node]],
+    scales: Sequence[Rescaled] = (),
+    *,
+    expert_parallel: bool | None,
+    is_bounded: bool = False,
+) -> list[Path]:
+    """Write the files of all ranks of a world to `out`, and keep its manifest.
+
+    Args:
+        source: where the ranges come from.
+        expert_parallel: how the experts are split; None for a model without.
+        is_bounded: some outputs are upper bounds.
+
+    Returns:
+        The files written.
+    """
+    world = len(ranks)
+    with _open_record(source, out) as record:
         with stage_files(out) as staging:
-            written = write_rank_sets(staging, converted.ranks)
+            written = write_rank_sets(staging, ranks)
             for recipe, rank_sets in scales:
                 written += write_rank_sets(staging, rank_sets, method=recipe.tag)
-            set_aside_scales(out, staging, world, {path.name for path in written})
+            _set_aside_scales(out, staging, world, {path.name for path in written})
         if record is not None:
+            _record_world(record, world, expert_parallel, is_bounded)
             for recipe, rank_sets in scales:
                 _record_scales(record, out, rank_sets, recipe)
+            record.update(files=CalibrationDir(out).hash_files())
     return [out / path.name for path in written]
 
 
-@contextmanager
-def record_world(
-    source: CalibrationDir, out: Path, world: int, *, expert_parallel: bool | None, is_bounded: bool = False
-) -> "Iterator[Record | None]":
-    """Keep the manifest of `out` while files of `world` are written; None where there is no manifest to keep.
+def _open_record(source: CalibrationDir, out: Path) -> "AbstractContextManager[Record | None]":
+    """Keep the manifest of `out`; None where there is no manifest to keep.
 
     A result elsewhere inherits what the source's manifest says about model and data.
-
-    Args:
-        expert_parallel: how the experts of `world` are split; None for a model without.
-        is_bounded: some outputs are upper bounds.
     """
     target = out / MANIFEST_NAME
     if not (source.path / MANIFEST_NAME).is_file() and not target.is_file():
-        yield None
-        return
-    from gaudi_calib.manifest import WorldFacts, record_run
+        return nullcontext()
+    from gaudi_calib.manifest import record_run
 
-    inherited = _inherit(source.manifest) if source.manifest and not target.is_file() else {}
-    with record_run(target, fresh=False, **inherited) as record:
-        others = record.manifest.worlds.keys() - {1, world}
-        record.update(worlds={world: WorldFacts(expert_parallel=expert_parallel, is_bounded=is_bounded)})
-        if expert_parallel is not None and not others:
-            record.update(expert_parallel=expert_parallel)
-        yield record
-        record.update(files=CalibrationDir(out).hash_files())
+    inherited: dict[str, Any] = {}
+    if source.manifest and not target.is_file():
+        inherited = {name: getattr(source.manifest, name) for name in _INHERITED} | {"history": source.manifest.steps}
+    return record_run(target, fresh=False, **inherited)
 
 
-def _inherit(manifest: "Manifest") -> dict:
-    return {"history": manifest.steps, **{name: getattr(manifest, name) for name in _INHERITED}}
+def _record_world(record: "Record", world: int, expert_parallel: bool | None, is_bounded: bool) -> None:
+    from gaudi_calib.manifest import WorldFacts
+
+    others = record.manifest.worlds.keys() - {1, world}
+    record.update(worlds={world: WorldFacts(expert_parallel=expert_parallel, is_bounded=is_bounded)})
+    if expert_parallel is not None and not others:
+        record.update(expert_parallel=expert_parallel)
 
 
 def _record_scales(record: "Record", out: Path, rank_sets: Iterable[RankSet[ScaleNode]], recipe: Recipe) -> None:
@@ -97,14 +115,13 @@ def _record_scales(record: "Record", out: Path, rank_sets: Iterable[RankSet[Scal
     from gaudi_calib.manifest import ScaleOrigin
 
     for rank_set in rank_sets:
-        ranges = RankFile(rank_set.dump, rank=rank_set.rank, world=rank_set.world, extension="npz").name
-        origin = ScaleOrigin(ranges={ranges: hash_file(out / ranges)}, settings=recipe.settings)
-        scales = RankFile(rank_set.dump, method=recipe.tag, rank=rank_set.rank, world=rank_set.world)
-        names = (scales.name, scales.name.replace(".json", ".npz"))
-        record.update(scales=dict.fromkeys(names, origin))
+        ranges = RankFile(rank_set.dump, rank=rank_set.rank, world=rank_set.world, extension="npz")
+        scales = replace(ranges, method=recipe.tag)
+        origin = ScaleOrigin(ranges={ranges.name: hash_file(out / ranges.name)}, settings=recipe.settings)
+        record.update(scales=dict.fromkeys((replace(scales, extension="json").name, scales.name), origin))
 
 
-def set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -> None:
+def _set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -> None:
     """Move scale files of ranges that are about to change out of INC's sight: it would go on using them."""
     changed = any(
         not (out / name).is_file() or (out / name).read_bytes() != (staging / name).read_bytes()

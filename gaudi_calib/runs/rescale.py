@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from gaudi_calib.config.methods import SCALE_METHODS, MethodTable
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
@@ -82,9 +80,11 @@ class Recipe(NamedTuple):
         return get_scales_device(self.config, self.device)
 
 
-def rescale(
-    source: CalibrationDir, converted: Converted, device: str | None
-) -> list[tuple[Recipe, list[RankSet[ScaleNode]]]]:
+# How scales are made, and those of all ranks.
+Rescaled = tuple[Recipe, list[RankSet[ScaleNode]]]
+
+
+def rescale(source: CalibrationDir, converted: Converted, device: str | None) -> list[Rescaled]:
     """Compute scales of the new ranks for every method the old ones have.
 
     Args:
@@ -92,14 +92,14 @@ def rescale(
         device: the device that will serve, where `source` does not tell.
 
     Raises:
-        UsageError, ConfigError: see `find_recipe`. FileError: scale files of some ranks are missing, malformed
+        UsageError, ConfigError: see `_find_recipe`. FileError: scale files of some ranks are missing, malformed
             or of other ranges. RangeError: a range gives no usable scale.
     """
-    computed = []
+    computed: list[Rescaled] = []
     count = len(converted.ranks)
     old_ranks = [rank * converted.from_world // count for rank in range(count)]
     for tag in source.list_methods(converted.from_world):
-        recipe = find_recipe(source, tag, device)
+        recipe = _find_recipe(source, tag, device)
         if recipe is None:
             continue
         named = _read_scaled_names(source, converted.from_world, tag, sorted(set(old_ranks)))
@@ -113,7 +113,7 @@ def rescale(
     return computed
 
 
-def find_recipe(source: CalibrationDir, tag: str, device: str | None = None) -> Recipe | None:
+def _find_recipe(source: CalibrationDir, tag: str, device: str | None = None) -> Recipe | None:
     """Tell how the scales of method `tag` in `source` are computed, from its surroundings.
 
     Backoffs and overrides come from the run's QUANTIZE config where its method is `tag`.
@@ -178,20 +178,13 @@ def _compute(
 
 
 def _pick_nodes(table: RangeTable, names: tuple[str, ...]) -> RangeTable:
-    inventory = table.inventory
-    if names == inventory.names:
-        return table
-    chosen = set(names)
-    places = np.array([place for place, name in enumerate(inventory.names) if name in chosen], dtype=np.int64)
-    if len(places) < len(chosen):
-        lost = next(name for name in names if name not in inventory.index)
+    lost = [name for name in names if name not in table.inventory.index]
+    if lost:
         raise FileError(
-            f"node {lost!r} has scales and no ranges",
-            where=lost,
+            f"node {lost[0]!r} has scales and no ranges",
+            where=lost[0],
             why="the scale files are not of these ranges",
             fix="delete the scale files, or leave scales out with --skip-scales",
         )
-    kept = np.zeros(len(inventory.names), dtype=bool)
-    kept[places] = True
-    smaller = Inventory([inventory.names[i] for i in places.tolist()], [inventory.shapes[i] for i in places.tolist()])
-    return RangeTable(smaller, table.numbers[np.repeat(kept, inventory.sizes)])
+    chosen = set(names)
+    return table.select([name in chosen for name in table.inventory.names])

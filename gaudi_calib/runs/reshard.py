@@ -7,15 +7,13 @@ from pathlib import Path
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, TopologyError
-from gaudi_calib.files import stage_files
 from gaudi_calib.fp8 import DEVICES, get_device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.derive import derive_world
 from gaudi_calib.ranges.topology import Topology
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
-from gaudi_calib.rankfiles.store import write_rank_sets
-from gaudi_calib.runs.conversion import record_world, set_aside_scales
+from gaudi_calib.runs.conversion import write_world
 
 _log = logging.getLogger(__name__)
 
@@ -56,24 +54,21 @@ def reshard_dir(
         results.append((topology, ranks))
     is_bounded = not all(channels.is_measured(topology) for topology, _ in results)
     if is_bounded:
-        _log.warning(
-            "The outputs of row-parallel layers and experts were not measured for %d ranks; "
-            "upper bounds stand in (measure with -t %d for the values)",
-            *(world, world),
-        )
+        _log.warning("The %s", describe_bounds(world))
     written: list[Path] = []
     for source, (topology, ranks) in zip(sources, results, strict=True):
-        target = (out or run) / source.path.name
-        target.mkdir(parents=True, exist_ok=True)
         split = topology.expert_parallel if channels.has_experts else None
-        with (
-            record_world(source, target, world, expert_parallel=split, is_bounded=is_bounded),
-            stage_files(target) as staging,
-        ):
-            names = [path.name for path in write_rank_sets(staging, ranks)]
-            set_aside_scales(target, staging, world, set(names))
-        written += [target / name for name in names]
+        target = (out or run) / source.path.name
+        written += write_world(source, target, ranks, expert_parallel=split, is_bounded=is_bounded)
     return written
+
+
+def describe_bounds(world: int) -> str:
+    """Return what to know about ranges of a world whose partial sums were not measured."""
+    return (
+        f"outputs of row-parallel layers and experts were not measured for {world} ranks; upper bounds stand in "
+        f"(measure with -t {world} for the values)"
+    )
 
 
 def _find_run(run: Path, devices: Sequence[str] | None) -> tuple[Path, Sequence[str]]:

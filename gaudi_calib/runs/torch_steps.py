@@ -10,6 +10,7 @@ from gaudi_calib.ranges.coverage import count_coverage, describe_coverage, list_
 from gaudi_calib.ranges.derive import derive_world
 from gaudi_calib.rankfiles.channel_file import write_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_sets
+from gaudi_calib.runs.reshard import describe_bounds
 from gaudi_calib.runs.run import Run, Target
 
 _log = logging.getLogger(__name__)
@@ -84,10 +85,7 @@ def derive_target(run: Run, channels: ChannelRanges, target: Target, world: int)
     """Derive and write the ranges of all ranks of one world for one device."""
     topology = run.topology(world)
     if not channels.is_measured(topology):
-        run.warn(
-            f"the outputs of row-parallel layers and experts were not measured for {world} ranks; upper bounds "
-            f"stand in (measure with -t {world} for the values)"
-        )
+        run.warn(f"the {describe_bounds(world)}")
         target.record.update(worlds={world: run.describe_world(is_bounded=True)})
     vllm = run.options.vllm or target.record.manifest.vllm
     target.ranges[world] = derive_world(channels, topology, target.device, target.measure_config, vllm)
