@@ -22,7 +22,7 @@ from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.merge import merge_channels, merge_ranks
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channel_ranges
-from gaudi_calib.rankfiles.store import read_ranges, write_rank_set
+from gaudi_calib.rankfiles.store import read_ranges, write_rank_sets
 
 _log = logging.getLogger(__name__)
 
@@ -92,13 +92,8 @@ def _find_runs(directories: Sequence[Path]) -> list[_Run]:
             runs.append(_Run(path, {"": place}, False))
             continue
         inside = {name: CalibrationDir(path / name) for name in DEVICES if (path / name).is_dir()}
-        runs.append(
-            _Run(
-                path,
-                {name: place for name, place in inside.items() if place.worlds},
-                (path / CHANNEL_RANGES_NAME).is_file(),
-            )
-        )
+        devices = {name: place for name, place in inside.items() if place.worlds}
+        runs.append(_Run(path, devices, (path / CHANNEL_RANGES_NAME).is_file()))
         if not runs[-1].devices and not runs[-1].has_channels:
             raise FileError(
                 "no ranges to merge",
@@ -241,10 +236,9 @@ def _write(
             write_channel_ranges(staging / CHANNEL_RANGES_NAME, channels)
             written.append(staging / CHANNEL_RANGES_NAME)
         for device, rank_sets in ranges.items():
-            files = [path for rank_set in rank_sets for path in write_rank_set(staging / device, rank_set)]
-            written += files
-            if files:
-                facts = _gather_facts(manifests[device], sources, {rank_set.world for rank_set in rank_sets})
+            if rank_sets:
+                written += write_rank_sets(staging / device, rank_sets)
+                facts = _gather_facts(manifests[device], sources, sorted({ranks.world for ranks in rank_sets}))
                 with record_run(staging / device / MANIFEST_NAME, **facts) as record:
                     record.update(files=CalibrationDir(staging / device).hash_files())
     return [out / path.relative_to(staging) for path in written]
@@ -255,29 +249,29 @@ def _gather_facts(manifests: Sequence[Manifest], sources: Sequence[Path], worlds
     steps = {step.model_dump_json(): step for manifest in manifests for step in manifest.steps}
     facts: dict[str, Any] = {
         "history": sorted(steps.values(), key=lambda step: step.started_at),
-        "model": next((manifest.model for manifest in manifests if manifest.model), None),
         "expert_parallel": any(manifest.expert_parallel for manifest in manifests),
-        "vllm": next((manifest.vllm for manifest in manifests if manifest.vllm), None),
         "merged": [str(path.resolve()) for path in sources],
         "merged_datasets": [
             *(dataset for manifest in manifests for dataset in manifest.merged_datasets),
             *(manifest.dataset for manifest in manifests if manifest.dataset),
         ],
     }
+    for name in ("model", "vllm"):
+        facts[name] = next(filter(None, (getattr(manifest, name) for manifest in manifests)), None)
     for name in ("device", "platform", "engine", "measured_world"):
         values = {getattr(manifest, name) for manifest in manifests}
         facts[name] = values.pop() if len(values) == 1 else None
     configs = [manifest.config["measure"] for manifest in manifests if "measure" in manifest.config]
     if configs and all(config.get("blocklist") == configs[0].get("blocklist") for config in configs):
         facts["config"] = {"measure": configs[0]}  # which nodes are blocked, for worlds that are derived later
-    facts["worlds"] = {}
-    for world in sorted(worlds):
-        known = [manifest.worlds[world] for manifest in manifests if world in manifest.worlds]
-        facts["worlds"][world] = WorldFacts(
-            expert_parallel=next((world_facts.expert_parallel for world_facts in known), None),
-            is_bounded=any(world_facts.is_bounded for world_facts in known),
-        )
+    facts["worlds"] = {world: _join_worlds([manifest.worlds.get(world) for manifest in manifests]) for world in worlds}
     return facts
+
+
+def _join_worlds(told: Iterable[WorldFacts | None]) -> WorldFacts:
+    known = [facts for facts in told if facts is not None]
+    shared = known[0].expert_parallel if known else None
+    return WorldFacts(expert_parallel=shared, is_bounded=any(facts.is_bounded for facts in known))
 
 
 def _set_aside(out: Path, written: Iterable[Path], *, is_device_dir: bool) -> None:

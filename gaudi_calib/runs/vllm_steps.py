@@ -179,8 +179,8 @@ def _read_measured(run: Run, target: Target) -> Sequence[RankSet[Node]]:
     """
     ranks = gather_world(CalibrationDir(run.staging / target.device.name).read_world(run.options.world)).ranks
     for rank_set in ranks:
-        silent = [name for name in rank_set.modules if name not in rank_set.nodes]
-        silent = [name for name in silent if name.rpartition(".")[2] not in _ALTERNATIVES]
+        unseen = (name for name in rank_set.modules if name not in rank_set.nodes)
+        silent = [name for name in unseen if name.rpartition(".")[2] not in _ALTERNATIVES]
         if silent:
             raise RangeError(
                 f"{len(silent)} modules of rank {rank_set.rank} of {rank_set.world} never ran: "
