@@ -119,7 +119,10 @@ class CalibrationDir:
         Raises:
             FileError: the directory is missing, or two files are ranges of the same rank.
         """
-        self._require_directory()
+        if not self.path.is_dir():
+            raise FileError(
+                "no such directory", where=self.path, fix="give the <device> directory of a run, e.g. OUT/<model>/g3"
+            )
         worlds: dict[int, dict[int, Path]] = {}
         for path, file in self.files.items():
             if not file.is_ranges or file.extension != "json":
@@ -250,12 +253,6 @@ class CalibrationDir:
             changed = [key for key in keys if origin.settings.get(key) != settings.get(key)]
             return "it was computed with other settings: " + ", ".join(changed)
         return None
-
-    def _require_directory(self) -> None:
-        if not self.path.is_dir():
-            raise FileError(
-                "no such directory", where=self.path, fix="give the <device> directory of a run, e.g. OUT/<model>/g3"
-            )
 
 
 def _read_config(path: Path) -> "QuantConfig":

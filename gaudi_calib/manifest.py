@@ -13,6 +13,7 @@ are still there from the last one. What must not be told is redacted (redaction.
 """
 
 import contextlib
+import os
 import platform
 import sys
 import time
@@ -252,7 +253,7 @@ def record_run(path: Path, *, fresh: bool = True, **facts: Any) -> Iterator[Reco
     before = _read_last_good(path)
     kept = {} if fresh or before is None else {**dict(before), "history": before.steps}
     record = Record(path, Manifest.model_validate(kept))
-    told = {"versions": read_versions(), "environment": redact_environment(), **facts}
+    told = {"versions": read_versions(), "environment": redact_environment(os.environ), **facts}
     told["command"] = redact_command(facts.get("command", sys.argv))
     record.write(**told, status="running", error=None, started_at=_now(), finished_at=None, last_good=before)
     try:

@@ -1,6 +1,5 @@
 """Leaving secrets out of what a run records about itself."""
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 
@@ -35,13 +34,8 @@ def redact_value(name: str, value: str) -> str:
     return _KNOWN_TOKEN.sub(REDACTED, value)
 
 
-def redact_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the variables that steer a run, sorted, without secrets.
-
-    Args:
-        environment: None takes `os.environ`.
-    """
-    environment = os.environ if environment is None else environment
+def redact_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that steer a run, sorted, without secrets."""
     return {name: redact_value(name, environment[name]) for name in sorted(environment) if _RECORDED.fullmatch(name)}
 
 

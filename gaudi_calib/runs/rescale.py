@@ -92,8 +92,9 @@ def rescale(source: CalibrationDir, converted: Converted, device: str | None) ->
         device: the device that will serve, where `source` does not tell.
 
     Raises:
-        UsageError, ConfigError: see `_find_recipe`. FileError: scale files of some ranks are missing, malformed
-            or of other ranges. RangeError: a range gives no usable scale.
+        UsageError: `device` contradicts what is known. ConfigError: the run's config is invalid.
+        FileError: scale files of some ranks are missing, malformed or of other ranges.
+        RangeError: a range gives no usable scale.
     """
     computed: list[Rescaled] = []
     count = len(converted.ranks)
@@ -113,20 +114,11 @@ def rescale(source: CalibrationDir, converted: Converted, device: str | None) ->
     return computed
 
 
-def _find_recipe(source: CalibrationDir, tag: str, device: str | None = None) -> Recipe | None:
+def _find_recipe(source: CalibrationDir, tag: str, device: str | None) -> Recipe | None:
     """Tell how the scales of method `tag` in `source` are computed, from its surroundings.
 
-    Backoffs and overrides come from the run's QUANTIZE config where its method is `tag`.
-
-    Args:
-        device: the device that will serve, where `source` does not tell.
-
-    Returns:
-        None where that is not possible, after a warning that says what to run.
-
-    Raises:
-        UsageError: `device` contradicts what is known.
-        ConfigError: the config is invalid.
+    Backoffs and overrides come from the run's QUANTIZE config where its method is `tag`. None, after a
+    warning that says what to run, where scales cannot be computed.
     """
     known = source.settle_device(device)
     name = known.name if known else "g2|g3"

@@ -41,12 +41,6 @@ class Calibration:
         except ModelError:
             return None
 
-    @property
-    def worlds(self) -> list[int]:
-        """The worlds whose ranges are all there."""
-        worlds = {file.position[1] for file in self.placed.files.values() if file.is_ranges}
-        return sorted(world for world in worlds if not self.placed.list_missing(world))
-
     def list_modules(self, world: int) -> tuple[str, ...]:
         """Return the modules that INC patches, nothing where no list is there."""
         path = self.placed.path / RankFile(self.placed.dump or "", rank=0, world=world, is_mod_list=True).name
@@ -152,11 +146,13 @@ def _quantize(calibration: Calibration, model: ModelSource, world: int) -> str:
 
 
 def _no_world(calibration: Calibration, model: ModelSource, world: int) -> FileError:
-    worlds = calibration.worlds
+    placed = calibration.placed
+    found = {file.position[1] for file in placed.files.values() if file.is_ranges}
+    worlds = sorted(size for size in found if not placed.list_missing(size))
     served = " or ".join(f"-t {size}" for size in worlds)
     return FileError(
         f"no files for {world} ranks",
-        where=calibration.placed.name_file(0, world),
+        where=placed.name_file(0, world),
         why=f"there are files for {', '.join(map(str, worlds)) or 'no'} ranks; scales depend on what a rank holds",
         fix=f"gaudi-calib reshard {calibration.path.parent} -t {world} && {_quantize(calibration, model, world)}"
         + (f"; or serve with {served}" if worlds else ""),

@@ -6,7 +6,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -81,8 +81,8 @@ class ServeCommand:
     """
 
     argv: tuple[str, ...]
-    env: Mapping[str, str] = field(default_factory=dict)
-    note: str = ""
+    env: Mapping[str, str]
+    note: str
 
     def __str__(self) -> str:
         return to_shell(self.argv, self.env)

@@ -46,11 +46,7 @@ def open_llm(
             print(llm.generate("Paris is")[0].outputs[0].text)
     """
     options = ServeOptions(
-        str(model),
-        None if quant_config is None else Path(quant_config),
-        tensor_parallel_size,
-        device,
-        expert_parallel,
+        str(model), None if quant_config is None else Path(quant_config), tensor_parallel_size, device, expert_parallel
     )
     settings, note = plan_engine(options, detect_apart())
     _log.info("%s", note)

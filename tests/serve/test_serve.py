@@ -340,7 +340,7 @@ def test_vllm_is_not_installed(run, monkeypatch):
 
     monkeypatch.setattr(command.shutil, "which", lambda *_, **__: None)
     with pytest.raises(CalibrationError, match="vLLM is not installed"):
-        command.run_serve(ServeCommand(("vllm",)), 0)
+        command.run_serve(ServeCommand(("vllm",), {}, ""), 0)
 
 
 def test_importing_the_package_loads_nothing():
