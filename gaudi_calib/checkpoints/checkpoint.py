@@ -13,8 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gaudi_calib.checkpoints.dequantize import (
+    SCALE_TYPES,
     ScaleGrid,
     StoredWeight,
+    align_scale,
     dequantize,
     dequantize_packed,
     find_block,
@@ -31,7 +33,6 @@ from gaudi_calib.models.source import open_model
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _DAMAGED = "the file is damaged or incomplete; download it again"
-_SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 
 class Checkpoint:
@@ -151,7 +152,7 @@ class Checkpoint:
         if weight.packed:
             is_known = (kind, *scale_kinds) == ("U8", "U8")
         elif weight.scale is not None:
-            is_known = kind == "F8_E4M3" and scale_kinds[0] in _SCALE_TYPES
+            is_known = kind == "F8_E4M3" and scale_kinds[0] in SCALE_TYPES
         else:
             is_known = not (kind.startswith("F8") or (kind in ("U8", "I8", "I32") and name.endswith(".weight")))
         if not is_known:
@@ -181,50 +182,57 @@ class Checkpoint:
             ModelError: a weight is not in the checkpoint, or see `shapes`.
         """
         open_file = cache(self._open)
-        return {name: self._read(name, None, open_file) for name in names}
+        return {name: self._read(name, open_file) for name in names}
 
-    def read_part(self, name: str, index: int | slice) -> torch.Tensor:
+    def read_part(self, name: str, index: int) -> torch.Tensor:
         """Return `read([name])[name][index]`, reading and dequantizing no more than that.
 
         Args:
             name: of a weight, such as stacked experts (E, ...).
-            index: on the first axis; a slice is of every element from its start to its stop.
+            index: on the first axis, from 0 up.
 
         Raises:
             ModelError: see `read`.
             IndexError: there is no such element.
         """
-        self._find(name)
+        self.require(name)
         size = self.shapes[name][0]
-        if isinstance(index, slice):
-            start, stop, _ = index.indices(size)
-            return self._read(name, slice(start, max(start, stop)), self._open)
-        if not -size <= index < size:
+        if not 0 <= index < size:
             raise IndexError(f"{name} has {size} elements on its first axis, there is no {index}")
-        return self._read(name, slice(index % size, index % size + 1), self._open)[0]
+        return self._read(name, self._open, index)[0]
 
-    def _find(self, name: str) -> StoredWeight:
+    def require(self, name: str, why: str = "config.json calls for it") -> StoredWeight:
+        """Return how the weight `name` is stored.
+
+        Raises:
+            ModelError: there is no such weight.
+        """
         if name not in self.weights:
             raise ModelError(
                 f"the checkpoint has no tensor {name!r}",
                 where=self.directory,
-                why="the configuration calls for it",
-                fix="check that config.json belongs to these weights",
+                why=why,
+                fix="check that config.json belongs to these weights and that all shards are there",
             )
         return self.weights[name]
 
-    def _read(self, name: str, rows: slice | None, open_file: Callable[[str], Any]) -> torch.Tensor:
-        """Return a weight, or its `rows` on the first axis."""
+    def _read(self, name: str, open_file: Callable[[str], Any], index: int | None = None) -> torch.Tensor:
+        """Return a weight, or one element of its first axis, which is kept."""
 
-        def load(tensor: str, part: slice | None) -> torch.Tensor:
+        def load(tensor: str, first: int | None) -> torch.Tensor:
             file = open_file(self.tensors[tensor])
-            return file.get_tensor(tensor) if part is None else file.get_slice(tensor)[part]
+            return file.get_tensor(tensor) if first is None else file.get_slice(tensor)[first : first + 1]
 
-        weight = self._find(name)
+        weight = self.require(name)
         _ = self.shapes  # checks how every weight is stored
-        values = load(weight.values, rows)
+        values = load(weight.values, index)
         if weight.scale is None:
             return values
         if weight.packed:
-            return dequantize_packed(values, load(weight.scale, rows))
-        return dequantize(values, load(weight.scale, None), self._grid(name), first=rows.start if rows else 0)
+            return dequantize_packed(values, load(weight.scale, index))
+        grid, scale = self._grid(name), load(weight.scale, None)
+        scale = scale.reshape(align_scale(tuple(values.shape), tuple(scale.shape)))
+        if index is not None:
+            first = index // grid.blocks[0]
+            scale = scale[first : first + 1]
+        return dequantize(values, scale, grid)

@@ -26,6 +26,8 @@ _SCALE = re.compile(r"_scale(_inv)?$")
 _ACTIVATION_SCALE = re.compile(
     r"(^|[._])((input|output|activation)_scale(_inv|_ub)?|(weight|input|output)_zero_point|(k|v|q|kv|p|prob)_scale)$"
 )
+# What safetensors calls the types of scales.
+SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 _PACKED = "_blocks", "_scales"
 _PACKED_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Last parts of names that only formats nobody reads here have.
@@ -132,8 +134,6 @@ def plan_grid(
 ) -> ScaleGrid:
     """Return how scales of `scale_shape` lie on a weight of `shape`.
 
-    A scale of fewer axes belongs to the first ones: (out,) is one per row.
-
     Args:
         block: the size that config.json states, for edges that are not a multiple of it.
         name: of the weight, for the error.
@@ -157,7 +157,7 @@ def plan_grid(
 
 
 def align_scale(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return `scale_shape` with the axes of `shape` that it lacks, as 1 at its end.
+    """Return `scale_shape` with the axes of `shape` that it lacks, as 1 at its end: (out,) is one per row.
 
     >>> align_scale((512, 128), (512,)), align_scale((512, 128), ())
     ((512, 1), (1, 1))
@@ -178,46 +178,38 @@ def _divide(shape: tuple[int, ...], counts: tuple[int, ...], *, is_whole: bool) 
     return tuple(size // count for size, count in zip(shape, counts))
 
 
-def dequantize(values: torch.Tensor, scale: torch.Tensor, grid: ScaleGrid, *, first: int = 0) -> torch.Tensor:
+def dequantize(values: torch.Tensor, scale: torch.Tensor, grid: ScaleGrid) -> torch.Tensor:
     """Return the bf16 values that FP8 `values` stand for.
 
     vllm-gaudi multiplies per-block weights in bf16, by a scale rounded to bf16, and
     others in float32; INC measures what it gets. Both are reproduced to the bit.
 
     Args:
-        values: float8, the rows (experts) from `first` on of a weight.
-        scale: of the whole weight, any shape that `plan_grid` takes.
+        values: float8, a weight or one element of its first axis, which has size 1 then.
+        scale: of `values`, with as many axes.
         grid: from `plan_grid`, for the whole weight.
-        first: index of the first row (expert) of `values` within the weight.
 
     Source: vllm-gaudi `dequant_block_fp8_weight_naive`, extension/ops.py; `dequant_fp8_weight`,
     ops/hpu_compressed_tensors.py.
     """
     dtype = torch.bfloat16 if grid.is_blockwise else torch.float32
-    factors = read_scale(scale).to(dtype).reshape(align_scale(tuple(values.shape), tuple(scale.shape)))
     result = torch.empty(values.shape, dtype=torch.bfloat16)
-    _multiply(values, factors, grid.blocks, result, first)
+    _multiply(values, read_scale(scale).to(dtype), grid.blocks, result)
     return result
 
 
-def _multiply(
-    values: torch.Tensor, factors: torch.Tensor, blocks: tuple[int, ...], result: torch.Tensor, first: int
-) -> None:
+def _multiply(values: torch.Tensor, factors: torch.Tensor, blocks: tuple[int, ...], result: torch.Tensor) -> None:
     """Write values times factors into `result`, some rows at a time, so that no whole copy is made."""
     if values.ndim > 2:
         for index in range(len(values)):
-            _multiply(values[index], factors[(first + index) // blocks[0]], blocks[1:], result[index], 0)
+            _multiply(values[index], factors[index // blocks[0]], blocks[1:], result[index])
         return
-    rows, columns = values.shape
-    height, width = blocks
+    (rows, columns), (height, width) = values.shape, blocks
     wide = factors if width == columns else factors[:, torch.arange(columns) // width]
-    start = 0
-    while start < rows:
-        row = (first + start) // height
-        stop = min(rows, start + _ROWS, start + _ROWS if height == 1 else (row + 1) * height - first)
-        part = wide[row : row + (stop - start if height == 1 else 1)]
+    for start in range(0, rows, _ROWS):
+        stop = min(rows, start + _ROWS)
+        part = wide[torch.arange(start, stop) // height]
         result[start:stop] = values[start:stop].to(factors.dtype) * part
-        start = stop
 
 
 def read_scale(scale: torch.Tensor) -> torch.Tensor:

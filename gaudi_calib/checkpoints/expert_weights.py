@@ -1,6 +1,5 @@
 """The weights of one layer's routed experts, read from the checkpoint one expert at a time."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ class ExpertWeights:
         node: name of the fused op's node.
         facts: how the family stores them.
         layer: prefix of the layer's tensors in the checkpoint.
+        is_stacked: whether the checkpoint holds one tensor for all experts.
         count: number of experts.
         channels: intermediate channels of each.
         dtype: what the model is served in.
@@ -28,29 +28,23 @@ class ExpertWeights:
     node: str
     facts: Experts
     layer: str
+    is_stacked: bool
     count: int
     channels: int
     dtype: torch.dtype
 
-    @property
-    def stacked(self) -> bool:
-        """Whether the checkpoint holds one tensor for all experts."""
-        return bool(self.facts.stacked) and f"{self.layer}.{self.facts.stacked[0]}" in self.checkpoint.weights
-
     def read_gate_up(self, expert: int) -> torch.Tensor:
         """Return gate and up rows in the order they are stored, shape (2 * channels, hidden size), served dtype."""
-        if self.stacked:
+        if self.is_stacked:
             return self._read_stacked(self.facts.stacked[0], expert)
         gate, up, _ = self.facts.each
         return torch.cat([self._read_each(gate, expert), self._read_each(up, expert)])
 
     def read_down(self, expert: int) -> torch.Tensor:
         """Return the down projection, shape (hidden size, channels), served dtype."""
-        return (
-            self._read_stacked(self.facts.stacked[1], expert)
-            if self.stacked
-            else self._read_each(self.facts.each[2], expert)
-        )
+        if self.is_stacked:
+            return self._read_stacked(self.facts.stacked[1], expert)
+        return self._read_each(self.facts.each[2], expert)
 
     def read_biases(self, expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the biases of gate and up, shape (2 * channels,), and of down, (hidden size,), or None."""
@@ -76,18 +70,16 @@ class ExpertWeights:
 
 
 def find_expert_weights(
-    checkpoint: Checkpoint, facts: Experts, node: str, layer: str, router: str | None, dtype: torch.dtype
-) -> ExpertWeights | None:
-    """Return where the experts of `layer` (its prefix in the checkpoint) are, or None where it has none.
+    checkpoint: Checkpoint, facts: Experts, node: str, layer: str, router: str, dtype: torch.dtype
+) -> ExpertWeights:
+    """Return where the experts of `layer` (its prefix in the checkpoint) are.
 
     Args:
-        router: name of its router's weight; a layer without a router has no experts.
+        router: the checkpoint's name of their router's weight.
 
     Raises:
         ModelError: experts are missing, or not as many as config.json says.
     """
-    if router is None:
-        return None
     count = checkpoint.source.expert_count
     if count is None:
         raise ModelError(
@@ -97,33 +89,19 @@ def find_expert_weights(
             fix="check that config.json belongs to these weights",
         )
     is_stacked = not facts.each or any(f"{layer}.{name}" in checkpoint.weights for name in facts.stacked)
-    names = [f"{layer}.{name}" for name in (facts.stacked if is_stacked else _name_each(facts, count))]
-    if facts.biased:
-        names += [f"{name}_bias" for name in names]
-    missing = next((name for name in names if name not in checkpoint.weights), None)
-    if missing is not None:
-        raise ModelError(
-            f"the checkpoint has no tensor {missing!r}",
-            where=checkpoint.directory,
-            why=f"config.json calls for {count} experts",
-            fix="check that config.json belongs to these weights and that all shards are there",
-        )
-    shape = checkpoint.shapes[names[0]]
-    _check_count(checkpoint, count, {router: checkpoint.shapes[router]} | ({names[0]: shape} if is_stacked else {}))
-    rows = shape[2 if facts.transposed else 1] // 2 if is_stacked else shape[0]
-    return ExpertWeights(checkpoint, node, facts, layer, count, rows, dtype)
-
-
-def _name_each(facts: Experts, count: int) -> list[str]:
-    return [part.format(expert) for expert in range(count) for part in facts.each]
-
-
-def _check_count(checkpoint: Checkpoint, count: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for name, shape in shapes.items():
-        if shape[0] != count:
+    each = [part.format(expert) for expert in range(count) for part in facts.each]
+    names = [f"{layer}.{name}" for name in (facts.stacked if is_stacked else each)]
+    for name in [*names, *(f"{name}_bias" for name in names if facts.biased)]:
+        checkpoint.require(name, f"config.json calls for {count} experts")
+    for name in [router, names[0]] if is_stacked else [router]:
+        found = checkpoint.shapes[name][0]
+        if found != count:
             raise ModelError(
-                f"{name!r} is of {shape[0]} experts",
+                f"{name!r} is of {found} experts",
                 where=checkpoint.directory,
                 why=f"config.json calls for {count}",
                 fix="check that config.json belongs to these weights",
             )
+    shape = checkpoint.shapes[names[0]]
+    channels = shape[2 if facts.transposed else 1] // 2 if is_stacked else shape[0]
+    return ExpertWeights(checkpoint, node, facts, layer, is_stacked, count, channels, dtype)

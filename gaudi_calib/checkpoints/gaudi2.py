@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import safe_open
 
 from gaudi_calib.checkpoints.checkpoint import Checkpoint
-from gaudi_calib.checkpoints.dequantize import find_input, read_scale
+from gaudi_calib.checkpoints.dequantize import SCALE_TYPES, find_input, read_scale
 from gaudi_calib.checkpoints.halving import (
     LARGEST_OF_GAUDI2,
     count_codes,
@@ -39,13 +40,6 @@ _FLAVOR_KEY, _FLAVOR = "fp8_dtype_flavor", "float8_e4m3fnuz"
 _FLAVORED_METHOD = "compressed-tensors"
 # What is counted: tensors halved, tensors doubled, FP8 values halved, those of them that lost their last bit.
 _COUNTS = ("weights", "scales", "values", "rounded")
-_SCALE_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U8": torch.uint8,
-    "F8_E8M0": torch.uint8,
-}
 
 
 class Action(Enum):
@@ -181,9 +175,8 @@ def _halve_span(source: Path, span: Span, counts: Counter[str]) -> Iterator[byte
 
 
 def _double_span(source: Path, span: Span) -> bytes:
-    data = bytearray().join(read_chunks(source, span))
-    dtype = _SCALE_DTYPES.get(span.dtype)
-    doubled = double_scale(torch.frombuffer(data, dtype=dtype)) if dtype and data else None
+    with safe_open(source, framework="pt") as file:
+        doubled = double_scale(file.get_tensor(span.name)) if span.dtype in SCALE_TYPES else None
     if doubled is None:
         raise ModelError(
             f"the scale {span.name!r} cannot be doubled",
@@ -191,7 +184,7 @@ def _double_span(source: Path, span: Span) -> bytes:
             why=f"twice its largest value is no {span.dtype}",
             fix="get the checkpoint again from its source, or convert the unquantized one to FP8 for Gaudi 2",
         )
-    return doubled.view(torch.uint8).numpy().tobytes()
+    return doubled.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def find_unconverted(plan: ConversionPlan[Gaudi2Converter]) -> list[Path]:

@@ -248,9 +248,8 @@ def _walk_layer(
                 yield node, _plan_linear(plan, module, node, layer + ".", names)
         elif isinstance(module, Experts):
             router = f"{layer}.{module.router}.weight"
-            found = names.find(router) if names.has(router) else None
-            experts = find_expert_weights(plan.checkpoint, module, node, layer, found, plan.dtype)
-            if experts is not None:
+            if names.has(router):
+                experts = find_expert_weights(plan.checkpoint, module, node, layer, names.find(router), plan.dtype)
                 yield node, experts
                 yield from ((f"{node}.{child}", None) for child in list_children(experts.count))
         elif names.has_module(f"{layer}.{module.module}"):

@@ -1,7 +1,6 @@
 """What a checkpoint calls a weight of the model: not all of them use today's names."""
 
 from gaudi_calib.checkpoints.checkpoint import Checkpoint
-from gaudi_calib.errors import ModelError
 from gaudi_calib.models.modules import Layout
 
 
@@ -18,7 +17,7 @@ class WeightNames:
         return name in self._modules or name.partition(".")[2] in self._modules
 
     def has(self, name: str) -> bool:
-        return self._find(name) is not None
+        return self._translate(name) in self._checkpoint.weights
 
     def find(self, name: str) -> str:
         """Return the checkpoint's name of the module tensor `name`.
@@ -26,22 +25,15 @@ class WeightNames:
         Raises:
             ModelError: no such tensor.
         """
-        found = self._find(name)
-        if found is None:
-            raise ModelError(
-                f"the checkpoint has no tensor {name!r}",
-                where=self._checkpoint.directory,
-                why="config.json calls for it",
-                fix="check that config.json belongs to these weights and that all shards are there",
-            )
+        found = self._translate(name)
+        self._checkpoint.require(found)
         return found
 
-    def _find(self, name: str) -> str | None:
-        # A checkpoint of the bare decoder lacks the first component ("model.", "transformer.").
+    def _translate(self, name: str) -> str:
+        """Return the checkpoint's name of a tensor, `name` itself where it has none."""
         renamed = name
         for ours, theirs in self._renames:
             renamed = renamed.replace(ours, theirs)
-        for candidate in (name, renamed, name.partition(".")[2], renamed.partition(".")[2]):
-            if candidate in self._checkpoint.weights:
-                return candidate
-        return None
+        # A checkpoint of the bare decoder lacks the first component ("model.", "transformer.").
+        candidates = (name, renamed, name.partition(".")[2], renamed.partition(".")[2])
+        return next((candidate for candidate in candidates if candidate in self._checkpoint.weights), name)

@@ -9,23 +9,20 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gaudi_calib.data import DEFAULT_SEED
-from gaudi_calib.data.rows import TOKEN_IDS, Row
+from gaudi_calib.data.rows import TOKEN_IDS
 from gaudi_calib.data.sources import read_rows
-from gaudi_calib.data.tokens import Rendering, load_tokenizer, tokenize_row
+from gaudi_calib.data.tokens import load_tokenizer, tokenize_row
 from gaudi_calib.errors import DataError, UsageError
 from gaudi_calib.files import write_text
 from gaudi_calib.models.source import find_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -101,10 +98,13 @@ def prepare_prompts(
 ) -> Prompts:
     """Return the prompts of a dataset for a model: read, choose, render, tokenize, check.
 
+    With `limit`, rows are shuffled with `seed` and tokenized until enough qualify, so a
+    smaller limit gives the head of a larger one. The order of the result is that order.
+
     Args:
         model: model directory or hub name; its tokenizer is loaded only where a row needs one.
         dataset: file, directory, hub name or `builtin`; see `sources`.
-        limit: number of prompts; sampled with `seed`. None: every row, in the dataset's order.
+        limit: number of prompts. None: every row, in the dataset's order.
         seed: of the sample.
         min_tokens: leave out prompts with fewer tokens.
         max_tokens: cut prompts to this many tokens.
@@ -114,67 +114,28 @@ def prepare_prompts(
         trust_remote_code: let the tokenizer run code from the model's directory.
 
     Raises:
-        DataError: the dataset or the tokenizer cannot be used, or no prompt is left; says why and the fix.
+        DataError: the dataset or the tokenizer cannot be used; a prompt is empty, longer than the
+            model's context or has an unknown token id (names the row); or no prompt is left.
         ModelError: the model directory does not exist, or its config.json cannot be read.
         UsageError: an impossible limit, or an unknown column.
     """
     _check_options(limit, min_tokens, max_tokens)
-    limits = find_model(model, needs_config=False).token_limits
+    source = find_model(model, needs_config=False)
+    max_model_len = max_model_len or source.context
     rows = read_rows(dataset, columns=columns)
     template = None if chat_template is None else _read_template(Path(chat_template))
     needs_tokenizer = any(row.token_ids is None for row in rows)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code) if needs_tokenizer else None
-    return build_prompts(
-        rows,
-        tokenizer,
-        chat_template=template,
-        limit=limit,
-        seed=seed,
-        min_tokens=min_tokens,
-        max_tokens=max_tokens,
-        max_model_len=max_model_len or limits.context,
-        vocab_size=limits.vocab_size,
-        dataset=dataset,
-    )
-
-
-def build_prompts(
-    rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase | None",
-    *,
-    chat_template: str | None = None,
-    limit: int | None = None,
-    seed: int = DEFAULT_SEED,
-    min_tokens: int | None = None,
-    max_tokens: int | None = None,
-    max_model_len: int | None = None,
-    vocab_size: int | None = None,
-    dataset: str = "",
-) -> Prompts:
-    """Return the prompts of `rows`; arguments as `prepare_prompts`.
-
-    With `limit`, rows are shuffled with `seed` and tokenized until enough qualify, so a
-    smaller limit gives the head of a larger one. The order of the result is that order.
-
-    Args:
-        tokenizer: may be None where every row has token ids.
-        chat_template: Jinja source, or None for the tokenizer's own.
-        vocab_size: token ids must be below it; None: not checked.
-
-    Raises:
-        DataError: a prompt is empty, longer than `max_model_len` or has an unknown token id
-            (names the row), or no prompt is left.
-        UsageError: an impossible limit.
-    """
-    _check_options(limit, min_tokens, max_tokens)
+    if limit is not None:
+        random.Random(seed).shuffle(rows)
     token_ids: list[list[int]] = []
     counts: Counter[str] = Counter()
     too_short = truncated = 0
-    for row in _in_order(rows, limit, seed):
-        if limit is not None and len(token_ids) == limit:
+    for row in rows:
+        if len(token_ids) == limit:
             break
-        ids, rendering = tokenize_row(row, tokenizer, chat_template=chat_template)
-        where = f"{dataset}, row {row.number}" if dataset else f"row {row.number}"
+        ids, rendering = tokenize_row(row, tokenizer, chat_template=template)
+        where = f"{dataset}, row {row.number}"
         if not ids:
             raise DataError("the prompt has no tokens", where=where, fix="remove the row")
         if len(ids) < (min_tokens or 0):
@@ -183,18 +144,12 @@ def build_prompts(
         if max_tokens is not None and len(ids) > max_tokens:
             truncated += 1
             ids = ids[:max_tokens]
-        _check_ids(ids, where, max_model_len, vocab_size)
+        _check_ids(ids, where, max_model_len, source.vocab_size)
         counts[rendering.value] += 1
         token_ids.append(ids)
-    _check_number(len(token_ids), len(rows), too_short, limit, min_tokens, dataset)
-    return Prompts(token_ids, dataset, len(rows), too_short, truncated, dict(counts))
-
-
-def _in_order(rows: Sequence[Row], limit: int | None, seed: int) -> Iterator[Row]:
-    order = list(range(len(rows)))
-    if limit is not None:
-        random.Random(seed).shuffle(order)
-    return (rows[position] for position in order)
+    prompts = Prompts(token_ids, dataset, len(rows), too_short, truncated, dict(counts))
+    _check_number(prompts, limit, min_tokens)
+    return prompts
 
 
 def _check_options(limit: int | None, min_tokens: int | None, max_tokens: int | None) -> None:
@@ -207,12 +162,12 @@ def _check_options(limit: int | None, min_tokens: int | None, max_tokens: int | 
         raise UsageError(f"--min-tokens {min_tokens} is above --max-tokens {max_tokens}", fix="lower --min-tokens")
 
 
-def _check_ids(ids: list[int], where: str, max_model_len: int | None, vocab_size: int | None) -> None:
-    if max_model_len is not None and len(ids) > max_model_len:
+def _check_ids(ids: list[int], where: str, context: int | None, vocab_size: int | None) -> None:
+    if context is not None and len(ids) > context:
         raise DataError(
-            f"the prompt has {len(ids)} tokens, the model's context {max_model_len}",
+            f"the prompt has {len(ids)} tokens, the model's context {context}",
             where=where,
-            fix=f"pass --max-tokens {max_model_len} to cut long prompts, or remove the row",
+            fix=f"pass --max-tokens {context} to cut long prompts, or remove the row",
         )
     if vocab_size is not None and max(ids) >= vocab_size:
         raise DataError(
@@ -222,17 +177,16 @@ def _check_ids(ids: list[int], where: str, max_model_len: int | None, vocab_size
         )
 
 
-def _check_number(
-    number: int, rows: int, too_short: int, limit: int | None, min_tokens: int | None, dataset: str
-) -> None:
+def _check_number(prompts: Prompts, limit: int | None, min_tokens: int | None) -> None:
     """Raise when no prompt is left; warn when fewer are than were asked for."""
-    why = f"{rows} rows, {too_short} of them below {min_tokens} tokens" if too_short else f"{rows} rows"
-    if not number:
-        raise DataError(
-            "no prompt is left", where=dataset or None, why=why, fix="lower --min-tokens or choose longer data"
-        )
-    if limit is not None and number < limit:
-        _log.warning("%s: %d prompts, %d were asked for (%s)", dataset or "dataset", number, limit, why)
+    why = f"{prompts.rows} rows"
+    if prompts.too_short:
+        why += f", {prompts.too_short} of them below {min_tokens} tokens"
+    if not prompts.token_ids:
+        fix = "lower --min-tokens or choose longer data"
+        raise DataError("no prompt is left", where=prompts.dataset, why=why, fix=fix)
+    if limit is not None and len(prompts) < limit:
+        _log.warning("%s: %d prompts, %d were asked for (%s)", prompts.dataset, len(prompts), limit, why)
 
 
 def _read_template(path: Path) -> str:
@@ -254,18 +208,3 @@ def write_prompts(path: Path, prompts: Prompts) -> None:
         FileError: it cannot be written; a file that was there is unchanged.
     """
     write_text(path, "".join(json.dumps({TOKEN_IDS: ids}) + "\n" for ids in prompts.token_ids))
-
-
-def read_prompts(path: Path) -> Prompts:
-    """Return the prompts of a prompts file (or of any dataset of `prompt_token_ids`).
-
-    Raises:
-        DataError: it is missing or malformed, or a row has no token ids.
-    """
-    rows = read_rows(str(path), columns={TOKEN_IDS: TOKEN_IDS})
-    return Prompts(
-        [list(row.token_ids or ()) for row in rows],
-        str(path),
-        len(rows),
-        renderings={Rendering.TOKEN_IDS.value: len(rows)},
-    )

@@ -62,21 +62,15 @@ def tokenize_row(
     joined by blank lines.
 
     Args:
-        row: one row.
-        tokenizer: may be None for a row of token ids.
+        tokenizer: None for a row of token ids only.
         chat_template: Jinja source that replaces the tokenizer's own.
 
     Raises:
-        DataError: no tokenizer, or the chat template refuses the conversation.
+        DataError: the chat template refuses the conversation.
     """
     if row.token_ids is not None:
         return list(row.token_ids), Rendering.TOKEN_IDS
-    if tokenizer is None:
-        raise DataError(
-            "the row needs a tokenizer",
-            where=f"row {row.number}",
-            fix="give a model with a tokenizer, or prompt_token_ids",
-        )
+    assert tokenizer is not None, row.number
     if row.text is not None:
         return _tokenize_text(row.text, tokenizer), Rendering.TEXT
     messages = list(row.messages or ())

@@ -32,19 +32,6 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length"
 
 
 @dataclass(frozen=True)
-class TokenLimits:
-    """What a model's config.json says of its tokens; None where it does not say.
-
-    Attributes:
-        vocab_size: number of token ids.
-        context: most positions of a sequence.
-    """
-
-    vocab_size: int | None = None
-    context: int | None = None
-
-
-@dataclass(frozen=True)
 class ModelSource:
     """A model as given with -m.
 
@@ -125,19 +112,21 @@ class ModelSource:
     @property
     def expert_count(self) -> int | None:
         """Routed experts per layer, None where config.json states none."""
-        config = self.text_config
-        return next((config[key] for key in _EXPERT_KEYS if _is_count(config.get(key))), None)
+        return self._find_count(_EXPERT_KEYS)
 
     @property
-    def token_limits(self) -> TokenLimits:
-        """Vocabulary size and context length."""
-        config = self.text_config
-        context = next((config[key] for key in _CONTEXT_KEYS if _is_count(config.get(key))), None)
-        return TokenLimits(config.get("vocab_size"), context)
+    def vocab_size(self) -> int | None:
+        """Number of token ids, None where config.json states none."""
+        return self._find_count(("vocab_size",))
 
+    @property
+    def context(self) -> int | None:
+        """Most positions of a sequence, None where config.json states none."""
+        return self._find_count(_CONTEXT_KEYS)
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and value > 0
+    def _find_count(self, keys: tuple[str, ...]) -> int | None:
+        values = map(self.text_config.get, keys)
+        return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def list_quantizations(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from gaudi_calib.errors import FileError
 from gaudi_calib.files import write_bytes
+from gaudi_calib.models.headers import read_header
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.channels import ChannelNode, ChannelRange, ChannelRanges, ExpertChannels
 from gaudi_calib.ranges.node import Op
@@ -86,6 +87,21 @@ def read_channel_ranges(path: Path) -> ChannelRanges:
             raise
         raise FileError(f"{path.name} is damaged", where=path, why=str(error), fix="measure again") from error
     return ChannelRanges(nodes, tuple(header["modules"]), header["num_samples"])
+
+
+def read_expert_count(path: Path) -> int | None:
+    """Return the experts per layer, from the header alone; None where there is no layer of them, or they differ.
+
+    Raises:
+        FileError: the file is damaged.
+    """
+    try:
+        nodes = json.loads(read_header(path).metadata[_KEY])["nodes"]
+        counts = {facts["experts"]["count"] for facts in nodes.values() if "experts" in facts}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = error.why if isinstance(error, FileError) else str(error)
+        raise FileError(f"{path.name} is damaged", where=path, why=why, fix="measure again") from error
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _to_lists(products: Mapping[int, Sequence[float]]) -> dict[int, list[float]]:

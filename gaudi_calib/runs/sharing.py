@@ -9,18 +9,17 @@ it is; these do, the weightiest first:
 3. idle experts (ranges/experts.py).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import FileError, TopologyError
+from gaudi_calib.errors import TopologyError
 from gaudi_calib.layout import MANIFEST_NAME
-from gaudi_calib.models.headers import read_header
 from gaudi_calib.models.source import open_model
 from gaudi_calib.ranges.experts import detect_expert_parallel
 from gaudi_calib.ranges.unify import World
+from gaudi_calib.rankfiles.channel_file import read_expert_count
 
 
 class Evidence(NamedTuple):
@@ -49,7 +48,7 @@ def find_evidence(source: CalibrationDir, world: World, model: Path | None = Non
         return []
     found = [_ask_manifest(source, len(world.ranks))]
     if source.channel_file.is_file():
-        found.append(_compare_count(world, count_channel_experts(source.channel_file), source.channel_file))
+        found.append(_compare_count(world, read_expert_count(source.channel_file), source.channel_file))
     if model is not None:
         found.append(_compare_count(world, open_model(model).expert_count, model / "config.json"))
     return [clue for clue in found if clue is not None]
@@ -96,21 +95,6 @@ def settle_expert_parallel(world: World, flag: bool | None, evidence: Sequence[E
             "slice of all, or --model DIR, whose config.json tells the number of experts",
         )
     return found[0].expert_parallel
-
-
-def count_channel_experts(path: Path) -> int | None:
-    """Return the experts per layer in the header of a `channel_ranges.safetensors`, None where it has no such layer.
-
-    Raises:
-        FileError: the file is damaged.
-    """
-    try:
-        nodes = json.loads(read_header(path).metadata["channel_ranges"])["nodes"]
-        counts = {facts["experts"]["count"] for facts in nodes.values() if "experts" in facts}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = error.why if isinstance(error, FileError) else str(error)
-        raise FileError(f"{path.name} is damaged", where=path, why=why, fix="measure again") from error
-    return counts.pop() if len(counts) == 1 else None
 
 
 def _ask_manifest(source: CalibrationDir, world: int) -> Evidence | None:

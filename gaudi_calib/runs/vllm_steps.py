@@ -166,7 +166,7 @@ def _describe_model(run: Run) -> "PhaseModel":
         expert_parallel=run.expert_parallel,
         quantization=source.quantization,
         modules=run.plan.node_names,
-        context=source.token_limits.context,
+        context=source.context,
     )
 
 

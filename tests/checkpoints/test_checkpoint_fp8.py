@@ -148,20 +148,21 @@ def test_stacked_experts_are_read_one_by_one(scale_shape: tuple[int, ...], quant
     wide = scale if quantization is CHANNEL_FP8 else stretch(scale, (256, 384))
     exact = values.double() * wide.double()
     assert torch.allclose(whole.double(), exact, rtol=2**-7, atol=0)
-    for index in (0, 3, -1, slice(1, 3), slice(2, None), slice(2, 2), slice(None)):
+    for index in range(4):
         assert torch.equal(checkpoint.read_part("experts.up", index), whole[index])
 
 
-def test_rows_that_start_inside_a_block_keep_its_scale(tmp_path: Path) -> None:
-    """A slice of a plain matrix need not begin where a block does."""
+def test_a_row_inside_a_block_keeps_its_scale(tmp_path: Path) -> None:
+    """A part of a plain matrix is a row, wherever blocks begin."""
     tensors = {"a.weight": make_fp8(400, 130), "a.weight_scale_inv": make_scales(4, 2), "b": torch.randn(5, 3)}
     checkpoint = save_checkpoint(tmp_path, tensors, BLOCK_FP8)
     whole = checkpoint.read(["a.weight", "b"])
-    for index in (slice(100, 300), slice(127, 129), slice(399, 400), slice(5, 9), 200):
+    for index in (0, 127, 128, 200, 399):
         assert torch.equal(checkpoint.read_part("a.weight", index), whole["a.weight"][index])
-    assert torch.equal(checkpoint.read_part("b", slice(1, 4)), whole["b"][1:4])
-    with pytest.raises(IndexError, match="no 5"):
-        checkpoint.read_part("b", 5)
+    assert torch.equal(checkpoint.read_part("b", 4), whole["b"][4])
+    for index in (5, -1):
+        with pytest.raises(IndexError, match=f"no {index}"):
+            checkpoint.read_part("b", index)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float8_e8m0fnu", "uint8"])
@@ -216,7 +217,6 @@ def test_packed_experts_equal_those_of_transformers(tmp_path: Path) -> None:
     assert checkpoint.shapes == {name: (4, 64, 96), f"{name}_bias": (4, 96)}
     assert torch.equal(checkpoint.read([name])[name], expected)
     assert torch.equal(checkpoint.read_part(name, 2), expected[2])
-    assert torch.equal(checkpoint.read_part(name, slice(1, 3)), expected[1:3])
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,12 +1,11 @@
 """`gaudi-calib prepare` as a user meets it."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from gaudi_calib.cli.main import main
-from gaudi_calib.data.prompts import prepare_prompts, read_prompts
+from gaudi_calib.data.prompts import prepare_prompts
 from tests.support.tiny_tokenizer import LLAMA3_TEMPLATE, save_tokenizer
 
 
@@ -35,7 +34,7 @@ def test_prompts_file_and_summary(model, data, tmp_path, capsys):
     assert main(["prepare", "-m", model, "-d", data, "-o", str(output), *options, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     expected = prepare_prompts(model, data, limit=3, seed=7, max_tokens=12, columns={"prompt": "title"})
-    assert read_prompts(output).token_ids == expected.token_ids
+    assert prepare_prompts(model, str(output)).token_ids == expected.token_ids
     assert summary == {"file": str(output), **expected.summary()}
     assert (summary["prompts"], summary["rows"], summary["truncated"]) == (3, 5, 3)
 
@@ -61,7 +60,7 @@ def test_prompts_file_is_a_dataset(model, data, tmp_path):
 def test_output_over_the_dataset(model, data):
     """-o equal to -d is safe: the dataset is read before the file is written."""
     assert main(["prepare", "-m", model, "-d", data, "--column", "prompt=title", "-o", data]) == 0
-    assert len(read_prompts(Path(data))) == 5
+    assert len(prepare_prompts(model, data)) == 5
 
 
 def test_too_few_prompts_is_said_on_stderr(model, data, tmp_path, capfd):

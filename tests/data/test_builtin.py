@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import gaudi_calib.data
-from gaudi_calib.data.prompts import build_prompts
+from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.data.sources import read_rows
 from gaudi_calib.data.tokens import load_tokenizer
 from tests.support.tiny_tokenizer import LLAMA3_TEMPLATE, MIXTRAL_TEMPLATE, save_tokenizer
@@ -123,7 +123,7 @@ def test_every_row_is_a_prompt(tmp_path, template):
     """Every row goes through templates of all kinds."""
     pytest.importorskip("transformers")
     save_tokenizer(tmp_path, template)
-    tokenizer = load_tokenizer(str(tmp_path))
-    prompts = build_prompts(read_rows("builtin"), tokenizer)
+    prompts = prepare_prompts(str(tmp_path), "builtin")
     assert len(prompts) == len(RECORDS)
-    assert all(ids.count(tokenizer.bos_token_id) == 1 for ids in prompts.token_ids)
+    bos = load_tokenizer(str(tmp_path)).bos_token_id
+    assert all(ids.count(bos) == 1 for ids in prompts.token_ids)

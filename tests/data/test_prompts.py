@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gaudi_calib.data.prompts import Prompts, build_prompts, prepare_prompts, read_prompts, write_prompts
+from gaudi_calib.data.prompts import Prompts, prepare_prompts, write_prompts
 from gaudi_calib.data.rows import Row
 from gaudi_calib.data.tokens import Rendering, load_tokenizer, tokenize_row
 from gaudi_calib.errors import DataError, FileError, ModelError, UsageError
@@ -36,14 +36,21 @@ def tokenizers(models):
     return {name: load_tokenizer(model) for name, model in models.items()}
 
 
-def id_rows(*lengths):
-    """Rows of token ids with the given lengths; row n holds n only."""
-    return [Row(number, token_ids=(number,) * length) for number, length in enumerate(lengths, 1)]
-
-
 def write_rows(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
+
+
+@pytest.fixture
+def of_lengths(tmp_path):
+    """Return a call that prepares rows of token ids with the given lengths; row n holds n only."""
+
+    def prepare(*lengths, **options):
+        rows = [{"prompt_token_ids": [number] * length} for number, length in enumerate(lengths, 1)]
+        (tmp_path / "model").mkdir(exist_ok=True)  # no tokenizer, no config.json
+        return prepare_prompts(str(tmp_path / "model"), write_rows(tmp_path / "d.jsonl", rows), **options)
+
+    return prepare
 
 
 @pytest.mark.parametrize(
@@ -96,18 +103,11 @@ def test_text_bypasses_the_template(tokenizers):
     assert tokenizer.decode(tokenize_row(Row(1, text="Once upon"), tokenizer)[0]) == "<s>Once upon"
 
 
-def test_token_ids_need_no_tokenizer():
+def test_token_ids_need_no_tokenizer(of_lengths):
     """Rows of token ids are used as they are."""
-    prompts = build_prompts(id_rows(2, 1), None)
+    prompts = of_lengths(2, 1)
     assert prompts.token_ids == [[1, 1], [2]]
     assert prompts.renderings == {"token ids": 2}
-
-
-def test_a_text_row_needs_a_tokenizer():
-    """Text without a tokenizer is an error naming the row."""
-    with pytest.raises(DataError, match="needs a tokenizer") as caught:
-        build_prompts([Row(7, text="x")], None)
-    assert caught.value.where == "row 7"
 
 
 def test_other_template(models, tmp_path):
@@ -158,45 +158,43 @@ def test_tokenizer_with_a_chat_format_of_its_own(tmp_path):
         assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_limit_is_a_reproducible_sample():
+def test_limit_is_a_reproducible_sample(of_lengths):
     """The sample depends on the seed only, and a smaller limit is the head of a larger one."""
-    rows = id_rows(*[1] * 50)
-    first = [ids[0] for ids in build_prompts(rows, None, limit=10, seed=42).token_ids]
-    assert first == [ids[0] for ids in build_prompts(rows, None, limit=20, seed=42).token_ids][:10]
-    assert first != [ids[0] for ids in build_prompts(rows, None, limit=10, seed=43).token_ids]
+    rows = [1] * 50
+    first = [ids[0] for ids in of_lengths(*rows, limit=10, seed=42).token_ids]
+    assert first == [ids[0] for ids in of_lengths(*rows, limit=20, seed=42).token_ids][:10]
+    assert first != [ids[0] for ids in of_lengths(*rows, limit=10, seed=43).token_ids]
     assert first == [26, 24, 20, 12, 5, 46, 27, 10, 30, 17]  # as with every Python from 3.8 to 3.13
     assert len(set(first)) == 10
 
 
-def test_without_limit_rows_keep_their_order():
+def test_without_limit_rows_keep_their_order(of_lengths):
     """Every row, in the dataset's order, whatever the seed."""
-    rows = id_rows(1, 2, 3)
-    assert build_prompts(rows, None, seed=1).token_ids == [[1], [2, 2], [3, 3, 3]]
+    assert of_lengths(1, 2, 3, seed=1).token_ids == [[1], [2, 2], [3, 3, 3]]
 
 
-def test_long_context_selection():
+def test_long_context_selection(of_lengths):
     """As for DeepSeek-R1: so many prompts of at least N tokens, cut to exactly N."""
-    rows = id_rows(*range(1, 41))
-    prompts = build_prompts(rows, None, limit=5, min_tokens=20, max_tokens=20)
+    prompts = of_lengths(*range(1, 41), limit=5, min_tokens=20, max_tokens=20)
     assert [len(ids) for ids in prompts.token_ids] == [20] * 5
     assert prompts.truncated == sum(ids[0] > 20 for ids in prompts.token_ids)
     assert all(ids[0] >= 20 for ids in prompts.token_ids)
-    everything = build_prompts(rows, None, min_tokens=20, max_tokens=30)
+    everything = of_lengths(*range(1, 41), min_tokens=20, max_tokens=30)
     assert (len(everything), everything.too_short, everything.truncated) == (21, 19, 10)
 
 
-def test_fewer_rows_than_asked_for(caplog):
+def test_fewer_rows_than_asked_for(of_lengths, caplog):
     """Too few rows are used all the same, with a warning that says how many and why."""
     with caplog.at_level(logging.WARNING, logger="gaudi_calib"):
-        prompts = build_prompts(id_rows(1, 5, 5), None, limit=3, min_tokens=5, dataset="d.jsonl")
+        prompts = of_lengths(1, 5, 5, limit=3, min_tokens=5)
     assert len(prompts) == 2
     assert "d.jsonl: 2 prompts, 3 were asked for (3 rows, 1 of them below 5 tokens)" in caplog.text
 
 
-def test_no_prompt_left():
+def test_no_prompt_left(of_lengths):
     """No prompt of the length asked for is an error, not an empty result."""
     with pytest.raises(DataError, match="no prompt is left") as caught:
-        build_prompts(id_rows(1, 2), None, min_tokens=3)
+        of_lengths(1, 2, min_tokens=3)
     assert caught.value.why == "2 rows, 2 of them below 3 tokens"
 
 
@@ -222,11 +220,14 @@ def test_unknown_token_id(models, tmp_path):
     assert caught.value.where == f"{data}, row 2"
 
 
-def test_prompt_without_tokens(tokenizers):
+def test_prompt_without_tokens(models, tmp_path):
     """A prompt of no tokens is an error naming the row."""
+    template = tmp_path / "empty.jinja"
+    template.write_text("{# nothing #}")
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt_token_ids": [1]}, {"messages": [USER]}])
     with pytest.raises(DataError, match="no tokens") as caught:
-        build_prompts([Row(4, messages=(USER,))], tokenizers["none"], chat_template="{# nothing #}")
-    assert caught.value.where == "row 4"
+        prepare_prompts(models["none"], data, chat_template=template)
+    assert caught.value.where == f"{data}, row 2"
 
 
 @pytest.mark.parametrize(
@@ -236,8 +237,6 @@ def test_prompt_without_tokens(tokenizers):
 )
 def test_impossible_options(options):
     """Impossible limits are refused before anything is read."""
-    with pytest.raises(UsageError):
-        build_prompts(id_rows(9), None, **options)
     with pytest.raises(UsageError):
         prepare_prompts("model", "missing.jsonl", **options)
 
@@ -250,24 +249,14 @@ def test_hash_is_of_the_ids():
     assert prompts.sha256 != Prompts([[1], [2, 70000]]).sha256
 
 
-def test_prompts_file(tmp_path):
+def test_prompts_file(of_lengths, tmp_path):
     """A prompts file gives back the same ids, and is itself a dataset that needs no tokenizer."""
-    prompts = build_prompts(id_rows(3, 1), None)
+    prompts = of_lengths(3, 1)
     path = tmp_path / "prompts.jsonl"
     write_prompts(path, prompts)
     assert path.read_text().splitlines()[0] == '{"prompt_token_ids": [1, 1, 1]}'
-    assert read_prompts(path).sha256 == prompts.sha256
-    (tmp_path / "model").mkdir()
     again = prepare_prompts(str(tmp_path / "model"), str(path))
-    assert again.token_ids == prompts.token_ids
-
-
-def test_prompts_file_that_is_none(tmp_path):
-    """A file without token ids is not a prompts file."""
-    with pytest.raises(DataError, match="no column 'prompt_token_ids'"):
-        read_prompts(write_rows(tmp_path / "d.jsonl", [{"prompt": "x"}]))
-    with pytest.raises(DataError, match="no such dataset file"):
-        read_prompts(tmp_path / "missing.jsonl")
+    assert again.sha256 == prompts.sha256
 
 
 def test_prompts_file_cannot_be_written(tmp_path):

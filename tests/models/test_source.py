@@ -9,7 +9,6 @@ import pytest
 from gaudi_calib.errors import ModelError
 from gaudi_calib.models.source import (
     ModelSource,
-    TokenLimits,
     download_model,
     find_model,
     list_quantizations,
@@ -99,7 +98,7 @@ def test_a_config_that_cannot_be_read(content: str | None, complaint: str, tmp_p
 def test_a_directory_with_a_tokenizer_alone(tmp_path: Path) -> None:
     """It does where nobody needs more."""
     source = find_model(str(tmp_path), needs_config=False)
-    assert (source.directory, source.config, source.token_limits) == (tmp_path, {}, TokenLimits())
+    assert (source.directory, source.config, source.context) == (tmp_path, {}, None)
 
 
 def test_family(tmp_path: Path) -> None:
@@ -155,13 +154,14 @@ def test_a_larger_model_keeps_its_type_and_its_quantization() -> None:
 @pytest.mark.parametrize(
     ("config", "limits"),
     [
-        ({"vocab_size": 10, "max_position_embeddings": 7}, TokenLimits(10, 7)),
-        ({"text_config": {"vocab_size": 10, "max_position_embeddings": 7}}, TokenLimits(10, 7)),
-        ({"vocab_size": 10, "n_positions": 9}, TokenLimits(10, 9)),
-        ({}, TokenLimits()),
+        ({"vocab_size": 10, "max_position_embeddings": 7}, (10, 7)),
+        ({"text_config": {"vocab_size": 10, "max_position_embeddings": 7}}, (10, 7)),
+        ({"vocab_size": 10, "n_positions": 9}, (10, 9)),
+        ({}, (None, None)),
     ],
     ids=["flat", "nested", "gpt2", "silent"],
 )
-def test_token_limits(config: dict, limits: TokenLimits) -> None:
+def test_token_limits(config: dict, limits: tuple) -> None:
     """Vocabulary and context come from config.json, also of a multimodal model's text part."""
-    assert ModelSource("m", None, config).token_limits == limits
+    source = ModelSource("m", None, config)
+    assert (source.vocab_size, source.context) == limits
