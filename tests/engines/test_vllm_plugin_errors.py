@@ -137,13 +137,13 @@ def test_a_node_without_measurement_is_named(tmp_path: Path, monkeypatch: pytest
     write_ranges(tmp_path, ("a.o_proj",))
     wanted = {"a.o_proj": stand_in(1), "b.o_proj": stand_in(1)}
     source = ScaleSource(open_session(write_config(tmp_path), monkeypatch))
-    source._rank = (0, 1)
+    source.rank = (0, 1)
     with pytest.raises(RangeError, match=r"'b\.o_proj' is to be quantized and was not measured") as caught:
         source.find(wanted)
     assert "inc_output_hooks_maxabs_0_1.json" in str(caught.value.where)
     assert "blocklist" in str(caught.value.fix)
     source = ScaleSource(open_session(write_config(tmp_path, ignore_modules_wo_measures=True), monkeypatch))
-    source._rank = (0, 1)
+    source.rank = (0, 1)
     assert list(source.find(wanted)) == ["a.o_proj"]
 
 
@@ -153,7 +153,7 @@ def test_a_rank_without_files_names_the_worlds_there_are(tmp_path: Path, monkeyp
 
     write_ranges(tmp_path, ("a.o_proj",))
     source = ScaleSource(open_session(write_config(tmp_path), monkeypatch))
-    source._rank = (1, 4)
+    source.rank = (1, 4)
     with pytest.raises(FileError, match="rank 1 of 4") as caught:
         source.find({"a.o_proj": stand_in(1)})
     assert "world size 1" in str(caught.value.why)

@@ -13,9 +13,6 @@ from gaudi_calib.engines.vllm_plugin.scores import KeyHistory, Sequences, observ
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.fp8 import GAUDI2
 
-# Attribute of an observed layer that holds its `ObservedAttention`.
-OBSERVED = "gaudi_calib_observed"
-
 
 def find_metadata(layer: str) -> Any:
     """Return what vLLM's model runner says about the pass now running, for `layer`; None in passes of its own."""
@@ -85,14 +82,6 @@ class ObservedAttention:
             softcap=softcap or None,  # vLLM has 0 for none
             sinks=sinks,
         )
-
-
-def observe_attention(layer: Attention, session: Session) -> None:
-    """Observe `layer` from now on."""
-    if not hasattr(layer, OBSERVED):
-        observed = ObservedAttention(layer, session)
-        setattr(layer, OBSERVED, observed)
-        layer.forward = observed  # type: ignore[method-assign]
 
 
 def _split(tensor: torch.Tensor, heads: int, tokens: int) -> torch.Tensor:
