@@ -15,7 +15,7 @@ from gaudi_calib.checkpoints.plan import plan_model
 from gaudi_calib.config.check import parse_quant_config
 from gaudi_calib.config.file import read_quant_config, write_quant_config
 from gaudi_calib.engines.torch.measure import measure_channels
-from gaudi_calib.engines.vllm_plugin.session import Session, find_serving_device
+from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import ConfigError, FileError, ModelError, RangeError, TopologyError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.ranges.derive import derive_world
@@ -112,14 +112,14 @@ def test_quantizing_without_any_file_is_an_error(tmp_path: Path, monkeypatch: py
     assert open_session(write_config(tmp_path, scale_method="unit_scale"), monkeypatch).device is GAUDI3
 
 
-def test_the_device_comes_from_the_files_surroundings(tmp_path: Path):
+def test_the_device_comes_from_the_files_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The directory's name, else the config's; otherwise nobody knows."""
     config = parse_quant_config({"dump_stats_path": str(tmp_path / "g2" / "inc_output")}, where="test")
-    assert find_serving_device(config, tmp_path / "any.json") is GAUDI2
+    assert Session(config, tmp_path / "any.json").device is GAUDI2
     config = parse_quant_config({"dump_stats_path": str(tmp_path / "x" / "inc_output")}, where="test")
-    assert find_serving_device(config, tmp_path / "maxabs_quant_g3.json") is GAUDI3
+    assert Session(config, tmp_path / "maxabs_quant_g3.json").device is GAUDI3
     with pytest.raises(ConfigError, match="not known which Gaudi"):
-        find_serving_device(config, tmp_path / "any.json")
+        open_session(write_config(tmp_path, "x"), monkeypatch)
 
 
 def test_a_session_travels_to_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

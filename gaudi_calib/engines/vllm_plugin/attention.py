@@ -36,6 +36,7 @@ class ObservedAttention:
 
     def __init__(self, layer: Attention, session: Session):
         self.layer, self.session = layer, session
+        self._needs_sums = session.device is GAUDI2
         self.ranges = AttentionRanges()
         self._history = KeyHistory()
         self._cache_config = get_current_vllm_config().cache_config
@@ -64,7 +65,7 @@ class ObservedAttention:
             self.ranges.take(name, max_magnitude(tensor, (0, 2)))
         query, key = tensors["q"], tensors["k"]
         sinks = getattr(impl, "sinks", None)
-        if self.session.device is not GAUDI2 and sinks is None:
+        if not self._needs_sums and sinks is None:
             # Every sequence begins with a token that sees itself alone: the largest probability is 1.
             observe_bound(self.ranges, query[0], 1)
         elif sequences.slots is None or getattr(impl, "alibi_slopes", None) is not None:
