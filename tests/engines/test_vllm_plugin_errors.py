@@ -15,7 +15,7 @@ from gaudi_calib.checkpoints.plan import plan_model
 from gaudi_calib.config.check import parse_quant_config
 from gaudi_calib.config.file import read_quant_config, write_quant_config
 from gaudi_calib.engines.torch.measure import measure_channels
-from gaudi_calib.engines.vllm_plugin.session import Session, find_serving_device
+from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import ConfigError, FileError, ModelError, RangeError, TopologyError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.ranges.derive import derive_world
@@ -112,14 +112,14 @@ def test_quantizing_without_any_file_is_an_error(tmp_path: Path, monkeypatch: py
     assert open_session(write_config(tmp_path, scale_method="unit_scale"), monkeypatch).device is GAUDI3
 
 
-def test_the_device_comes_from_the_files_surroundings(tmp_path: Path):
+def test_the_device_comes_from_the_files_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The directory's name, else the config's; otherwise nobody knows."""
     config = parse_quant_config({"dump_stats_path": str(tmp_path / "g2" / "inc_output")}, where="test")
-    assert find_serving_device(config, tmp_path / "any.json") is GAUDI2
+    assert Session(config, tmp_path / "any.json").device is GAUDI2
     config = parse_quant_config({"dump_stats_path": str(tmp_path / "x" / "inc_output")}, where="test")
-    assert find_serving_device(config, tmp_path / "maxabs_quant_g3.json") is GAUDI3
+    assert Session(config, tmp_path / "maxabs_quant_g3.json").device is GAUDI3
     with pytest.raises(ConfigError, match="not known which Gaudi"):
-        find_serving_device(config, tmp_path / "any.json")
+        open_session(write_config(tmp_path, "x"), monkeypatch)
 
 
 def test_a_session_travels_to_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -137,13 +137,13 @@ def test_a_node_without_measurement_is_named(tmp_path: Path, monkeypatch: pytest
     write_ranges(tmp_path, ("a.o_proj",))
     wanted = {"a.o_proj": stand_in(1), "b.o_proj": stand_in(1)}
     source = ScaleSource(open_session(write_config(tmp_path), monkeypatch))
-    source._rank = (0, 1)
+    source.rank = (0, 1)
     with pytest.raises(RangeError, match=r"'b\.o_proj' is to be quantized and was not measured") as caught:
         source.find(wanted)
     assert "inc_output_hooks_maxabs_0_1.json" in str(caught.value.where)
     assert "blocklist" in str(caught.value.fix)
     source = ScaleSource(open_session(write_config(tmp_path, ignore_modules_wo_measures=True), monkeypatch))
-    source._rank = (0, 1)
+    source.rank = (0, 1)
     assert list(source.find(wanted)) == ["a.o_proj"]
 
 
@@ -153,7 +153,7 @@ def test_a_rank_without_files_names_the_worlds_there_are(tmp_path: Path, monkeyp
 
     write_ranges(tmp_path, ("a.o_proj",))
     source = ScaleSource(open_session(write_config(tmp_path), monkeypatch))
-    source._rank = (1, 4)
+    source.rank = (1, 4)
     with pytest.raises(FileError, match="rank 1 of 4") as caught:
         source.find({"a.o_proj": stand_in(1)})
     assert "world size 1" in str(caught.value.why)

@@ -13,9 +13,6 @@ from gaudi_calib.engines.vllm_plugin.scores import KeyHistory, Sequences, observ
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.fp8 import GAUDI2
 
-# Attribute of an observed layer that holds its `ObservedAttention`.
-OBSERVED = "gaudi_calib_observed"
-
 
 def find_metadata(layer: str) -> Any:
     """Return what vLLM's model runner says about the pass now running, for `layer`; None in passes of its own."""
@@ -39,6 +36,7 @@ class ObservedAttention:
 
     def __init__(self, layer: Attention, session: Session):
         self.layer, self.session = layer, session
+        self._needs_sums = session.device is GAUDI2
         self.ranges = AttentionRanges()
         self._history = KeyHistory()
         self._cache_config = get_current_vllm_config().cache_config
@@ -67,7 +65,7 @@ class ObservedAttention:
             self.ranges.take(name, max_magnitude(tensor, (0, 2)))
         query, key = tensors["q"], tensors["k"]
         sinks = getattr(impl, "sinks", None)
-        if self.session.device is not GAUDI2 and sinks is None:
+        if not self._needs_sums and sinks is None:
             # Every sequence begins with a token that sees itself alone: the largest probability is 1.
             observe_bound(self.ranges, query[0], 1)
         elif sequences.slots is None or getattr(impl, "alibi_slopes", None) is not None:
@@ -85,14 +83,6 @@ class ObservedAttention:
             softcap=softcap or None,  # vLLM has 0 for none
             sinks=sinks,
         )
-
-
-def observe_attention(layer: Attention, session: Session) -> None:
-    """Observe `layer` from now on."""
-    if not hasattr(layer, OBSERVED):
-        observed = ObservedAttention(layer, session)
-        setattr(layer, OBSERVED, observed)
-        layer.forward = observed  # type: ignore[method-assign]
 
 
 def _split(tensor: torch.Tensor, heads: int, tokens: int) -> torch.Tensor:

@@ -30,11 +30,6 @@ class ExpertsMethod(FusedMoEMethodBase):
     create_weights: Any = UnquantizedFusedMoEMethod.create_weights
     get_fused_moe_quant_config: Any = UnquantizedFusedMoEMethod.get_fused_moe_quant_config
 
-    @property
-    def is_monolithic(self) -> bool:
-        """False: vLLM selects experts first."""
-        return False
-
     def apply(
         self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *shared: Any, **_: Any
     ) -> torch.Tensor:
@@ -45,48 +40,34 @@ class ExpertsMethod(FusedMoEMethodBase):
             topk_weights, topk_ids: of the experts of every token, shape (tokens, top k), numbered over all ranks.
         """
         local = topk_ids.long() if layer.expert_map is None else layer.expert_map[topk_ids.long()].long()
-        hidden = self.enter(x)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in local.unique().tolist():
             if expert < 0:  # another rank's
                 continue
             tokens, slot = torch.where(local == expert)
             weights = topk_weights[tokens, slot, None].float()
-            part = self._run_expert(layer, expert, hidden[tokens], weights)
-            out.index_add_(0, tokens, part)
-        return self.leave(out.to(x.dtype))
+            out.index_add_(0, tokens, self._run_expert(layer, expert, x[tokens], weights))
+        return out.to(x.dtype)
 
     def _run_expert(self, layer: Any, expert: int, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         inner = self.expand(layer, expert, x)
         if layer.apply_router_weight_on_input:
-            return self.shrink(layer, expert, self.expand(layer, expert, (x * weights).to(x.dtype))).float()
-        return self.shrink(layer, expert, inner).float() * weights
+            return self.multiply(layer, "w2", expert, self.expand(layer, expert, (x * weights).to(x.dtype))).float()
+        return self.multiply(layer, "w2", expert, inner).float() * weights
 
-    def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the experts get of the op's input."""
-        return x
-
-    def leave(self, out: torch.Tensor) -> torch.Tensor:
-        """Return the op's output."""
-        return out
+    def multiply(self, layer: Any, part: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """Return the product with a weight of an expert, `w13` or `w2`, and its bias, shape (tokens, rows)."""
+        bias = getattr(layer, f"{part}_bias")[expert] if self.moe.has_bias else None
+        return nn.functional.linear(x, getattr(layer, f"{part}_weight")[expert], bias)
 
     def expand(self, layer: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Return act(gate) * up, shape (tokens, intermediate channels)."""
-        bias = layer.w13_bias[expert] if self.moe.has_bias else None
-        return self.activate(layer, nn.functional.linear(x, layer.w13_weight[expert], bias))
-
-    def activate(self, layer: Any, product: torch.Tensor) -> torch.Tensor:
-        """Apply the model's activation to (tokens, 2 * channels)."""
+        product = self.multiply(layer, "w13", expert, x)
         if layer.activation is MoEActivation.SWIGLUOAI:
             return _clamp_and_gate(product)  # vLLM has no kernel of it for CPU
         config = ApplyMoEActivationConfig.from_configs(self.moe, self.get_fused_moe_quant_config(layer))
         inner = product.new_empty(product.shape[0], product.shape[1] // 2)
         return apply_moe_activation(layer.activation, inner, product, activation_config=config)
-
-    def shrink(self, layer: Any, expert: int, inner: torch.Tensor) -> torch.Tensor:
-        """Return the down projection, shape (tokens, hidden size)."""
-        bias = layer.w2_bias[expert] if self.moe.has_bias else None
-        return nn.functional.linear(inner, layer.w2_weight[expert], bias)
 
 
 def _clamp_and_gate(product: torch.Tensor, limit: float = 7.0, slope: float = 1.702) -> torch.Tensor:
@@ -121,13 +102,12 @@ class MeasuredExpertsMethod(ExpertsMethod):
         for peak in (self.input, self.output, *self.inner):
             peak.reset()
 
-    def enter(self, x: torch.Tensor) -> torch.Tensor:
+    def apply(
+        self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *shared: Any, **_: Any
+    ) -> torch.Tensor:
+        out = super().apply(layer, x, topk_weights, topk_ids)
         if self.session.is_live():
             self.input.observe(x)
-        return x
-
-    def leave(self, out: torch.Tensor) -> torch.Tensor:
-        if self.session.is_live():
             self.output.observe(out)
         return out
 

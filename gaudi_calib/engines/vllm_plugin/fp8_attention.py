@@ -88,7 +88,7 @@ def quantize_attention(layer: Attention, source: ScaleSource) -> None:
     """
     config = source.session.config
     names = {op: f"{layer.layer_name}.impl.{op}" for op in _list_ops(layer.layer_name, config)}
-    if not names or "forward" in layer.__dict__:
+    if not names:
         return
     _require_plain_cache(layer, source)
     if source.is_dynamic:

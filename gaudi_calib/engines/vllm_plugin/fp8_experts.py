@@ -12,10 +12,8 @@ from torch import nn
 
 from gaudi_calib.engines.observe.fp8_cast import quantize
 from gaudi_calib.engines.vllm_plugin.experts import ExpertsMethod
-from gaudi_calib.engines.vllm_plugin.fp8_linear import read_weight, scale_tokens, to_weight_scale
-from gaudi_calib.engines.vllm_plugin.scales import ScaleSource, stand_in
+from gaudi_calib.engines.vllm_plugin.scales import ScaleSource, quantize_weight, stand_in
 from gaudi_calib.ranges.experts import list_children
-from gaudi_calib.ranges.node import ScaleNode
 
 
 class QuantizedExpertsMethod(ExpertsMethod):
@@ -39,36 +37,21 @@ class QuantizedExpertsMethod(ExpertsMethod):
             for index, child in enumerate(list_children(count))
         }
         wanted = {op: stand_in(1, 1 + count)} | {name: stand_in(1, None, weight) for name, weight in weights.items()}
-        found = self.source.find(wanted, lambda name: read_weight(weights[name]))
+        found = self.source.find(wanted, weights)
         if len(found) < len(wanted):
             return
         self._input_scales = [float(scale) for scale in found[op].inputs]
         for name, weight in weights.items():
-            self._weight_scales[name.removeprefix(f"{op}.")] = self._quantize_weight(weight, found[name])
+            values, self._weight_scales[name.removeprefix(f"{op}.")] = quantize_weight(
+                weight, found[name], self.source.device
+            )
+            weight.copy_(values)
 
-    def _quantize_weight(self, weight: torch.Tensor, scales: ScaleNode) -> torch.Tensor:
-        """Put a weight's FP8 values in its place; return its scale."""
-        scale = to_weight_scale(scales, weight)
-        column = scale[:, None] if scale.ndim else scale
-        weight.copy_(quantize(weight, column, self.source.device))
-        return scale
-
-    def expand(self, layer: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, layer: Any, part: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         if not self._input_scales:
-            return super().expand(layer, expert, x)
-        product = self._multiply(x, layer.w13_weight[expert], f"w13_list.{expert}", 0)
-        return self.activate(layer, product if not self.moe.has_bias else product + layer.w13_bias[expert])
-
-    def shrink(self, layer: Any, expert: int, inner: torch.Tensor) -> torch.Tensor:
-        if not self._input_scales:
-            return super().shrink(layer, expert, inner)
-        product = self._multiply(inner, layer.w2_weight[expert], f"w2_list.{expert}", 1 + expert)
-        return product if not self.moe.has_bias else product + layer.w2_bias[expert]
-
-    def _multiply(self, x: torch.Tensor, weight: torch.Tensor, child: str, index: int) -> torch.Tensor:
-        scale: float | torch.Tensor = self._input_scales[index]
-        if self.source.is_dynamic:
-            rule = self.source.table.for_node(f"{self.name}.routed_experts.moe_op", "VllmMixtureOfExpertsOp").activation
-            scale = scale_tokens(x, rule, self.source.device)
-        product = nn.functional.linear(quantize(x, scale, self.source.device), weight)
-        return (product.float() * (self._weight_scales[child] * scale)).to(x.dtype)
+            return super().multiply(layer, part, expert, x)
+        stored = self._input_scales[0 if part == "w13" else 1 + expert]
+        scale = self.source.scale_input(x, stored, f"{self.name}.routed_experts.moe_op", "VllmMixtureOfExpertsOp")
+        product = nn.functional.linear(quantize(x, scale, self.source.device), getattr(layer, f"{part}_weight")[expert])
+        out = (product.float() * (self._weight_scales[f"{part}_list.{expert}"] * scale)).to(x.dtype)
+        return out + getattr(layer, f"{part}_bias")[expert] if self.moe.has_bias else out

@@ -15,28 +15,39 @@ from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.ranges.node import Node
 
 
-class ObservedLinear:
-    """What one linear layer of this rank has seen.
+class MeasuredLinear:
+    """Mixed into vLLM's unquantized methods: observes one linear layer of this rank, and computes as they do.
 
     Attributes:
-        calls: how often it ran.
+        calls: how often the layer ran.
         input, weight: of the layer.
         partial: row parallel only: this rank's product before the ranks' are summed; where
             they are summed at once, the elementwise signed maximum over the ranks, as INC has it.
         total: row parallel only: their sum.
     """
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, session: Session):
+        super().__init__()
+        self.session, self.calls = session, 0
         self.input, self.weight, self.partial, self.total = Peak(), Peak(), Peak(), Peak()
 
-    def reset(self) -> None:
-        """Forget all but the weight."""
-        self.calls = 0
-        for peak in (self.input, self.partial, self.total):
-            peak.reset()
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.weight.observe(layer.weight)  # type: ignore[arg-type]
+        super().process_weights_after_loading(layer)  # type: ignore[misc]
 
-    def observe_product(self, layer: RowParallelLinear, product: torch.Tensor) -> None:
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        compute = super().apply  # type: ignore[misc]
+        if not self.session.is_live():
+            return compute(layer, x, bias)
+        self.calls += 1
+        self.input.observe(x)
+        if not isinstance(layer, RowParallelLinear):
+            return compute(layer, x, bias)
+        product = compute(layer, x, None)
+        self._observe_product(layer, product)
+        return product if bias is None else product + bias.to(product.dtype)
+
+    def _observe_product(self, layer: RowParallelLinear, product: torch.Tensor) -> None:
         """Take in a row-parallel layer's own product, without bias. All ranks have to call it.
 
         Source: INC `PatchedRowParallelLinear.forward_measure_reduce`, `forward_measure_no_reduce`.
@@ -49,47 +60,22 @@ class ObservedLinear:
         self.partial.observe(largest)
         self.total.observe(total)
 
+    def reset(self) -> None:
+        """Forget all but the weight."""
+        self.calls = 0
+        for peak in (self.input, self.partial, self.total):
+            peak.reset()
+
     def to_node(self) -> Node:
         """Return the ranges of the layer."""
         outputs = (self.partial.to_range(), self.total.to_range()) if self.partial.is_seen else None
         return Node((self.input.to_range(),), outputs, self.weight.to_range())
 
 
-class _Measured:
-    """Mixed into vLLM's unquantized methods: observes, and computes as they do."""
-
-    session: Session
-    observed: ObservedLinear
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self.observed.weight.observe(layer.weight)  # type: ignore[arg-type]
-        super().process_weights_after_loading(layer)  # type: ignore[misc]
-
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        compute = super().apply  # type: ignore[misc]
-        if not self.session.is_live():
-            return compute(layer, x, bias)
-        self.observed.calls += 1
-        self.observed.input.observe(x)
-        if not isinstance(layer, RowParallelLinear):
-            return compute(layer, x, bias)
-        product = compute(layer, x, None)
-        self.observed.observe_product(layer, product)
-        return product if bias is None else product + bias.to(product.dtype)
-
-
 @register_weight_loader_v2_supported_method
-class MeasuredLinearMethod(_Measured, UnquantizedLinearMethod):
+class MeasuredLinearMethod(MeasuredLinear, UnquantizedLinearMethod):
     """Observes a linear layer."""
 
-    def __init__(self, session: Session):
-        super().__init__()
-        self.session, self.observed = session, ObservedLinear()
 
-
-class MeasuredHeadMethod(_Measured, UnquantizedEmbeddingMethod):
+class MeasuredHeadMethod(MeasuredLinear, UnquantizedEmbeddingMethod):
     """Observes the output projection."""
-
-    def __init__(self, session: Session):
-        super().__init__()
-        self.session, self.observed = session, ObservedLinear()

@@ -1,6 +1,5 @@
 """Quantization method `gaudi_fp8`: which of vLLM's modules is observed, quantized or left alone."""
 
-from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -82,51 +81,53 @@ class GaudiFp8Config(QuantizationConfig):
                 raise when their weights have been loaded.
         """
         from vllm.model_executor.layers.attention import Attention, MLAAttention
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         self._require_eager()
         if isinstance(layer, MLAAttention):
             self._refuse_latent(prefix)
         if isinstance(layer, Attention):
             self._attach_attention(layer)
-            return None
-        return self._measure(layer) if self.session.measures else self._quantize(layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            return self._choose_experts(layer, prefix)
+        if isinstance(layer, (LinearBase, ParallelLMHead)):
+            return self._choose_linear(layer, prefix, is_head=isinstance(layer, ParallelLMHead))
+        return None
 
     def _attach_attention(self, layer: Any) -> None:
-        from gaudi_calib.engines.vllm_plugin.attention import observe_attention
+        from gaudi_calib.engines.vllm_plugin.attention import ObservedAttention
         from gaudi_calib.engines.vllm_plugin.fp8_attention import quantize_attention
 
         if self.session.measures:
-            observe_attention(layer, self.session)
+            layer.forward = ObservedAttention(layer, self.session)
         else:
             quantize_attention(layer, self._source)
 
-    def _measure(self, layer: torch.nn.Module) -> QuantizeMethodBase | None:
+    def _choose_experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         from gaudi_calib.engines.vllm_plugin.experts import MeasuredExpertsMethod
+        from gaudi_calib.engines.vllm_plugin.fp8_experts import QuantizedExpertsMethod
+
+        if self.session.measures:
+            return MeasuredExpertsMethod(layer.moe_config, self.session)
+        if self.session.config.is_blocked(f"{prefix}.routed_experts.moe_op", "VllmMixtureOfExpertsOp"):
+            return None
+        return QuantizedExpertsMethod(layer.moe_config, prefix, self._source)
+
+    def _choose_linear(self, layer: Any, prefix: str, *, is_head: bool) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        from gaudi_calib.engines.vllm_plugin.fp8_linear import QuantizedHeadMethod, QuantizedLinearMethod
         from gaudi_calib.engines.vllm_plugin.linear import MeasuredHeadMethod, MeasuredLinearMethod
 
-        match find_kind(layer):
-            case Kind.LINEAR:
-                return MeasuredLinearMethod(self.session)
-            case Kind.HEAD:
-                return MeasuredHeadMethod(self.session)
-            case Kind.EXPERTS:
-                return MeasuredExpertsMethod(layer.moe_config, self.session)
-        return plain_method(layer)
-
-    def _quantize(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        from gaudi_calib.engines.vllm_plugin.fp8_experts import QuantizedExpertsMethod
-        from gaudi_calib.engines.vllm_plugin.fp8_linear import QuantizedHeadMethod, QuantizedLinearMethod
-
-        kind, config = find_kind(layer), self.session.config
-        op = f"{prefix}.routed_experts.moe_op"
-        if kind is Kind.EXPERTS and not config.is_blocked(op, "VllmMixtureOfExpertsOp"):
-            return QuantizedExpertsMethod(layer.moe_config, prefix, self._source)
-        if not config.is_blocked(prefix, type(layer).__name__):
-            if kind is Kind.LINEAR:
-                return QuantizedLinearMethod(prefix, self._source)
-            if kind is Kind.HEAD:
-                return QuantizedHeadMethod(prefix, self._source)
-        return plain_method(layer)
+        class_name = type(layer).__name__
+        if class_name in PATCHED_LINEARS:
+            if self.session.measures:
+                return MeasuredHeadMethod(self.session) if is_head else MeasuredLinearMethod(self.session)
+            if not self.session.config.is_blocked(prefix, class_name):
+                return (QuantizedHeadMethod if is_head else QuantizedLinearMethod)(prefix, self._source)
+        return None if is_head else UnquantizedLinearMethod()
 
     @cached_property
     def _source(self) -> Any:
@@ -157,33 +158,3 @@ class GaudiFp8Config(QuantizationConfig):
             why=f"{self.session.path.name} does not block it",
             fix="measure with `--engine torch`; to serve without a Gaudi, add 'mla_attn' to blocklist.names",
         )
-
-
-class Kind(Enum):
-    """What a module is to INC."""
-
-    LINEAR = "linear"
-    HEAD = "output projection"
-    EXPERTS = "experts"
-
-
-def find_kind(layer: torch.nn.Module) -> Kind | None:
-    """Tell what `layer` is, or None where INC leaves it alone."""
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    if isinstance(layer, RoutedExperts):
-        return Kind.EXPERTS
-    if type(layer).__name__ not in PATCHED_LINEARS:
-        return None
-    if isinstance(layer, LinearBase):
-        return Kind.LINEAR
-    return Kind.HEAD if isinstance(layer, ParallelLMHead) else None
-
-
-def plain_method(layer: torch.nn.Module) -> QuantizeMethodBase | None:
-    """Return vLLM's own way for a layer that is left alone; None where vLLM chooses it itself."""
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-
-    return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

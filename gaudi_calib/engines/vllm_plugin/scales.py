@@ -1,22 +1,24 @@
 """Scales of one rank's nodes: from its scale file, else computed from its ranges, as INC does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from gaudi_calib.config.model import get_scales_device
+from gaudi_calib.engines.observe.fp8_cast import quantize
 from gaudi_calib.engines.observe.peak import max_magnitude
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import FileError, RangeError
 from gaudi_calib.fp8 import Device
-from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
+from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
 from gaudi_calib.rankfiles.store import read_ranges, read_scales
 from gaudi_calib.scales.compute import compute_scales
+from gaudi_calib.scales.tensor import scale_ranges
 
-WeightReader = Callable[[str], "np.ndarray | None"]
 _ANY = np.ones(1, dtype=np.float32)
 
 
@@ -31,14 +33,11 @@ class ScaleSource:
     def __init__(self, session: Session):
         self.session, self.device = session, session.device
         self.table = session.config.method_table
-        self._rank: tuple[int, int] | None = None
 
-    @property
+    @cached_property
     def rank(self) -> tuple[int, int]:
         """This process's rank, and the number of ranks."""
-        if self._rank is None:
-            self._rank = self.session.find_rank()
-        return self._rank
+        return self.session.find_rank()
 
     @property
     def is_dynamic(self) -> bool:
@@ -51,13 +50,15 @@ class ScaleSource:
             return names[0]
         return next((name for name in names if name in self._scales or name in self._ranges), names[0])
 
-    def find(self, stand_ins: Mapping[str, Node], weights: WeightReader = lambda name: None) -> dict[str, ScaleNode]:
+    def find(
+        self, stand_ins: Mapping[str, Node], weights: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> dict[str, ScaleNode]:
         """Return the scales of some nodes.
 
         Args:
             stand_ins: nodes with as many inputs and outputs as are wanted; their ranges count only
                 where the method needs no measurement.
-            weights: returns this rank's weight of a node, float32 of shape (out, in).
+            weights: this rank's weights of the nodes that have one, shape (out, in).
 
         Returns:
             Without the nodes that have no measurement, where `ignore_modules_wo_measures` says so.
@@ -75,9 +76,29 @@ class ScaleSource:
             raise self._unmeasured(missing[0])
         return {**stored, **(self._compute(measured, weights) if measured else {})}
 
-    def _compute(self, nodes: Mapping[str, Node], weights: WeightReader) -> dict[str, ScaleNode]:
-        device: Device = get_scales_device(self.session.config, self.device)
-        return dict(compute_scales(RankSet(*self.rank, nodes), self.table, device, weights=weights).nodes)
+    def scale_input(self, x: torch.Tensor, stored: float, node: str, layer_type: str) -> float | torch.Tensor:
+        """Return the scale of an input of `node`: the `stored` one, or one per token, where the method is dynamic.
+
+        Args:
+            x: shape (..., channels).
+            layer_type: class of the node's module.
+
+        Returns:
+            A number, or float32 of shape (..., 1); 1 for a token of zeros.
+        """
+        if not self.is_dynamic:
+            return stored
+        rule = self.table.for_node(node, layer_type).activation
+        largest = max_magnitude(x, -1).unsqueeze(-1).float()
+        scales = torch.from_numpy(scale_ranges(largest.cpu().numpy(), rule, self.device)).to(x.device)
+        return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+    def _compute(self, nodes: Mapping[str, Node], weights: Mapping[str, torch.Tensor]) -> dict[str, ScaleNode]:
+        def read(name: str) -> np.ndarray:
+            return weights[name].detach().float().cpu().numpy()
+
+        device = get_scales_device(self.session.config, self.device)
+        return dict(compute_scales(RankSet(*self.rank, nodes), self.table, device, weights=read).nodes)
 
     @cached_property
     def _ranges(self) -> Mapping[str, Node]:
@@ -118,3 +139,10 @@ def stand_in(inputs: int, outputs: int | None = None, weight: torch.Tensor | Non
     """Return a node of this shape; its ranges mean nothing, but for the weight's."""
     largest = None if weight is None else max_magnitude(weight).float().cpu().numpy().reshape(1)
     return Node((_ANY,) * inputs, None if outputs is None else (_ANY,) * outputs, largest)
+
+
+def quantize_weight(weight: torch.Tensor, scales: ScaleNode, device: Device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the FP8 values of a weight, in its dtype and shape (out, in), and its scale: float32, (out,) or ()."""
+    stored = scales.weight.out_channels if isinstance(scales.weight, PerChannelWeight) else scales.weight
+    scale = torch.tensor(stored, dtype=torch.float32, device=weight.device).squeeze()
+    return quantize(weight, scale.unsqueeze(-1), device), scale

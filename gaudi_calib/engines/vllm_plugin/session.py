@@ -9,7 +9,7 @@ from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError, FileError, TopologyError
-from gaudi_calib.fp8 import Device, get_device
+from gaudi_calib.fp8 import Device
 from gaudi_calib.layout import MANIFEST_NAME
 
 
@@ -20,12 +20,10 @@ class Session:
     Attributes:
         config: what QUANT_CONFIG says.
         path: the file it was read from.
-        device_name: the Gaudi that will serve, `g2` or `g3`.
     """
 
     config: QuantConfig
     path: Path
-    device_name: str
     _is_live: bool = field(default=False, repr=False)
 
     @classmethod
@@ -48,23 +46,38 @@ class Session:
         path = Path(name).resolve()
         config = read_quant_config(path)
         _check_support(config, path)
-        session = cls(config, path, find_serving_device(config, path).name)
-        if not session.measures and config.uses_stats_files:
-            session.require_files()
+        session = cls(config, path)
+        placed = session.placed
+        if placed.device is None:
+            raise ConfigError(
+                "it is not known which Gaudi will serve",
+                where=path,
+                why=f"{placed.path} is neither called g2 nor g3 and has no {MANIFEST_NAME}",
+                fix="keep the layout OUT/<model>/<device>/, so that dump_stats_path names the device",
+            )
+        if not session.measures and config.uses_stats_files and not placed.files:
+            raise FileError(
+                "no ranges and no scales",
+                where=placed.path,
+                why=f"dump_stats_path of {path.name} points there",
+                fix="run `gaudi-calib calibrate`, or correct dump_stats_path",
+            )
         return session
 
     @property
     def measures(self) -> bool:
         return self.config.mode == "MEASURE"
 
-    @property
-    def device(self) -> Device:
-        return get_device(self.device_name)
-
     @cached_property
     def placed(self) -> CalibrationDir:
         """Where rank files are."""
         return CalibrationDir.named_by(self.config, self.path)
+
+    @property
+    def device(self) -> Device:
+        """The Gaudi that will serve."""
+        assert self.placed.device is not None
+        return self.placed.device
 
     def is_live(self) -> bool:
         """Whether the pass now running is one of a request, not one of vLLM's own before it serves.
@@ -95,36 +108,6 @@ class Session:
                     fix=f"leave {flag} out and use --tensor-parallel-size",
                 )
         return get_tp_group().rank_in_group, get_tp_group().world_size
-
-    def require_files(self) -> None:
-        """Raise FileError unless some rank file is there; each rank looks for its own later."""
-        if not self.placed.files:
-            raise FileError(
-                "no ranges and no scales",
-                where=self.placed.path,
-                why=f"dump_stats_path of {self.path.name} points there",
-                fix="run `gaudi-calib calibrate`, or correct dump_stats_path",
-            )
-
-
-def find_serving_device(config: QuantConfig, path: Path) -> Device:
-    """Return the Gaudi that the files of `config` are for.
-
-    Told by the manifest beside them, else by the directory's name (`.../g3/inc_output`), else
-    by the config's (`maxabs_quant_g3.json`).
-
-    Raises:
-        ConfigError: none of them tells.
-    """
-    placed = CalibrationDir.named_by(config, path)
-    if placed.device is not None:
-        return placed.device
-    raise ConfigError(
-        "it is not known which Gaudi will serve",
-        where=path,
-        why=f"{placed.path} is neither called g2 nor g3 and has no {MANIFEST_NAME}",
-        fix="keep the layout OUT/<model>/<device>/, so that dump_stats_path names the device",
-    )
 
 
 def _check_support(config: QuantConfig, path: Path) -> None:

@@ -1,9 +1,7 @@
 """What the runner can ask of vLLM's workers with `llm.collective_rpc(NAME)`; the answers come by rank."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-
-from torch import nn
 
 from gaudi_calib.errors import ConfigError
 
@@ -15,13 +13,14 @@ class WorkerExtension:
     """
 
     vllm_config: Any
+    get_model: Callable[[], Any]
 
     def reset_ranges(self) -> None:
         """Forget what was observed so far."""
         from gaudi_calib.engines.vllm_plugin.collect import reset_modules
 
         _find_session(self.vllm_config)
-        reset_modules(_find_model(self))
+        reset_modules(self.get_model())
 
     def save_ranges(self) -> list[str]:
         """Write this rank's ranges where `dump_stats_path` says.
@@ -41,7 +40,7 @@ class WorkerExtension:
         session = _find_session(self.vllm_config)
         plan = plan_model(download_model(self.vllm_config.model_config.model))
         rank, world = session.find_rank()
-        ranges = collect_ranges(_find_model(self), plan, session, rank, world)
+        ranges = collect_ranges(self.get_model(), plan, session, rank, world)
         session.placed.path.mkdir(parents=True, exist_ok=True)
         return [str(path) for path in write_rank_set(session.placed.path, ranges)]
 
@@ -55,9 +54,3 @@ def _find_session(vllm_config: Any) -> Any:
             fix="start it with quantization='gaudi_fp8' and QUANT_CONFIG=maxabs_measure_<device>.json",
         )
     return session
-
-
-def _find_model(worker: Any) -> nn.Module:
-    model = worker.get_model()
-    assert isinstance(model, nn.Module), Path(__file__).name
-    return model
