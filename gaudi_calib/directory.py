@@ -13,8 +13,8 @@ A `CalibrationDir` is what is there when it is asked first; files that are writt
 Manifest and config are imported when they are asked for: commands on bare rank files start faster.
 """
 
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -227,16 +227,16 @@ class CalibrationDir:
         """
         if scales is None:
             scales = self.manifest.scales if self.manifest else {}
-        hashes: dict[Path, str] = {}
+        hash_once = cache(hash_file)
         found = []
         for path in [path for path, file in self.files.items() if file.method] if paths is None else paths:
-            why = self._explain_staleness(scales.get(path.name), settings, hashes)
+            why = self._explain_staleness(scales.get(path.name), settings, hash_once)
             if why is not None:
                 found.append(StaleFile(path, why))
         return found
 
     def _explain_staleness(
-        self, origin: "ScaleOrigin | None", settings: Mapping[str, Any] | None, hashes: dict[Path, str]
+        self, origin: "ScaleOrigin | None", settings: Mapping[str, Any] | None, hash_once: Callable[[Path], str]
     ) -> str | None:
         if origin is None:
             return "the manifest does not say what it was computed from"
@@ -244,9 +244,7 @@ class CalibrationDir:
             path = self.path / name
             if not path.is_file():
                 return f"its ranges {name} are gone"
-            if path not in hashes:
-                hashes[path] = hash_file(path)
-            if hashes[path] != expected:
+            if hash_once(path) != expected:
                 return f"its ranges {name} have changed since"
         if settings is not None and dict(settings) != origin.settings:
             keys = dict.fromkeys([*origin.settings, *settings])

@@ -100,12 +100,8 @@ def parse_rank_file(name: str) -> RankFile | None:
 
 def list_rank_files(directory: Path) -> dict[Path, RankFile]:
     """Return the rank files of `directory` in the order of their names; nothing where it does not exist."""
-    found = {}
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        parts = parse_rank_file(path.name)
-        if parts is not None:
-            found[path] = parts
-    return found
+    paths = sorted(directory.iterdir()) if directory.is_dir() else []
+    return {path: file for path in paths if (file := parse_rank_file(path.name))}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import contextlib
 import os
 import platform
 import sys
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
@@ -221,15 +220,6 @@ class Record:
             if name in facts
         }
         self.manifest = Manifest.model_validate({**dict(self.manifest), **facts, **gained})
-
-    @contextlib.contextmanager
-    def time(self, step: str) -> Iterator[None]:
-        """Add the seconds the block takes to `timings_s` under `step`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.update(timings_s={step: round(time.perf_counter() - start, 3)})
 
     def write(self, **facts: Any) -> None:
         """Set fields of the manifest, and write it atomically."""

@@ -5,6 +5,7 @@ whose files are renamed into `OUT/<model>/` together when the last step has succ
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -149,8 +150,7 @@ class Run:
             with stage_files(self.layout.root) as self.staging:
                 for number, step in enumerate(steps, 1):
                     _log.info("Step %d/%d: %s", number, len(steps), (step.__doc__ or "").strip().rstrip("."))
-                    with self._timed(step.__name__.strip("_")):
-                        step(self)
+                    self._take(step)
                 if self.serves:
                     for target in self.targets:
                         write_quant_config(self.staging / target.layout.quant_config.name, target.quant_config)
@@ -200,12 +200,15 @@ class Run:
             vllm=self.options.vllm or target.record.manifest.vllm,
         )
 
-    @contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
-        with ExitStack() as stack:
+    def _take(self, step: Callable[["Run"], None]) -> None:
+        """Run a step; the manifests say how long it took, even where it fails."""
+        start = time.perf_counter()
+        try:
+            step(self)
+        finally:
+            seconds = round(time.perf_counter() - start, 3)
             for target in self.targets:
-                stack.enter_context(target.record.time(step))
-            yield
+                target.record.update(timings_s={step.__name__.strip("_"): seconds})
 
     def _record_files(self) -> None:
         for target in self.targets:

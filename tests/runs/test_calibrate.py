@@ -109,6 +109,7 @@ def test_one_measurement_serves_both_devices_and_several_worlds(dataset: Path):
     for device in ("g2", "g3"):
         manifest = read_manifest(result.root / device / "calibration_manifest.json")
         assert (manifest.status, list(manifest.worlds), manifest.dataset.prompts) == ("ok", [1, 2], 3)
+        assert list(manifest.timings_s) == ["prepare", "measure_model", "derive_ranks", "quantize"]
         assert CalibrationDir(result.root / device).find_stale() == []
         config = json.loads(result.quant_configs[device].read_text())
         assert config["dump_stats_path"] == str(result.root / device / "inc_output")
