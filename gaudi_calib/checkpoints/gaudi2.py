@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,26 +41,20 @@ _FLAVORED_METHOD = "compressed-tensors"
 _COUNTS = ("weights", "scales", "values", "rounded")
 
 
-class Action(Enum):
-    """What happens to a tensor."""
-
-    HALVE = "halve"
-    DOUBLE = "double"
-    COPY = "copy"
-
-
 @dataclass(frozen=True)
 class Gaudi2Converter:
     """The `Converter` for Gaudi 2.
 
     Attributes:
         checkpoint: what is converted.
-        actions: what happens to each tensor.
+        halved: names of the FP8 weights.
+        doubled: names of their scales, and of the static scales of what they multiply and of caches.
     """
 
     record_name: ClassVar[str] = "gaudi2_conversion.json"
     checkpoint: Checkpoint
-    actions: dict[str, Action]
+    halved: frozenset[str]
+    doubled: frozenset[str]
 
     @property
     def is_flavored(self) -> bool:
@@ -72,20 +65,18 @@ class Gaudi2Converter:
         return header
 
     def convert(self, source: Path, span: Span, counts: Counter[str]) -> Iterator[bytes | bytearray]:
-        action = self.actions[span.name]
-        if action is Action.HALVE:
+        if span.name in self.halved:
             return _halve_span(source, span, counts)
-        if action is Action.DOUBLE:
+        if span.name in self.doubled:
             counts["scales"] += 1
             return iter([_double_span(source, span)])
         return read_chunks(source, span)
 
     def is_converted(self, name: str, old: torch.Tensor | None, new: torch.Tensor) -> bool:
         assert old is not None, name
-        action = self.actions[name]
-        if action is Action.DOUBLE:
+        if name in self.doubled:
             return torch.equal(read_scale(new).to(torch.float64), 2 * read_scale(old).to(torch.float64))
-        compare = is_half if action is Action.HALVE else torch.equal
+        compare = is_half if name in self.halved else torch.equal
         return all(compare(before, after) for before, after in zip(split_bytes(old), split_bytes(new)))
 
     def change_file(self, path: Path) -> Any | None:
@@ -109,7 +100,7 @@ def plan_gaudi2(source: Path, out: Path) -> ConversionPlan[Gaudi2Converter]:
         FileError: `out` holds something else, or the disk is too small.
     """
     checkpoint = Checkpoint(source)
-    plan = plan_conversion(checkpoint, out, Gaudi2Converter(checkpoint, _choose_actions(checkpoint)))
+    plan = plan_conversion(checkpoint, out, _make_converter(checkpoint))
     if not any(_is_too_large(plan, shard) for shard in plan.shards):
         raise ModelError(
             "the checkpoint fits Gaudi 2 already, there is nothing to convert",
@@ -120,13 +111,14 @@ def plan_gaudi2(source: Path, out: Path) -> ConversionPlan[Gaudi2Converter]:
     return plan
 
 
-def _choose_actions(checkpoint: Checkpoint) -> dict[str, Action]:
+def _make_converter(checkpoint: Checkpoint) -> Gaudi2Converter:
     _ = checkpoint.shapes  # refuses what cannot be read
-    actions = dict.fromkeys(checkpoint.stored, Action.COPY)
-    for weight in checkpoint.weights.values():
-        if weight.scale is not None and not weight.packed:
-            actions[weight.values], actions[weight.scale] = Action.HALVE, Action.DOUBLE
-    left = [name for name, (dtype, _) in checkpoint.stored.items() if dtype in _FP8 and actions[name] is Action.COPY]
+    pairs = {
+        weight.values: weight.scale for weight in checkpoint.weights.values() if weight.scale and not weight.packed
+    }
+    halved, doubled = set(pairs), set(pairs.values())
+    known = halved | doubled
+    left = [name for name, (dtype, _) in checkpoint.stored.items() if dtype in _FP8 and name not in known]
     if left:
         raise ModelError(
             f"{left[0]!r} is FP8 and no part of the checkpoint",
@@ -134,7 +126,6 @@ def _choose_actions(checkpoint: Checkpoint) -> dict[str, Action]:
             why="a weight file holds it and the index does not list it; loaders read it all the same",
             fix="get the checkpoint again from its source",
         )
-    halved = {name for name, action in actions.items() if action is Action.HALVE}
     if not halved:
         raise ModelError(
             "the checkpoint has no FP8 weights, there is nothing to convert",
@@ -145,8 +136,8 @@ def _choose_actions(checkpoint: Checkpoint) -> dict[str, Action]:
     for name in checkpoint.stored:
         owner = find_input(name)
         if owner == "" or (owner is not None and (owner in halved or f"{owner}.weight" in halved)):
-            actions[name] = Action.DOUBLE
-    return actions
+            doubled.add(name)
+    return Gaudi2Converter(checkpoint, frozenset(halved), frozenset(doubled))
 
 
 def _is_too_large(plan: ConversionPlan[Gaudi2Converter], shard: str) -> bool:
@@ -154,7 +145,7 @@ def _is_too_large(plan: ConversionPlan[Gaudi2Converter], shard: str) -> bool:
     return any(
         find_largest(count_codes(chunk)) > LARGEST_OF_GAUDI2
         for span in plan.shards[shard].spans
-        if plan.converter.actions[span.name] is Action.HALVE
+        if span.name in plan.converter.halved
         for chunk in read_chunks(plan.source / shard, span)
     )
 
@@ -187,7 +178,7 @@ def _double_span(source: Path, span: Span) -> bytes:
     return doubled.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def find_unconverted(plan: ConversionPlan[Gaudi2Converter]) -> list[Path]:
+def _find_unconverted(plan: ConversionPlan[Gaudi2Converter]) -> list[Path]:
     """Return the safetensors files that are no part of the checkpoint, travel as they are and hold FP8."""
     found = []
     for path in plan.copies:
@@ -204,11 +195,11 @@ def describe_conversion(plan: ConversionPlan[Gaudi2Converter], *, is_full: bool)
     Args:
         is_full: also every file with its size.
     """
-    counts = Counter(plan.converter.actions.values())
-    halved, doubled, copied = (counts[action] for action in Action)
+    halved, doubled = len(plan.converter.halved), len(plan.converter.doubled)
+    copied = len(plan.converter.checkpoint.stored) - halved - doubled
     tensors = f"{halved} FP8 weights halved, {doubled} scales doubled, {copied} tensors as they are"
     others = f"copied; config.json gets {_FLAVOR_KEY}" if plan.converter.is_flavored else "copied"
-    left = [f"  not converted, though FP8: {path}, which the index does not list" for path in find_unconverted(plan)]
+    left = [f"  not converted, though FP8: {path}, which the index does not list" for path in _find_unconverted(plan)]
     return "\n".join([describe_plan(plan, tensors=tensors, others=others, is_full=is_full), *left])
 
 

@@ -272,7 +272,13 @@ def _plan_linear(plan: ModelPlan, linear: Linear, node: str, prefix: str, names:
     out_axis, in_axis = Axis(), Axis()
     if linear.split in (Split.QKV, Split.QKV_GROUPED, Split.QKV_INTERLEAVED):
         width, kv_width = plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim
-        _check_rows(node, sum(shape[0] for shape in shapes), width + 2 * kv_width)
+        rows, expected = sum(shape[0] for shape in shapes), width + 2 * kv_width
+        if rows != expected:
+            raise ModelError(
+                f"{node} has {rows} output rows, the configuration calls for {expected}",
+                why="num_attention_heads, num_key_value_heads or head_dim in config.json do not fit the weights",
+                fix="check that config.json belongs to these weights",
+            )
         kv_segment = Segment(kv_width, plan.kv_heads, replicates=True)
         out_axis = Axis((Segment(width, plan.heads), kv_segment, kv_segment))
         if linear.split is Split.QKV_INTERLEAVED:
@@ -290,15 +296,6 @@ def _column_segments(linear: Linear, shapes: list[tuple[int, ...]]) -> list[Segm
         half = shapes[0][0] // 2
         return [Segment(half, half), Segment(half, half)]
     return [Segment(shape[0], shape[0]) for shape in shapes]
-
-
-def _check_rows(name: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise ModelError(
-            f"{name} has {found} output rows, the configuration calls for {expected}",
-            why="num_attention_heads, num_key_value_heads or head_dim in config.json do not fit the weights",
-            fix="check that config.json belongs to these weights",
-        )
 
 
 def _plan_lm_head(plan: ModelPlan, names: WeightNames) -> LinearPlan:

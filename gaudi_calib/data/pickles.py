@@ -219,10 +219,7 @@ def _array_of(content: Any, recorded: _Recorder) -> np.ndarray:
     dtype = _dtype(recorded)
     if not dtype.hasobject:
         return np.frombuffer(_bytes(content), dtype)
-    cells = np.empty(len(content), object)
-    for number, cell in enumerate(content):
-        cells[number] = _plain(cell)
-    return cells
+    return np.fromiter(map(_plain, content), object, len(content))
 
 
 def _dtype(dtype: _Recorder) -> np.dtype:

@@ -19,6 +19,7 @@ import lzma
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any
@@ -74,36 +75,33 @@ def _read_file(path: Path, source: str) -> list[Record]:
             where=path,
             fix=f"use one of {' '.join(_READERS)}, optionally followed by {' '.join(_DECOMPRESSORS)}",
         )
+    fix = "check that you may read it; if it is compressed, copy or download it again"
+    with (
+        _explained("cannot read the dataset", OSError, EOFError, lzma.LZMAError, where=path, fix=fix),
+        _explained("the dataset is not UTF-8 text", UnicodeDecodeError, where=path, fix="convert it to UTF-8"),
+        path.open("rb") as raw,
+    ):
+        return _READERS[suffix](_DECOMPRESSORS[compression](raw) if compression else raw, source)
+
+
+@contextmanager
+def _explained(what: str, *errors: type[Exception], where: object, fix: str) -> Iterator[None]:
+    """Turn `errors` of a reader into a DataError that says what to do."""
     try:
-        with path.open("rb") as raw:
-            return _READERS[suffix](_DECOMPRESSORS[compression](raw) if compression else raw, source)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError(
-            "cannot read the dataset",
-            where=path,
-            why=str(error),
-            fix="check that you may read it; if it is compressed, copy or download it again",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            "the dataset is not UTF-8 text", where=path, why=str(error), fix="convert it to UTF-8"
-        ) from error
+        yield
+    except errors as error:
+        raise DataError(what, where=where, why=str(error), fix=fix) from error
 
 
 def _read_jsonl(file: IO[bytes], source: str) -> list[Record]:
     records = []
+    fix = "correct or remove the line; .jsonl holds one JSON object per line"
     for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
         if line.strip():
-            try:
+            where = f"{source}, line {number}"
+            with _explained("a line is not valid JSON", ValueError, where=where, fix=fix):
                 record = json.loads(line)
-            except ValueError as error:
-                raise DataError(
-                    "a line is not valid JSON",
-                    where=f"{source}, line {number}",
-                    why=str(error),
-                    fix="correct or remove the line; .jsonl holds one JSON object per line",
-                ) from error
-            records.append(_as_record(record, f"{source}, line {number}"))
+            records.append(_as_record(record, where))
     return records
 
 
@@ -155,15 +153,9 @@ def _read_parquet(file: IO[bytes], source: str) -> list[Record]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
+    fix = "download or export the file again, or store the rows as .jsonl"
+    with _explained("the dataset is not a readable Parquet file", pyarrow.ArrowException, where=source, fix=fix):
         return pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            "the dataset is not a readable Parquet file",
-            where=source,
-            why=str(error),
-            fix="download or export the file again, or store the rows as .jsonl",
-        ) from error
 
 
 def _read_pkl(file: IO[bytes], source: str) -> list[Record]:
@@ -216,15 +208,10 @@ def _read_directory(path: Path, columns: Mapping[str, str]) -> list[Record]:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         import datasets
 
-        try:
-            return _read_dataset(datasets.load_from_disk(str(path)), str(path), columns)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                "cannot load the dataset directory",
-                where=path,
-                why=str(error),
-                fix="save it again with datasets' save_to_disk, or point -d at a data file such as .jsonl or .parquet",
-            ) from error
+        fix = "save it again with datasets' save_to_disk, or point -d at a data file such as .jsonl or .parquet"
+        with _explained("cannot load the dataset directory", OSError, ValueError, where=path, fix=fix):
+            loaded = datasets.load_from_disk(str(path))
+        return _read_dataset(loaded, str(path), columns)
     files = sorted(_data_files(path))
     train = [file for file in files if file.name.startswith("train") or file.parent.name == "train"]
     chosen = train or files

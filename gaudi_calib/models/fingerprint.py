@@ -1,5 +1,6 @@
 """Telling one checkpoint from another in seconds, without reading all of it."""
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -23,27 +24,18 @@ def fingerprint_model(directory: Path) -> str:
         ModelError: there is no config.json.
     """
     digest = hashlib.sha256(find_config(directory).read_bytes())
-    for path in _list_weights(directory):
+    found = (sorted(directory.glob(pattern)) for pattern in _WEIGHTS)
+    for path in next(filter(None, found), []):
         digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
         _sample_file(path, digest)
     return f"sha256:{digest.hexdigest()}"
 
 
-def _list_weights(directory: Path) -> list[Path]:
-    for pattern in _WEIGHTS:
-        if found := sorted(directory.glob(pattern)):
-            return found
-    return []
-
-
 def _sample_file(path: Path, digest: "hashlib._Hash") -> None:
     """Add header and samples of every tensor, or of the whole file where it is of another format."""
-    spans: list[tuple[int, int]] = []
-    try:
+    spans = []
+    with contextlib.suppress(FileError):
         header = read_header(path)
-    except FileError:
-        pass
-    else:
         digest.update(header.content)
         spans = [(span.start, span.stop) for span in header.spans]
     with path.open("rb") as file:

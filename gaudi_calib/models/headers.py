@@ -8,10 +8,8 @@ Offsets are from the end of the header.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gaudi_calib.errors import FileError
 
@@ -90,7 +88,11 @@ def _parse_header(content: bytes, size: int) -> Header:
         entries = json.loads(content)
         metadata = dict(entries.pop("__metadata__", None) or {})
         base = _LENGTH_BYTES + len(content)
-        spans = sorted(_parse_spans(entries, base), key=lambda span: (span.start, span.stop))
+        found = [
+            Span(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), *(base + i for i in entry["data_offsets"]))
+            for name, entry in entries.items()
+        ]
+        spans = sorted(found, key=lambda span: (span.start, span.stop))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError("its header is not one of safetensors") from error
     end = base
@@ -101,9 +103,3 @@ def _parse_header(content: bytes, size: int) -> Header:
     if end != size:
         raise ValueError(f"its header tells of {end} bytes, the file is of {size}")
     return Header(content, metadata, tuple(spans))
-
-
-def _parse_spans(entries: dict[str, Any], base: int) -> Iterator[Span]:
-    for name, entry in entries.items():
-        start, stop = entry["data_offsets"]
-        yield Span(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), base + start, base + stop)

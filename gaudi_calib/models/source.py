@@ -179,7 +179,7 @@ def open_model(directory: str | os.PathLike[str]) -> ModelSource:
         ModelError: there is no config.json, or it is no JSON object.
     """
     path = Path(directory)
-    return ModelSource(str(directory), path, _read_config(find_config(path)))
+    return ModelSource(str(directory), path, _read_config(path))
 
 
 def find_model(name: str, *, needs_config: bool = True) -> ModelSource:
@@ -197,7 +197,7 @@ def find_model(name: str, *, needs_config: bool = True) -> ModelSource:
         return _find_on_hub(name)
     if not (needs_config or (directory / _CONFIG_NAME).is_file()):
         return ModelSource(name, directory)
-    return ModelSource(name, directory, _read_config(find_config(directory)))
+    return ModelSource(name, directory, _read_config(directory))
 
 
 def download_model(name: str) -> Path:
@@ -225,20 +225,20 @@ def _find_on_hub(name: str) -> ModelSource:
     from huggingface_hub import hf_hub_download
 
     try:
-        config = Path(hf_hub_download(name, _CONFIG_NAME))
+        directory = Path(hf_hub_download(name, _CONFIG_NAME)).parent
     except Exception as error:  # the hub client raises many unrelated types
         _log.warning("config.json of %s could not be downloaded, nothing is known of it: %s", name, _first_line(error))
         return ModelSource(name, None)
-    is_downloaded = any(config.parent.glob("*.safetensors"))
-    return ModelSource(name, config.parent if is_downloaded else None, _read_config(config))
+    is_downloaded = any(directory.glob("*.safetensors"))
+    return ModelSource(name, directory if is_downloaded else None, _read_config(directory))
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    fix = "restore it, or download the checkpoint again"
+def _read_config(directory: Path) -> dict[str, Any]:
+    path, fix = find_config(directory), "restore it, or download the checkpoint again"
     try:
         config = read_json(path)
     except FileError as error:
