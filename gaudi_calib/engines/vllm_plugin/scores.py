@@ -5,11 +5,12 @@ prefill, chunks of it and decode are all alike: a query sees the keys of its seq
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, count_rows, weigh
+from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, split_queries, weigh
 from gaudi_calib.errors import ConfigError
 
 
@@ -110,8 +111,7 @@ def observe_scores(
         history: holds the keys of this pass, too.
         block_size: of vLLM's cache.
     """
-    heads = query.shape[1]
-    for index, (start, stop) in enumerate(zip(sequences.starts, sequences.starts[1:], strict=False)):
+    for index, (start, stop) in enumerate(pairwise(sequences.starts)):
         if start == stop:
             continue
         slots, length = sequences.find_slots(index, block_size), sequences.lengths[index]
@@ -119,11 +119,9 @@ def observe_scores(
             observe_bound(ranges, query[0], length)
             continue
         keys = history.fetch(slots).float()
-        rows = count_rows(heads, length)
-        for first in range(start, stop, rows):
-            last = min(first + rows, stop)
-            seen = keys[:, : length - (stop - last)]
-            weigh(query[first:last].transpose(0, 1).float(), seen, ranges, scoring)
+        for rows in split_queries(query.shape[1], start, stop, length):
+            seen = keys[:, : length - (stop - rows.stop)]
+            weigh(query[rows].transpose(0, 1).float(), seen, ranges, scoring)
 
 
 def observe_bound(ranges: AttentionRanges, query: torch.Tensor, keys: int) -> None:
