@@ -218,6 +218,8 @@ def test_executor_that_cannot_work(asked, world, platform):
     """One node does not hold 16 ranks, and vLLM's CPU platform refuses Ray."""
     with pytest.raises(UsageError):
         choose_executor(asked, world, platform)
+    with pytest.raises(UsageError):
+        plan("llama", "g3", world, EngineOptions(args={"distributed_executor_backend": asked}), platform=platform)
 
 
 @pytest.mark.vllm

@@ -1,5 +1,6 @@
 """What one attention layer has seen, and its softmax, for both engines."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -50,9 +51,11 @@ class Scoring:
     sinks: torch.Tensor | None = None
 
 
-def count_rows(heads: int, keys: int) -> int:
-    """Return how many queries are scored at a time."""
-    return max(1, MAX_SCORES // (heads * keys))
+def split_queries(heads: int, start: int, stop: int, keys: int) -> Iterator[slice]:
+    """Yield the queries from `start` to `stop` in groups that are scored at a time."""
+    rows = max(1, MAX_SCORES // (heads * keys))
+    for first in range(start, stop, rows):
+        yield slice(first, min(first + rows, stop))
 
 
 def weigh(query: torch.Tensor, key: torch.Tensor, ranges: AttentionRanges, scoring: Scoring) -> torch.Tensor:

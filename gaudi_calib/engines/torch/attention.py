@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, count_rows, weigh
+from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, split_queries, weigh
 from gaudi_calib.engines.observe.peak import max_magnitude, max_per_head
 
 ATTENTION_NAME = "gaudi_calib"
@@ -78,12 +78,10 @@ class PackedAttention:
             ranges.take(name, max_per_head(tensor))
         out = torch.empty_like(query[..., : value.shape[-1]])
         for start, stop in pairwise(self.bounds):
-            rows = count_rows(query.shape[0], stop - start)
-            for first in range(start, stop, rows):
-                last = min(first + rows, stop)
-                span = slice(start, last)
-                probabilities = weigh(query[:, first:last], key[:, span], ranges, scoring)
-                out[:, first:last] = _average(probabilities, value[:, span])
+            for rows in split_queries(query.shape[0], start, stop, stop - start):
+                span = slice(start, rows.stop)
+                probabilities = weigh(query[:, rows], key[:, span], ranges, scoring)
+                out[:, rows] = _average(probabilities, value[:, span])
                 if self.latent is not None:
                     average = torch.matmul(probabilities, self.latent.vectors[span])
                     ranges.take("latent_out", max_per_head(average))

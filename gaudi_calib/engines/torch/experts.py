@@ -62,8 +62,9 @@ class ObservedExperts:
         self._routing, self._bias = 0.0, 0.0
         late = weights.facts.late_factor
         self._late_factor = float(weights.checkpoint.config.get(late) or 1.0) if late else 1.0
-        self._slices = [_Sums(group) for group in _chain(topologies, dtype, by_expert=False)]
-        self._wholes = [_Sums(group) for group in _chain(topologies, dtype, by_expert=True)]
+        self._slices = [_Sums(chain) for chain in _chain(topologies, dtype, by_expert=False)]
+        self._wholes = [_Sums(chain) for chain in _chain(topologies, dtype, by_expert=True)]
+        self._sums = [*self._slices, *self._wholes]
         self._cache: dict[int, _Expert] = {}
         self._spare: list[torch.Tensor] = []
         self._step, self._passed = -(-tokens // _SPARE_TOKENS), 0
@@ -81,12 +82,12 @@ class ObservedExperts:
         self.input.observe(hidden)
         self._routing = max(self._routing, float(weights.float().abs().sum(-1).max()))
         out = torch.zeros_like(hidden)
-        for sums in (*self._slices, *self._wholes):
+        for sums in self._sums:
             sums.start(hidden)
         for expert in index.unique().tolist():
             tokens, slot = torch.where(index == expert)
             self._run_expert(expert, hidden[tokens], tokens, weights[tokens, slot, None], out)
-        for sums in (*self._slices, *self._wholes):
+        for sums in self._sums:
             sums.finish()
         self._keep_spare(hidden)
         return out
@@ -180,7 +181,7 @@ class ObservedExperts:
             self._filled.numpy(),
             self._routing / self._late_factor,
             self._bias,
-            {key: peak.to_array() for sums in (*self._slices, *self._wholes) for key, peak in sums.peaks.items()},
+            {key: peak.to_array() for sums in self._sums for key, peak in sums.peaks.items()},
         )
         return ChannelNode(Op.DYNAMIC_MOE, (ChannelRange(self.input.to_array()),), experts=channels)
 
@@ -249,11 +250,8 @@ def _add_rows(sums: torch.Tensor, rows: torch.Tensor, parts: torch.Tensor) -> No
 
 def _chain(topologies: Sequence[Topology], dtype: torch.dtype, *, by_expert: bool) -> list[list[Topology]]:
     """Group topologies so that the sums of each follow from those of the one before; one rank goes with the finest."""
-    matching = [topology for topology in topologies if topology.expert_parallel == by_expert]
-    worlds = [topology.world for topology in matching if topology.world > 1]
-    # Below float32 sums round, so each is formed on its own, as the devices would.
-    groups = chain_worlds(worlds) if dtype is torch.float32 else [[world] for world in worlds]
-    chains = [[Topology(world, by_expert) for world in group] for group in groups]
+    worlds = [topology.world for topology in topologies if topology.expert_parallel == by_expert]
+    chains = [[Topology(world, by_expert) for world in chain] for chain in chain_worlds(worlds, dtype)]
     if by_expert and dtype is torch.float32 and chains:
         chains[0].append(Topology(1))
     elif by_expert:

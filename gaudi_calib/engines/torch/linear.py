@@ -104,14 +104,12 @@ def observe_row_parallel(
     (`forward_measure_no_reduce`).
 
     In float32 the product, and those of coarser worlds, are formed as sums of the
-    finest partial products, at no extra multiplications; in bfloat16, where sums
-    round, each is formed on its own, as the devices would.
+    finest partial products, at no extra multiplications.
     """
     observed = ObservedLinear()
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
-    sums = weight.dtype is torch.float32
-    chains = chain_worlds(worlds) if sums else [[world] for world in worlds if world > 1]
+    chains = chain_worlds(worlds, weight.dtype)
 
     def observe(world: int, parts: torch.Tensor) -> None:
         before = observed.products.get(world, (0.0,) * (1 if reduces else world))
@@ -125,7 +123,7 @@ def observe_row_parallel(
         flat = x.flatten(0, -2)
         observed.input.observe(flat, 0)
         parts = [_observe_products(flat, weight, chain, observe, scratch) for chain in chains]
-        exact = not sums or not parts
+        exact = not parts or weight.dtype is not torch.float32
         product = flat @ weight.T if exact else parts[0]
         observe(1, product.unsqueeze(0))
         if exact and bias is not None:
@@ -137,12 +135,16 @@ def observe_row_parallel(
     return observed
 
 
-def chain_worlds(worlds: Sequence[int]) -> list[list[int]]:
-    """Group worlds > 1 so that in each group every world divides the one before it.
+def chain_worlds(worlds: Sequence[int], dtype: torch.dtype = torch.float32) -> list[list[int]]:
+    """Group worlds > 1 so that in each group the sums of every world follow from those of the one before it.
+
+    Below float32 sums round, so each is formed on its own, as the devices would.
 
     >>> chain_worlds([1, 2, 3, 4, 8])
     [[8, 4, 2], [3]]
     """
+    if dtype is not torch.float32:
+        return [[world] for world in worlds if world > 1]
     chains: list[list[int]] = []
     for world in sorted({world for world in worlds if world > 1}, reverse=True):
         for chain in chains:

@@ -16,9 +16,9 @@ of the output projection. Activations are the caller's. Nothing here looks at th
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -51,8 +51,7 @@ class Batch:
     @property
     def positions(self) -> torch.Tensor:
         """Position ids, shape (1, tokens): counted from each sequence's start."""
-        lengths = np.diff(self.bounds)
-        return torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None]
+        return torch.cat([torch.arange(stop - start) for start, stop in pairwise(self.bounds)])[None]
 
 
 def make_batches(prompts: Sequence[Sequence[int]], batch_size: int, max_tokens: int) -> list[Batch]:
@@ -71,7 +70,7 @@ def make_batches(prompts: Sequence[Sequence[int]], batch_size: int, max_tokens: 
     return [
         Batch(
             torch.tensor([[token for index in group for token in prompts[index]]]),
-            np.cumsum([0] + [len(prompts[index]) for index in group]).tolist(),
+            list(accumulate((len(prompts[index]) for index in group), initial=0)),
             group[0],
         )
         for group in batches
@@ -95,10 +94,14 @@ class Layer:
         attention: of the layer, where it has any.
     """
 
-    def __init__(self, index: int, module: nn.Module, attention: PackedAttention | None, mode: Any):
-        """Run in the context `mode`."""
-        self.index, self.module, self.attention, self._mode = index, module, attention, mode
-        self.returns_tuple = False
+    def __init__(self, plan: ModelPlan, index: int, module: nn.Module):
+        self.index, self.module, self.returns_tuple = index, module, False
+        self.attention: PackedAttention | None = None
+        self._mode: Any = contextlib.nullcontext()
+        if index in plan.attention_layers:
+            self.attention = attach_attention(module.get_submodule(plan.layout.attention.module), index)
+            if not plan.layout.uses_attention_interface:
+                self._mode = SdpaInterceptor(self.attention)
 
     def run(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """Return the activations behind the layer, of the shape of `hidden`, (1, tokens, hidden size)."""
@@ -153,19 +156,12 @@ class Stream:
     def layers(self) -> Iterator[Layer]:
         """Yield one layer after the other, each with its weights while it is its turn."""
         for index, module in enumerate(self._layers):
-            layer = self._prepare(index, module)
+            layer = Layer(self.plan, index, module)
             with self._loader.loaded(module, self.plan.layers[index]):
                 yield layer
             self._returns_tuple = layer.returns_tuple
             for batch in self.batches:
                 batch.calls[index] = ((), {})  # masks and positions may be large
-
-    def _prepare(self, index: int, module: nn.Module) -> Layer:
-        if index not in self.plan.attention_layers:
-            return Layer(index, module, None, contextlib.nullcontext())
-        attention = attach_attention(module.get_submodule(self.plan.layout.attention.module), index)
-        intercepts = not self.plan.layout.uses_attention_interface
-        return Layer(index, module, attention, SdpaInterceptor(attention) if intercepts else contextlib.nullcontext())
 
     def run_outer(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """Run what lies outside the layers, with `hidden` behind the last of them.

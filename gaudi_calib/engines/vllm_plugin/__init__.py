@@ -13,7 +13,7 @@ happens, and nothing heavy is imported, unless that quantization is asked for.
     quantization  the method's entry: which module is observed, quantized or left alone
     session       what the modules of one process share: config, device, rank, whether a pass counts
     linear, attention, experts      the modules
-    scores        softmax denominators, from keys kept beside vLLM's cache
+    sequences     tokens and keys of a pass by sequence, with keys kept beside vLLM's cache
     fp8_*         the modules, computed as the target device would
     scales        scales of a rank's nodes, from its files
     collect       from what was observed to a rank's files

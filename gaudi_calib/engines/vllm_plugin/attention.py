@@ -1,5 +1,6 @@
 """Attention layers, observed."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -7,9 +8,9 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.attention import Attention
 
-from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring
+from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, split_queries, weigh
 from gaudi_calib.engines.observe.peak import max_magnitude
-from gaudi_calib.engines.vllm_plugin.scores import KeyHistory, Sequences, observe_bound, observe_scores
+from gaudi_calib.engines.vllm_plugin.sequences import KeyHistory, Sequences
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.fp8 import GAUDI2
 
@@ -28,7 +29,8 @@ class ObservedAttention:
     """Stands in for `forward` of one of vLLM's attention layers: computes the same and notes ranges.
 
     Queries, keys, values and the output are vLLM's own. Softmax denominators, which Gaudi 2
-    sends through its block matmuls, are computed again (scores.py); Gaudi 3 has no use for them.
+    sends through its block matmuls and no kernel gives away, are computed again in plain
+    torch; Gaudi 3 has no use for them.
 
     Attributes:
         ranges: what was seen, per head of this rank.
@@ -67,24 +69,39 @@ class ObservedAttention:
         sinks = getattr(impl, "sinks", None)
         if not self._needs_sums and sinks is None:
             # Every sequence begins with a token that sees itself alone: the largest probability is 1.
-            observe_bound(self.ranges, query[0], 1)
+            _observe_bound(self.ranges, query[0], 1)
         elif sequences.slots is None or getattr(impl, "alibi_slopes", None) is not None:
-            observe_bound(self.ranges, query[0], max(sequences.lengths))
+            _observe_bound(self.ranges, query[0], max(sequences.lengths))
         else:
             self._history.store(key, sequences.slots[: sequences.tokens])
-            block_size = self._cache_config.block_size
-            observe_scores(query, sequences, self._history, self.ranges, self._describe(sinks), block_size)
+            softcap = getattr(impl, "logits_soft_cap", None) or None  # vLLM has 0 for none
+            scoring = Scoring(impl.scale, window=self.layer.sliding_window, softcap=softcap, sinks=sinks)
+            self._observe_scores(query, sequences, scoring)
 
-    def _describe(self, sinks: torch.Tensor | None) -> Scoring:
-        softcap = getattr(self.layer.impl, "logits_soft_cap", None)
-        return Scoring(
-            self.layer.impl.scale,
-            window=self.layer.sliding_window,
-            softcap=softcap or None,  # vLLM has 0 for none
-            sinks=sinks,
-        )
+    def _observe_scores(self, query: torch.Tensor, sequences: Sequences, scoring: Scoring) -> None:
+        """Take in the softmax of every token, of queries of shape (tokens, heads, dim)."""
+        for index, (start, stop) in enumerate(pairwise(sequences.starts)):
+            if start == stop:
+                continue
+            slots, length = sequences.find_slots(index, self._cache_config.block_size), sequences.lengths[index]
+            if slots is None:
+                # No term of a denominator is larger than 1, so it is at most the number of keys.
+                _observe_bound(self.ranges, query[0], length)
+                continue
+            keys = self._history.fetch(slots).float()
+            for rows in split_queries(query.shape[1], start, stop, length):
+                seen = keys[:, : length - (stop - rows.stop)]
+                weigh(query[rows].transpose(0, 1).float(), seen, self.ranges, scoring)
 
 
 def _split(tensor: torch.Tensor, heads: int, tokens: int) -> torch.Tensor:
     """Shape (tokens, heads, dim), without padding."""
     return tensor.reshape(tensor.shape[0], heads, -1)[:tokens]
+
+
+def _observe_bound(ranges: AttentionRanges, query: torch.Tensor, keys: int) -> None:
+    """Take in what no softmax over `keys` keys exceeds, for a query of shape (heads, dim)."""
+    ones = torch.ones(query.shape[0], device=query.device)
+    ranges.take("probability", ones)
+    ranges.take("weight", ones)
+    ranges.take("softmax_sum", ones * keys)

@@ -10,7 +10,6 @@ do not show them: the rounding of probabilities (`matmul_av.inputs[0]`, the fuse
 of single blocks' results before they are added up, and of softmax denominators (Gaudi 2).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.engines.observe.fp8_cast import pass_through
 from gaudi_calib.engines.vllm_plugin.attention import find_metadata
 from gaudi_calib.engines.vllm_plugin.scales import ScaleSource, stand_in
-from gaudi_calib.engines.vllm_plugin.scores import Sequences
+from gaudi_calib.engines.vllm_plugin.sequences import Sequences
 from gaudi_calib.errors import ConfigError
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import ATTENTION_OPS, Op, ScaleNode
@@ -34,7 +33,18 @@ class QuantizedAttention:
 
     def __init__(self, layer: Attention, scales: dict[str, ScaleNode], source: ScaleSource):
         """Take the scales of the layer's ops by their short names; ops that are missing stay in bfloat16."""
-        self.layer, self.scales, self.source = layer, scales, source
+        self.layer, self.device = layer, source.device
+
+        def find_input(op: str, index: int) -> float | None:
+            return scales[op].inputs[index] if op in scales else None
+
+        # Where both caches are blocked, the fused op rounds keys and values.
+        self._key = find_input("k_cache", 0) or find_input(_FUSED, 1)
+        self._value = find_input("v_cache", 0) or find_input(_FUSED, 2)
+        self._prefill_query = find_input(_FUSED, 0)
+        self._decode_query = find_input("batch2block_matmul", 1), find_input("matmul_qk", 0)
+        self._prefill_out = float(scales[_FUSED].outputs[0]) if _FUSED in scales else None
+        self._decode_out = find_input("block2batch_matmul", 1)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
@@ -46,37 +56,23 @@ class QuantizedAttention:
         decodes = Sequences.from_metadata(metadata).find_decodes()
         query = self._round_query(query, decodes)
         if key is not None and value is not None:
-            key = self._round(key, [self._first("k_cache", 0, 1)])
-            value = self._round(value, [self._first("v_cache", 0, 2)])
+            key, value = self._round(key, self._key), self._round(value, self._value)
         out = type(layer).forward(layer, query, key, value, *args, **kwargs)
-        prefill = self._round(out, [self._output(_FUSED)])
-        return _select(decodes, self._round(out, [self._input("block2batch_matmul", 1)]), prefill)
+        return _select(decodes, self._round(out, self._decode_out), self._round(out, self._prefill_out))
 
     def _round_query(self, query: torch.Tensor, decodes: torch.Tensor) -> torch.Tensor:
-        prefill = self._round(query, [self._input(_FUSED, 0)])
+        prefill = self._round(query, self._prefill_query)
         if not bool(decodes.any()):
             return prefill
         factor = float(self.layer.impl.scale)
-        scales = [self._input("batch2block_matmul", 1), self._input("matmul_qk", 0)]
-        scaled = self._round((query * factor).to(query.dtype), scales)
+        scaled = self._round((query * factor).to(query.dtype), *self._decode_query)
         return _select(decodes, (scaled.float() / factor).to(query.dtype), prefill)
 
-    def _round(self, x: torch.Tensor, scales: Sequence[float | None]) -> torch.Tensor:
+    def _round(self, x: torch.Tensor, *scales: float | None) -> torch.Tensor:
         for scale in scales:
             if scale is not None:
-                x = pass_through(x, scale, self.source.device)
+                x = pass_through(x, scale, self.device)
         return x
-
-    def _input(self, op: str, index: int) -> float | None:
-        return self.scales[op].inputs[index] if op in self.scales else None
-
-    def _output(self, op: str) -> float | None:
-        return float(self.scales[op].outputs[0]) if op in self.scales else None
-
-    def _first(self, cache: str, index: int, fused: int) -> float | None:
-        """Scale of a cache, or of the fused op's input, or None where both are blocked."""
-        found = self._input(cache, index)
-        return self._input(_FUSED, fused) if found is None else found
 
 
 def quantize_attention(layer: Attention, source: ScaleSource) -> None:

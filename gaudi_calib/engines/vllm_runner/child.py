@@ -55,16 +55,9 @@ def open_engine(model: str, args: Mapping[str, Any]) -> Any:
     try:
         yield llm
     finally:
-        shut_down(llm)
-
-
-def shut_down(llm: Any) -> None:
-    """End the workers of `llm` and wait for them; may be called again."""
-    executor = getattr(llm.llm_engine, "model_executor", None)
-    if executor is not None:  # the engine runs in this process
-        executor.shutdown()
-    else:
-        llm.llm_engine.engine_core.shutdown()
+        # Without `model_executor`, the engine runs in another process.
+        engine = getattr(llm.llm_engine, "model_executor", None) or llm.llm_engine.engine_core
+        engine.shutdown()
 
 
 def _generate(llm: Any, spec: Mapping[str, Any]) -> int:

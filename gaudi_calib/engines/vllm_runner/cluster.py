@@ -13,10 +13,10 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-from gaudi_calib.errors import CalibrationError, UsageError
+from gaudi_calib.errors import CalibrationError
 
 # Ray's name of an accelerator, by platform.
-RESOURCES = {"hpu": "HPU", "cuda": "GPU"}
+_RESOURCES = {"hpu": "HPU", "cuda": "GPU"}
 _TIMEOUT_S = 120
 _CONNECT_S = 10
 
@@ -24,17 +24,13 @@ _CONNECT_S = 10
 def require_cluster(platform: str, world: int) -> None:
     """Check that a running Ray cluster has `world` free accelerators.
 
+    Args:
+        platform: one that `choose_executor` lets use Ray.
+
     Raises:
-        UsageError: vLLM has no Ray on this platform.
         CalibrationError: no Ray, no cluster, or too few of them.
     """
-    resource = RESOURCES.get(platform)
-    if resource is None:
-        raise UsageError(
-            f"--executor ray does not run on {platform}",
-            why="vLLM has no Ray resource for it",
-            fix="leave it out; ranks then are processes of this machine",
-        )
+    resource = _RESOURCES[platform]
     if find_spec("ray") is None:
         raise CalibrationError("Ray is not installed", fix="pip install ray, on every node")
     available = _ask_cluster(resource)

@@ -26,6 +26,8 @@ _SHUTDOWN_S = "1800"
 # Prompt and new tokens that prove that the quantized model runs.
 _PROOF_PROMPT, _PROOF_NEW = 16, 4
 _PROOF_LENGTH = 128
+# `max_model_len` is a multiple of it, where prompts decide.
+_LENGTH_STEP = 128
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ class Phase:
     saving: Saving
 
 
-def choose_executor(asked: str | None, world: int, platform: str) -> str:
-    """Return the executor for `world` ranks.
+def choose_executor(asked: object, world: int, platform: str) -> object:
+    """Return the executor for `world` ranks: the one `asked` for, if any.
 
     Raises:
         UsageError: one node cannot hold the ranks, or vLLM has no Ray on this platform.
@@ -151,8 +153,9 @@ def plan_phase(
         facts, default = target.family.quantize_args, _PROOF_LENGTH
     else:
         new, facts = options.max_new_tokens, target.family.measure_args
-        default = _round_up(max(map(len, prompts)) + new)
-    limit = options.max_model_len or _as_int(facts.get("max_model_len")) or min(default, target.context or default)
+        default = -(-(max(map(len, prompts)) + new) // _LENGTH_STEP) * _LENGTH_STEP
+    given = options.max_model_len or facts.get("max_model_len")
+    limit = given if isinstance(given, int) else min(default, target.context or default)
     _require_length(prompts, limit)
     settings = plan_settings(
         platform,
@@ -168,7 +171,9 @@ def plan_phase(
         max_model_len=limit,
         max_num_seqs=options.batch_size,
         enforce_eager=options.enforce_eager or platform != "hpu",
-        distributed_executor_backend=choose_executor(options.executor, target.world, platform),
+        distributed_executor_backend=choose_executor(
+            options.args.get("distributed_executor_backend") or options.executor, target.world, platform
+        ),
         gpu_memory_utilization=options.gpu_memory_utilization or facts.get("gpu_memory_utilization"),
         trust_remote_code=options.trust_remote_code or None,
         skip_tokenizer_init=True,
@@ -211,11 +216,3 @@ def _require_length(prompts: Sequence[Sequence[int]], limit: int) -> None:
                 why="at least one token is generated after it",
                 fix=f"cut prompts with --max-tokens {limit - 1}, or raise --max-model-len as far as the model allows",
             )
-
-
-def _round_up(tokens: int, step: int = 128) -> int:
-    return -(-tokens // step) * step
-
-
-def _as_int(value: object) -> int | None:
-    return value if isinstance(value, int) else None

@@ -16,9 +16,6 @@ from gaudi_calib.models.families import Family
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import Op, classify
 
-INC_METHOD = "inc"
-INC_CACHE_DTYPE = "fp8_inc"
-
 # Cards of one Gaudi node; more ranks need Ray.
 NODE_CARDS = 8
 
@@ -92,11 +89,11 @@ def plan_settings(
         shared["enable_expert_parallel"] = True
     if platform != "hpu":
         return Settings({"quantization": QUANTIZATION, "enforce_eager": True, "dtype": "bfloat16", **shared}, env)
-    args: dict[str, object] = {} if quantization else {"quantization": INC_METHOD}
+    args: dict[str, object] = {} if quantization else {"quantization": "inc"}
     if quantization and quantization.get("weight_block_size"):
         env["VLLM_HPU_FORCE_CHANNEL_FP8"] = "0"
     if config.mode != "MEASURE" and _quantizes_caches(config, modules):
-        args["kv_cache_dtype"] = INC_CACHE_DTYPE
+        args["kv_cache_dtype"] = "fp8_inc"
     if world > 1:
         env["PT_HPU_ENABLE_LAZY_COLLECTIVES"] = "true"
     return Settings({**args, **shared}, {**env, **(family.env if family else {}), **config.required_env})

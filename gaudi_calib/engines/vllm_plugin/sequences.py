@@ -1,4 +1,4 @@
-"""Softmax denominators, which no attention kernel gives away: computed again in plain torch.
+"""Which tokens and keys belong to which sequence of a pass, and the keys themselves.
 
 Keys are kept beside vLLM's cache, because its layout depends on the kernel. With them,
 prefill, chunks of it and decode are all alike: a query sees the keys of its sequence.
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, count_rows, weigh
 from gaudi_calib.errors import ConfigError
 
 
@@ -90,45 +89,3 @@ class KeyHistory:
     def fetch(self, slots: torch.Tensor) -> torch.Tensor:
         """Return the keys of some slots, shape (KV heads, keys, dim)."""
         return self._keys[slots].transpose(0, 1)
-
-
-def observe_scores(
-    query: torch.Tensor,
-    sequences: Sequences,
-    history: KeyHistory,
-    ranges: AttentionRanges,
-    scoring: Scoring,
-    block_size: int,
-) -> None:
-    """Take the softmax of every token of a pass into `ranges`.
-
-    A sequence whose keys cannot be found gives an upper bound: no term of a denominator is
-    larger than 1, so it is at most the number of keys.
-
-    Args:
-        query: shape (tokens, heads, dim).
-        history: holds the keys of this pass, too.
-        block_size: of vLLM's cache.
-    """
-    heads = query.shape[1]
-    for index, (start, stop) in enumerate(zip(sequences.starts, sequences.starts[1:], strict=False)):
-        if start == stop:
-            continue
-        slots, length = sequences.find_slots(index, block_size), sequences.lengths[index]
-        if slots is None:
-            observe_bound(ranges, query[0], length)
-            continue
-        keys = history.fetch(slots).float()
-        rows = count_rows(heads, length)
-        for first in range(start, stop, rows):
-            last = min(first + rows, stop)
-            seen = keys[:, : length - (stop - last)]
-            weigh(query[first:last].transpose(0, 1).float(), seen, ranges, scoring)
-
-
-def observe_bound(ranges: AttentionRanges, query: torch.Tensor, keys: int) -> None:
-    """Take in what no softmax over `keys` keys exceeds, for a query of shape (heads, dim)."""
-    ones = torch.ones(query.shape[0], device=query.device)
-    ranges.take("probability", ones)
-    ranges.take("weight", ones)
-    ranges.take("softmax_sum", ones * keys)
