@@ -27,7 +27,9 @@ def measure_model(run: Run) -> None:
     with tqdm(total=run.prompts.token_count, unit="tok", unit_scale=True, desc="measure") as bar:
 
         def show(tokens: float) -> None:
-            bar.update(tokens) if tokens else bar.unpause()  # loading libraries is not progress
+            if not tokens:
+                bar.unpause()  # loading libraries is not progress
+            bar.update(min(tokens, bar.total - bar.n))  # shares of a token may add up to a little more than all
 
         run.channels = measure_channels(
             run.plan.checkpoint.directory,
