@@ -135,7 +135,7 @@ def _read_csv(file: IO[bytes], source: str) -> list[Record]:
             fix='correct or remove the line; a quote inside a quoted cell is written twice: "a ""b"" c"',
         ) from error
     for number, record in enumerate(records, 1):
-        if "" in record and record[""] and isinstance(record[""], list):
+        if isinstance(record.get(""), list):
             raise DataError(
                 "the row has more cells than the header",
                 where=f"{source}, row {number}",
