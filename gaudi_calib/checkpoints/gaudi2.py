@@ -113,12 +113,11 @@ def plan_gaudi2(source: Path, out: Path) -> ConversionPlan[Gaudi2Converter]:
 
 def _make_converter(checkpoint: Checkpoint) -> Gaudi2Converter:
     _ = checkpoint.shapes  # refuses what cannot be read
-    pairs = {
-        weight.values: weight.scale for weight in checkpoint.weights.values() if weight.scale and not weight.packed
-    }
-    halved, doubled = set(pairs), set(pairs.values())
-    known = halved | doubled
-    left = [name for name, (dtype, _) in checkpoint.stored.items() if dtype in _FP8 and name not in known]
+    weights = checkpoint.weights.values()
+    scale_of = {weight.values: weight.scale for weight in weights if weight.scale and not weight.packed}
+    halved, doubled = set(scale_of), set(scale_of.values())
+    fp8 = [name for name, (dtype, _) in checkpoint.stored.items() if dtype in _FP8]
+    left = [name for name in fp8 if name not in halved | doubled]
     if left:
         raise ModelError(
             f"{left[0]!r} is FP8 and no part of the checkpoint",

@@ -18,7 +18,7 @@ import numpy as np
 
 from gaudi_calib.data import DEFAULT_SEED
 from gaudi_calib.data.rows import TOKEN_IDS
-from gaudi_calib.data.sources import read_rows
+from gaudi_calib.data.sources import explained, read_rows
 from gaudi_calib.data.tokens import load_tokenizer, tokenize_row
 from gaudi_calib.errors import DataError, UsageError
 from gaudi_calib.files import write_text
@@ -190,15 +190,9 @@ def _check_number(prompts: Prompts, limit: int | None, min_tokens: int | None) -
 
 
 def _read_template(path: Path) -> str:
-    try:
+    fix = "give --chat-template a readable file with a Jinja template in UTF-8"
+    with explained("cannot read the chat template", OSError, ValueError, where=path, fix=fix):
         return path.expanduser().read_text()
-    except (OSError, ValueError) as error:
-        raise DataError(
-            "cannot read the chat template",
-            where=path,
-            why=str(error),
-            fix="give --chat-template a readable file with a Jinja template in UTF-8",
-        ) from error
 
 
 def write_prompts(path: Path, prompts: Prompts) -> None:

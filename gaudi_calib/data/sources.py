@@ -77,15 +77,15 @@ def _read_file(path: Path, source: str) -> list[Record]:
         )
     fix = "check that you may read it; if it is compressed, copy or download it again"
     with (
-        _explained("cannot read the dataset", OSError, EOFError, lzma.LZMAError, where=path, fix=fix),
-        _explained("the dataset is not UTF-8 text", UnicodeDecodeError, where=path, fix="convert it to UTF-8"),
+        explained("cannot read the dataset", OSError, EOFError, lzma.LZMAError, where=path, fix=fix),
+        explained("the dataset is not UTF-8 text", UnicodeDecodeError, where=path, fix="convert it to UTF-8"),
         path.open("rb") as raw,
     ):
         return _READERS[suffix](_DECOMPRESSORS[compression](raw) if compression else raw, source)
 
 
 @contextmanager
-def _explained(what: str, *errors: type[Exception], where: object, fix: str) -> Iterator[None]:
+def explained(what: str, *errors: type[Exception], where: object, fix: str) -> Iterator[None]:
     """Turn `errors` of a reader into a DataError that says what to do."""
     try:
         yield
@@ -99,7 +99,7 @@ def _read_jsonl(file: IO[bytes], source: str) -> list[Record]:
     for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
         if line.strip():
             where = f"{source}, line {number}"
-            with _explained("a line is not valid JSON", ValueError, where=where, fix=fix):
+            with explained("a line is not valid JSON", ValueError, where=where, fix=fix):
                 record = json.loads(line)
             records.append(_as_record(record, where))
     return records
@@ -135,7 +135,7 @@ def _read_csv(file: IO[bytes], source: str) -> list[Record]:
             fix='correct or remove the line; a quote inside a quoted cell is written twice: "a ""b"" c"',
         ) from error
     for number, record in enumerate(records, 1):
-        if "" in record and record[""] and isinstance(record[""], list):
+        if isinstance(record.get(""), list):
             raise DataError(
                 "the row has more cells than the header",
                 where=f"{source}, row {number}",
@@ -154,7 +154,7 @@ def _read_parquet(file: IO[bytes], source: str) -> list[Record]:
     import pyarrow.parquet
 
     fix = "download or export the file again, or store the rows as .jsonl"
-    with _explained("the dataset is not a readable Parquet file", pyarrow.ArrowException, where=source, fix=fix):
+    with explained("the dataset is not a readable Parquet file", pyarrow.ArrowException, where=source, fix=fix):
         return pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
 
 
@@ -209,7 +209,7 @@ def _read_directory(path: Path, columns: Mapping[str, str]) -> list[Record]:
         import datasets
 
         fix = "save it again with datasets' save_to_disk, or point -d at a data file such as .jsonl or .parquet"
-        with _explained("cannot load the dataset directory", OSError, ValueError, where=path, fix=fix):
+        with explained("cannot load the dataset directory", OSError, ValueError, where=path, fix=fix):
             loaded = datasets.load_from_disk(str(path))
         return _read_dataset(loaded, str(path), columns)
     files = sorted(_data_files(path))

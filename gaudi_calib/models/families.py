@@ -117,10 +117,8 @@ _FALCON = _neox_like(
     packs=False,
 )
 
-_EACH = ("gate_proj", "up_proj", "down_proj")
 
-
-def _experts(path: str, each: tuple[str, ...] = _EACH, **facts: Any) -> Experts:
+def _experts(path: str, each: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"), **facts: Any) -> Experts:
     """Experts that vLLM and checkpoints keep at `path`, one set of linear layers each."""
     names = tuple(f"{path}.experts.{{}}.{name}.weight" for name in each)
     facts = {"module": f"{path}.experts", "router": f"{path}.gate", "each": names, **facts}
