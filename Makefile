@@ -51,7 +51,7 @@ demo: $(MODEL)/config.json ## calibrate SmolLM2-135M-Instruct, show what to run 
 	PATH="$(BIN):$$PATH" scripts/calibrate_model.sh -m $(MODEL) -d builtin -o demo/out -t 3 -r 1 \
 	    -l 128 -- --max-tokens 512
 	@echo; echo "The model is in $(MODEL), its calibration in demo/out/ ($$(find demo/out -type f | wc -l) files)."
-	@echo "Copy both to the same paths on a Gaudi and run the two lines above for it; under other paths,"
+	@echo "Copy both to the same paths on a Gaudi and run the lines above for it; under other paths,"
 	@echo "change dump_stats_path in maxabs_quant_*.json as well. FP8 costs this model quality:"
 	@echo "make demo-serve shows its BF16 and FP8 answers side by side."
 
