@@ -29,7 +29,7 @@ from gaudi_calib.runs.run import Run, Target
 
 if TYPE_CHECKING:
     from gaudi_calib.engines.vllm_runner.phases import PhaseName
-    from gaudi_calib.engines.vllm_runner.phases import Target as PhaseModel
+    from gaudi_calib.engines.vllm_runner.settings import Deployment
 
 _log = logging.getLogger(__name__)
 
@@ -155,12 +155,12 @@ def _staged_config(run: Run, name: str, target: Target, config: QuantConfig) -> 
         yield path, staged
 
 
-def _describe_model(run: Run) -> "PhaseModel":
-    from gaudi_calib.engines.vllm_runner.phases import Target as PhaseModel
+def _describe_model(run: Run) -> "Deployment":
+    from gaudi_calib.engines.vllm_runner.settings import Deployment
 
     source = run.plan.checkpoint.source
-    return PhaseModel(
-        run.plan.checkpoint.directory,
+    return Deployment(
+        str(run.plan.checkpoint.directory),
         run.options.world,
         run.plan.family,
         expert_parallel=run.expert_parallel,

@@ -15,6 +15,7 @@ from gaudi_calib.engines import QUANTIZATION
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.engines.vllm_runner.settings import (
     NODE_CARDS,
+    Deployment,
     Settings,
     bind_cpus,
     forward_to_ray,
@@ -178,16 +179,15 @@ def _plan_calibrated(
         device=get_device(options.device) if options.device else platform.device,
         expert_parallel=options.expert_parallel,
     )
-    settings = plan_settings(
-        platform.name,
-        calibration.config,
-        quant_config=calibration.path,
-        world=options.world,
-        family=model.family or calibration.family,
+    deployed = Deployment(
+        options.model,
+        options.world,
+        model.family or calibration.family,
         expert_parallel=shares,
         quantization=model.quantization,
         modules=calibration.list_modules(options.world),
     )
+    settings = plan_settings(platform.name, calibration.config, calibration.path, deployed)
     return settings, _describe(calibration, platform)
 
 

@@ -18,12 +18,11 @@ from gaudi_calib.engines.vllm_runner import cluster, process
 from gaudi_calib.engines.vllm_runner.phases import (
     EngineOptions,
     Phase,
-    Target,
     choose_executor,
     plan_phase,
 )
 from gaudi_calib.engines.vllm_runner.process import end_group, list_group
-from gaudi_calib.engines.vllm_runner.settings import bind_cpus, plan_settings
+from gaudi_calib.engines.vllm_runner.settings import Deployment, bind_cpus, plan_settings
 from gaudi_calib.errors import CalibrationError, DataError, UsageError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.models.families import find_family
@@ -47,14 +46,14 @@ def plan(
 ) -> list[Phase]:
     family = find_family(model_type)
     dump = Path("/data/out/m") / device / "inc_output"
-    target = Target(Path("/models/m"), world, family, context=4096, **facts)
+    deployed = Deployment("/models/m", world, family, context=4096, **facts)
     return [
         plan_phase(
             name,
             platform,
             (measure_config if name == "measure" else quant_config)(family, dump),
             Path(f"/data/out/m/maxabs_{name}_{device}.json"),
-            target,
+            deployed,
             PROMPTS,
             options or EngineOptions(),
         )
@@ -179,7 +178,7 @@ def test_static_per_channel_scales_need_a_variable():
     """INC's runtime scale patching is switched off for scale methods that it cannot patch."""
     family = find_family("llama")
     config = quant_config(family, "/data/g3/inc_output", "act_maxabs_hw_weights_pcs_maxabs_pow2")
-    settings = plan_settings("hpu", config, quant_config=Path("/q.json"), world=1, family=family)
+    settings = plan_settings("hpu", config, Path("/q.json"), Deployment("m", 1, family))
     assert settings.env == {"QUANT_CONFIG": "/q.json", "RUNTIME_SCALE_PATCHING": "0"}
 
 

@@ -13,9 +13,15 @@ from typing import Literal
 
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.engines import WORKER_EXTENSION
-from gaudi_calib.engines.vllm_runner.settings import NODE_CARDS, Settings, bind_cpus, forward_to_ray, plan_settings
+from gaudi_calib.engines.vllm_runner.settings import (
+    NODE_CARDS,
+    Deployment,
+    Settings,
+    bind_cpus,
+    forward_to_ray,
+    plan_settings,
+)
 from gaudi_calib.errors import DataError, UsageError
-from gaudi_calib.models.families import Family
 
 PhaseName = Literal["measure", "quantize"]
 Saving = Literal["ask", "shutdown", "none"]
@@ -58,34 +64,12 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class Target:
-    """What is calibrated.
-
-    Attributes:
-        model: directory of the checkpoint.
-        world, expert_parallel: ranks, and whether they hold whole experts.
-        family: its facts.
-        quantization: `quantization_config` of the checkpoint, where it has one.
-        modules: nodes of the model.
-        context: tokens of a sequence the model can take, None where it does not say.
-    """
-
-    model: Path
-    world: int
-    family: Family
-    expert_parallel: bool = False
-    quantization: Mapping[str, object] | None = None
-    modules: Sequence[str] = ()
-    context: int | None = None
-
-
-@dataclass(frozen=True)
 class Phase:
     """One engine from start to shutdown.
 
     Attributes:
         name: `measure` or `quantize`.
-        model: directory of the checkpoint.
+        model: directory or hub name of the checkpoint.
         settings: engine arguments and environment.
         prompts: token ids.
         max_new_tokens: for each prompt.
@@ -94,7 +78,7 @@ class Phase:
     """
 
     name: PhaseName
-    model: Path
+    model: str
     settings: Settings
     prompts: Sequence[Sequence[int]]
     max_new_tokens: Sequence[int]
@@ -130,7 +114,7 @@ def plan_phase(
     platform: str,
     config: QuantConfig,
     quant_config: Path,
-    target: Target,
+    deployed: Deployment,
     prompts: Sequence[Sequence[int]],
     options: EngineOptions,
 ) -> Phase:
@@ -148,31 +132,23 @@ def plan_phase(
         raise UsageError(
             "--env QUANT_CONFIG", why="each phase has its own", fix="use --config-measure and --config-quant"
         )
+    family = deployed.family
     if name == "quantize":
         prompts, new = [list(prompts[0][:_PROOF_PROMPT])], min(_PROOF_NEW, options.max_new_tokens)
-        facts, default = target.family.quantize_args, _PROOF_LENGTH
+        facts, default = family.quantize_args if family else {}, _PROOF_LENGTH
     else:
-        new, facts = options.max_new_tokens, target.family.measure_args
+        new, facts = options.max_new_tokens, family.measure_args if family else {}
         default = -(-(max(map(len, prompts)) + new) // _LENGTH_STEP) * _LENGTH_STEP
     given = options.max_model_len or facts.get("max_model_len")
-    limit = given if isinstance(given, int) else min(default, target.context or default)
+    limit = given if isinstance(given, int) else min(default, deployed.context or default)
     _require_length(prompts, limit)
-    settings = plan_settings(
-        platform,
-        config,
-        quant_config=quant_config,
-        world=target.world,
-        family=target.family,
-        expert_parallel=target.expert_parallel,
-        quantization=target.quantization,
-        modules=target.modules,
-    ).with_args(
+    settings = plan_settings(platform, config, quant_config, deployed).with_args(
         dtype="bfloat16",
         max_model_len=limit,
         max_num_seqs=options.batch_size,
         enforce_eager=options.enforce_eager or platform != "hpu",
         distributed_executor_backend=choose_executor(
-            options.args.get("distributed_executor_backend") or options.executor, target.world, platform
+            options.args.get("distributed_executor_backend") or options.executor, deployed.world, platform
         ),
         gpu_memory_utilization=options.gpu_memory_utilization or facts.get("gpu_memory_utilization"),
         trust_remote_code=options.trust_remote_code or None,
@@ -180,13 +156,13 @@ def plan_phase(
         enable_prefix_caching=False,
         worker_extension_cls=None if platform == "hpu" else WORKER_EXTENSION,
     )
-    settings = settings.with_env(_plan_environment(platform, target.world)).with_args(**options.args)
+    settings = settings.with_env(_plan_environment(platform, deployed.world)).with_args(**options.args)
     settings = settings.with_env(options.env)
     if settings.args["distributed_executor_backend"] == "ray":
         settings = forward_to_ray(settings)
     return Phase(
         name,
-        target.model,
+        deployed.model,
         settings,
         prompts,
         [max(1, min(new, limit - len(ids))) for ids in prompts],

@@ -77,7 +77,7 @@ def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
 
 def _to_spec(phase: Phase) -> dict[str, Any]:
     return {
-        "model": str(phase.model),
+        "model": phase.model,
         "args": dict(phase.settings.args),
         "prompts": [list(ids) for ids in phase.prompts],
         "max_new_tokens": list(phase.max_new_tokens),

@@ -6,7 +6,7 @@ what that Gaudi would.
 
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,46 +61,56 @@ class Settings:
         return words
 
 
-def plan_settings(
-    platform: str,
-    config: QuantConfig,
-    *,
-    quant_config: Path,
-    world: int,
-    family: Family | None = None,
-    expert_parallel: bool = False,
-    quantization: Mapping[str, object] | None = None,
-    modules: Iterable[str] = (),
-) -> Settings:
+@dataclass(frozen=True)
+class Deployment:
+    """A model, and how its ranks share it.
+
+    Attributes:
+        model: directory or hub name of the checkpoint.
+        world, expert_parallel: ranks, and whether they hold whole experts.
+        family: the model's, for what it needs; None where nobody described it.
+        quantization: `quantization_config` of the checkpoint, where it has one. It keeps that
+            method then, and on a Gaudi QUANT_CONFIG alone turns INC on.
+        modules: nodes of the model, or those that `_mod_list.json` lists; where no cache among them is
+            quantized, they stay in BF16. Nothing where they are not known.
+        context: tokens of a sequence the model can take, None where it does not say.
+    """
+
+    model: str
+    world: int
+    family: Family | None
+    expert_parallel: bool = False
+    quantization: Mapping[str, object] | None = None
+    modules: Sequence[str] = ()
+    context: int | None = None
+
+
+def plan_settings(platform: str, config: QuantConfig, quant_config: Path, deployed: Deployment) -> Settings:
     """Return how to start vLLM so that the ranks obey `config`.
 
     Args:
         platform: what runs now, `hpu`, `cuda` or `cpu`.
         quant_config: file of `config`; QUANT_CONFIG is set to it.
-        family: of the model, for what it needs on a Gaudi; None where nobody described it.
-        quantization: `quantization_config` of the checkpoint, where it has one. It keeps that
-            method then, and on a Gaudi QUANT_CONFIG alone turns INC on.
-        modules: nodes of the model, or those that `_mod_list.json` lists; where no cache among them is
-            quantized, they stay in BF16. Nothing where they are not known.
     """
     env = {"QUANT_CONFIG": str(quant_config.resolve())}
-    shared: dict[str, object] = {"tensor_parallel_size": world}
-    if expert_parallel and world > 1:
+    shared: dict[str, object] = {"tensor_parallel_size": deployed.world}
+    if deployed.expert_parallel and deployed.world > 1:
         shared["enable_expert_parallel"] = True
     if platform != "hpu":
         return Settings({"quantization": QUANTIZATION, "enforce_eager": True, "dtype": "bfloat16", **shared}, env)
-    args: dict[str, object] = {} if quantization else {"quantization": "inc"}
-    if quantization and quantization.get("weight_block_size"):
+    args: dict[str, object] = {} if deployed.quantization else {"quantization": "inc"}
+    if deployed.quantization and deployed.quantization.get("weight_block_size"):
         env["VLLM_HPU_FORCE_CHANNEL_FP8"] = "0"
-    if config.mode != "MEASURE" and _quantizes_caches(config, modules):
+    if config.mode != "MEASURE" and _quantizes_caches(config, deployed.modules):
         args["kv_cache_dtype"] = "fp8_inc"
-    if world > 1:
+    if deployed.world > 1:
         env["PT_HPU_ENABLE_LAZY_COLLECTIVES"] = "true"
-    return Settings({**args, **shared}, {**env, **(family.env if family else {}), **config.required_env})
+    family_env = deployed.family.env if deployed.family else {}
+    return Settings({**args, **shared}, {**env, **family_env, **config.required_env})
 
 
-def _quantizes_caches(config: QuantConfig, modules: Iterable[str]) -> bool:
-    named = list(modules) or [_ANY_CACHE]
+def _quantizes_caches(config: QuantConfig, modules: Sequence[str]) -> bool:
+    named = modules or [_ANY_CACHE]
     caches = [name for name in named if classify(name.rpartition(".")[2], None, has_weight=False) is Op.KV_CACHE]
     return any(not config.is_blocked(name, find_layer_type(name, Op.KV_CACHE)) for name in caches)
 
