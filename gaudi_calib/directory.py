@@ -157,20 +157,35 @@ class CalibrationDir:
         wanted = [self.name_file(rank, world, method=method) for rank in range(world)]
         return [path for path in wanted if path not in self.files]
 
+    def require_worlds(self) -> dict[int, dict[int, Path]]:
+        """Return `worlds`, of which there is at least one.
+
+        Raises:
+            FileError: there are no ranges; see also `worlds`.
+        """
+        if not self.worlds:
+            raise FileError(
+                "no ranges in the directory",
+                where=self.path,
+                why=f"no file in it is called like {self.name_file(0, 1, extension='json').name}",
+                fix="give the directory that holds such files: <device> of a run, e.g. OUT/<model>/g3",
+            )
+        return self.worlds
+
     def read_world(self, world: int) -> list[RankSet[Node]]:
         """Read the ranges of all ranks of `world`, in rank order.
 
         Raises:
             FileError: a rank's file is missing or malformed, or there are two.
         """
-        ranks = self.worlds.get(world, {})
+        ranks = self.require_worlds().get(world, {})
         missing = [rank for rank in range(world) if rank not in ranks]
         if missing:
             more = f" (nor of {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise FileError(
                 f"no ranges of rank {missing[0]} of {world}{more}",
                 where=self.name_file(missing[0], world, extension="json"),
-                why=f"the directory holds ranges of world size {', '.join(map(str, self.worlds)) or 'none'}",
+                why=f"the directory holds ranges of world size {', '.join(map(str, self.worlds))}",
                 fix=f"run `gaudi-calib measure -t {world}`, or name a world size that is there",
             )
         return read_world_files([ranks[rank] for rank in range(world)])

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from gaudi_calib.cli.main import main
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, UsageError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
@@ -116,3 +117,14 @@ def test_scales_are_judged_by_the_last_good_run(run):
     with pytest.raises(RuntimeError), record_run(run):
         raise RuntimeError
     assert find_stale(run) == []
+
+
+@pytest.mark.parametrize("command", ["unify -r 1", "expand -w 4 --from-world 2", "postprocess"])
+def test_a_run_in_the_place_of_its_device_directory_is_told_so(command, tmp_path, capsys):
+    """One message, whichever command reads the ranges; what its fix says then works."""
+    shutil.copytree(LLAMA / "tp2" / "g2", tmp_path / "run" / "g2")
+    name, *options = command.split()
+    assert main([name, str(tmp_path / "run"), *options]) == 1
+    error = capsys.readouterr().err
+    assert "no ranges in the directory" in error and "OUT/<model>/g3" in error
+    assert main([name, str(tmp_path / "run" / "g2"), *options, "-o", str(tmp_path / "out")]) == 0

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import FileError
 from gaudi_calib.files import stage_files
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.rankfiles.store import read_world_files, write_rank_sets
@@ -21,9 +20,7 @@ def postprocess_dir(directory: Path, out: Path) -> list[Path]:
     Raises:
         FileError: no ranges in `directory`, or one is malformed; nothing is written.
     """
-    worlds = CalibrationDir(directory).worlds.values()
-    if not worlds:
-        raise FileError("no ranges to postprocess", where=directory, fix="run `gaudi-calib measure` first")
+    worlds = CalibrationDir(directory).require_worlds().values()
     rank_sets = [apply_kv_cache(rank_set) for ranks in worlds for rank_set in read_world_files(list(ranks.values()))]
     with stage_files(out) as staging:
         written = write_rank_sets(staging, rank_sets)

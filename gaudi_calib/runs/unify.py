@@ -54,11 +54,10 @@ def _unify_world(source: CalibrationDir, from_world: int, world: int, conversion
 
 def _find_candidates(source: CalibrationDir, world: int) -> list[int]:
     """Return the worlds that may be meant: one, or several that have to give the same."""
-    candidates = [size for size in source.worlds if size > world and size % world == 0]
+    candidates = [size for size in source.require_worlds() if size > world and size % world == 0]
     if not candidates:
         raise FileError(
-            f"nothing to unify into {world}: the directory holds world sizes "
-            f"{', '.join(map(str, source.worlds)) or 'none'}",
+            f"nothing to unify into {world}: the directory holds world sizes {', '.join(map(str, source.worlds))}",
             where=source.path,
             fix="measure with a larger -t that the target divides, or check the directory",
         )
