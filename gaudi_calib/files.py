@@ -174,6 +174,13 @@ def hash_file(path: Path) -> str:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_bytes(content: bytes) -> str:
+    """Return `sha256:<hex digest>` of `content`."""
+    import hashlib
+
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
 def load_pickle(file: IO[bytes], *, find_class: Callable[[str, str], Any], name: str) -> Any:
     """Unpickle `file` without letting it run code.
 

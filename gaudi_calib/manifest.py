@@ -3,7 +3,7 @@
     {"format": 2, "status": "ok", "command": ["gaudi-calib", "calibrate", ...],
      "model": {"name": ..., "fingerprint": "sha256:..."}, "dataset": {...}, "versions": {...},
      "worlds": {"2": {"expert_parallel": null, "is_bounded": false}},
-     "files": {"inc_output_hooks_maxabs_0_1.npz": "sha256:..."},
+     "measurement": "sha256:...", "files": {"inc_output_hooks_maxabs_0_1.npz": "sha256:..."},
      "scales": {"inc_output_hooks_maxabs_MAXABS_HW_0_1.npz": {"ranges": {...}, "settings": ...}},
      "last_good": null, ...}
 
@@ -135,7 +135,9 @@ class Manifest(_Facts):
         vllm: version of the vLLM whose names the files have, where it was chosen.
         config: QUANT_CONFIG contents by phase.
         timings_s: seconds by step.
-        files: hash by name, relative to the manifest's directory.
+        measurement: which measurement the ranges are of: the hash of its channel ranges, or of the
+            ranges it wrote where it has none. Two that differ must not be mixed.
+        files: hash of every rank file that was written, by name.
         scales: origin of every scale file.
         merged: directories whose ranges were merged.
         merged_datasets: the data they were measured on.
@@ -162,6 +164,7 @@ class Manifest(_Facts):
     versions: dict[str, str] = Field(default_factory=dict)
     config: dict[Literal["measure", "quantize"], dict[str, Any]] = Field(default_factory=dict)
     timings_s: dict[str, float] = Field(default_factory=dict)
+    measurement: str | None = None
     files: dict[str, str] = Field(default_factory=dict)
     scales: dict[str, ScaleOrigin] = Field(default_factory=dict)
     expert_coverage: CoverageFacts | None = None

@@ -110,6 +110,22 @@ class ModelPlan:
         layers = [name for name in self.node_names if suffixes and name.endswith(suffixes)]
         return [*self.layout.others, *layers]
 
+    @property
+    def ops(self) -> dict[str, Op]:
+        """What each node computes that runs: those that must have ranges, or be blocked.
+
+        An expert's own matmuls are left out: the fused op stands for them.
+        """
+        linears = {name: linear.op for name, linear in self.linears.items()}
+        experts = dict.fromkeys(self.experts, Op.DYNAMIC_MOE)
+        attention = {
+            self.attention_node(layer, name): op
+            for layer in self.attention_layers
+            for name, op in self.attention_ops.items()
+            if op is not Op.SOFTMAX  # that of naive prompt attention
+        }
+        return linears | experts | attention
+
     def divides(self, world: int) -> bool:
         """Whether every tensor outside the experts divides over `world` ranks."""
         axes = [*self._split_axes(), self.head_axis, self.kv_axis]

@@ -1,6 +1,7 @@
 """`gaudi-calib calibrate`, `measure` and `quantize`: which steps a run has, and those that both engines share."""
 
 import logging
+import shlex
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from gaudi_calib.config.model import get_scales_device
 from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import FileError
+from gaudi_calib.errors import FileError, TopologyError
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, RankFile
 from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
@@ -55,7 +56,11 @@ def quantize(options: RunOptions) -> RunResult:
     Raises:
         FileError: no ranges of this world. RangeError: a range gives no usable scale.
     """
-    return Run(options, serves=True, fresh=False).execute([_load_ranges, _quantize])
+    run = Run(options, serves=True, fresh=False)
+    for target in run.targets if run.needs_ranges else ():
+        run.require_same_model(target)
+        _require_ranges(run, target)
+    return run.execute([_load_ranges, _quantize])
 
 
 def list_files(options: RunOptions) -> list[Path]:
@@ -68,7 +73,7 @@ def list_files(options: RunOptions) -> list[Path]:
     run = Run(options, serves=True)
     paths = [run.layout.channel_ranges] if run.needs_ranges and options.engine != "vllm" else []
     for target in run.targets:
-        paths.append(target.layout.quant_config)
+        paths.append(target.quant_path)
         if not run.needs_ranges:
             continue
         tag = target.quant_config.method_table.file_tag
@@ -92,26 +97,68 @@ def _prepare(run: Run) -> None:
     _log.info("%d prompts, %d tokens", len(run.prompts), run.prompts.token_count)
 
 
+def _require_ranges(run: Run, target: Target) -> None:
+    """Raise FileError where there is nothing to compute scales from, before a manifest says that anything runs."""
+    placed = target.placed
+    for world in run.options.worlds:
+        if world not in (placed.worlds if placed.path.is_dir() else ()) and not placed.channel_file.is_file():
+            raise FileError(
+                f"no ranges for {world} ranks on {target.device.name}",
+                where=placed.path,
+                why=f"neither rank files nor {CHANNEL_RANGES_NAME}",
+                fix=_name_sources(run, placed, world),
+            )
+
+
+def _name_sources(run: Run, placed: CalibrationDir, world: int) -> str:
+    """Return the commands that make ranges of `world` ranks."""
+    directory = shlex.quote(str(placed.path))
+    larger = [size for size in placed.worlds if size % world == 0] if placed.path.is_dir() else []
+    smaller = [size for size in placed.worlds if world % size == 0] if placed.path.is_dir() else []
+    if larger:
+        return f"run gaudi-calib unify {directory} -r {world}"
+    if smaller:
+        return f"take upper bounds: gaudi-calib expand {directory} -w {world} --from-world {smaller[-1]}"
+    model, out = shlex.quote(run.options.model), shlex.quote(str(run.options.out))
+    return f"run gaudi-calib measure -m {model} -d builtin -o {out} -t {world}, with data of your own for -d"
+
+
 def _load_ranges(run: Run) -> None:
     """Read ranges."""
     for target in run.targets:
-        run.require_same_model(target)
-        placed = CalibrationDir(target.layout.directory)
+        placed = target.placed
         for world in run.options.worlds:
             if world in placed.worlds:
                 ranks = placed.read_world(world)
                 if _shares_as_wanted(run, target, ranks):
                     target.ranges[world] = ranks
+                    _restore_npz(run, target, ranks)
                     continue
-            if not placed.channel_file.is_file():
-                raise FileError(
-                    f"no ranges for {world} ranks on {target.device.name}",
-                    where=placed.path,
-                    why=f"neither rank files (with experts shared as they are to be served) nor {CHANNEL_RANGES_NAME}",
-                    fix=f"run `gaudi-calib measure -m MODEL -d DATASET -o OUT -t {world}`, or make them of ranks "
-                    "that are there: `gaudi-calib unify DIR -r N`, `gaudi-calib expand DIR -w N`",
-                )
-            derive_target(run, read_channel_ranges(placed.channel_file), target, world)
+                if not placed.channel_file.is_file():
+                    raise _refuse_sharing(run, placed, world)
+            derive_target(run, read_channel_ranges(placed.require_channels()), target, world)
+        run.require_covered(target)
+
+
+def _restore_npz(run: Run, target: Target, ranks: list[RankSet[Node]]) -> None:
+    """Write the `.npz` of ranks that have only their `.json`: INC reads nothing else."""
+    for rank_set in ranks:
+        path = target.placed.name_file(rank_set.rank, rank_set.world)
+        if not path.is_file():
+            run.warn(f"{path.name} was missing; it is written from the .json beside it")
+            write_rank_set(run.staging / target.device.name, rank_set)
+
+
+def _refuse_sharing(run: Run, placed: CalibrationDir, world: int) -> TopologyError:
+    wanted, held, flag = "whole experts", "a slice of each expert", "--no-expert-parallel"
+    if not run.expert_parallel:
+        wanted, held, flag = held, wanted, "-u"
+    return TopologyError(
+        f"the ranges are of ranks that hold {held}, and {wanted} are to be served",
+        where=placed.path,
+        why=f"without {CHANNEL_RANGES_NAME} they cannot be derived for {world} ranks",
+        fix=f"give {flag}, which serves what was measured, or measure again",
+    )
 
 
 def _shares_as_wanted(run: Run, target: Target, ranks: list[RankSet[Node]]) -> bool:

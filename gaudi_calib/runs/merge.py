@@ -7,7 +7,7 @@ one world may lie in different directories. Scales are never merged.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.merge import merge_channels, merge_ranks
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channel_ranges
-from gaudi_calib.rankfiles.store import read_ranges, write_rank_sets
+from gaudi_calib.rankfiles.store import write_rank_sets
 
 _log = logging.getLogger(__name__)
 
@@ -143,8 +143,17 @@ def _all_have(what: str, present: Mapping[Path, bool]) -> bool:
 def _merge_channel_files(runs: Sequence[_Run]) -> ChannelRanges | None:
     if not _all_have("channel ranges", {run.path: run.has_channels for run in runs}):
         return None
+    for place in (place for run in runs for place in run.devices.values()):
+        _require_channels(place, {run.path.resolve() for run in runs})
     paths = [run.path / CHANNEL_RANGES_NAME for run in runs]
     return merge_channels([read_channel_ranges(path) for path in paths], paths)
+
+
+def _require_channels(place: CalibrationDir, joined: Container[Path]) -> None:
+    """Check that channel ranges lack nothing of `place`, unless what they lack is among the runs that are `joined`."""
+    merged = place.manifest.merged if place.manifest else []
+    if not (merged and all(Path(path).parent in joined for path in merged)):
+        place.require_channels()
 
 
 def _merge_device(places: Sequence[CalibrationDir]) -> list[RankSet[Node]]:
@@ -182,7 +191,7 @@ def _merge_world(world: int, places: Sequence[CalibrationDir]) -> list[RankSet[N
     merged = []
     for rank in range(world):
         having = [place for place in places if rank in place.worlds[world]]
-        rank_sets = [read_ranges(place.worlds[world][rank]) for place in having]
+        rank_sets = [rank_set for place in having for rank_set in place.read_ranks([place.worlds[world][rank]])]
         merged.append(merge_ranks(rank_sets, [place.path for place in having]))
     return merged
 
@@ -239,8 +248,10 @@ def _write(
             if rank_sets:
                 written += write_rank_sets(staging / device, rank_sets)
                 facts = _gather_facts(manifests[device], sources, sorted({ranks.world for ranks in rank_sets}))
-                with record_run(staging / device / MANIFEST_NAME, **facts) as record:
-                    record.update(files=CalibrationDir(staging / device).hash_files())
+                placed = CalibrationDir(staging / device)
+                measurement = placed.identify(staging / CHANNEL_RANGES_NAME if channels is not None else None)
+                with record_run(placed.path / MANIFEST_NAME, measurement=measurement, **facts) as record:
+                    record.update(files=placed.hash_files())
     return [out / path.relative_to(staging) for path in written]
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.files import stage_files
 from gaudi_calib.ranges.kvcache import apply_kv_cache
-from gaudi_calib.rankfiles.store import read_world_files, write_rank_sets
+from gaudi_calib.rankfiles.store import write_rank_sets
+from gaudi_calib.runs.conversion import open_record, set_aside_scales
 
 
 def postprocess_dir(directory: Path, out: Path) -> list[Path]:
@@ -20,8 +21,19 @@ def postprocess_dir(directory: Path, out: Path) -> list[Path]:
     Raises:
         FileError: no ranges in `directory`, or one is malformed; nothing is written.
     """
-    worlds = CalibrationDir(directory).require_worlds().values()
-    rank_sets = [apply_kv_cache(rank_set) for ranks in worlds for rank_set in read_world_files(list(ranks.values()))]
-    with stage_files(out) as staging:
-        written = write_rank_sets(staging, rank_sets)
-    return [out / path.name for path in written]
+    source = CalibrationDir(directory)
+    worlds = {
+        world: [apply_kv_cache(rank_set) for rank_set in source.read_ranks(list(ranks.values()))]
+        for world, ranks in source.require_worlds().items()
+    }
+    written: set[str] = set()
+    with open_record(source, out) as record:
+        with stage_files(out) as staging:
+            for world, rank_sets in worlds.items():
+                names = {path.name for path in write_rank_sets(staging, rank_sets)}
+                set_aside_scales(out, staging, world, names)
+                written |= names
+        if record is not None:
+            facts = source.manifest.worlds if source.manifest else {}
+            record.update(worlds=facts, files=CalibrationDir(out).hash_files(written))
+    return [out / name for name in sorted(written)]

@@ -2,7 +2,6 @@
 
 import logging
 
-from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.errors import RangeError
 from gaudi_calib.layout import CHANNEL_RANGES_NAME
 from gaudi_calib.ranges.channels import ChannelRanges
@@ -77,7 +76,7 @@ def derive_ranks(run: Run) -> None:
     """Derive the ranges of every rank."""
     assert run.channels is not None
     for target in run.targets:
-        write_quant_config(run.staging / target.layout.measure_config.name, target.measure_config)
+        run.stage_config(target.layout.measure_config, target.measure_config)
         run.warn_idle_patterns(target.measure_config)
         for world in run.options.worlds:
             derive_target(run, run.channels, target, world)

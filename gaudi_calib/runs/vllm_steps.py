@@ -101,7 +101,7 @@ def measure_ranks(run: Run) -> None:
             target.ranges[unified] = joined
         for size in run.options.worlds:
             write_rank_sets(run.staging / target.device.name, target.ranges[size])
-        write_quant_config(run.staging / target.layout.measure_config.name, target.measure_config)
+        run.stage_config(target.layout.measure_config, target.measure_config)
 
 
 def quantize_ranks(run: Run) -> None:

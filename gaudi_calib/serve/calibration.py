@@ -138,6 +138,8 @@ def _require_files(calibration: Calibration, model: ModelSource, world: int) -> 
                 why=f"each of the {world} ranks reads its own file",
                 fix=f"copy the whole directory again, or make them: {_quantize(calibration, model, world)}",
             )
+        files = [calibration.placed.name_file(rank, world, method=method) for rank in range(world)]
+        calibration.placed.require_recorded(files)
 
 
 def _quantize(calibration: Calibration, model: ModelSource, world: int) -> str:
