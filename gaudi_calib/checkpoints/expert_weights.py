@@ -122,7 +122,7 @@ def _require_shapes(checkpoint: Checkpoint, facts: Experts, names: list[str], *,
     if is_stacked:
         channels = shape[2 if facts.transposed else 1] // 2
         pairs = [(2 * channels, hidden), (hidden, channels)]
-        expected = [(shape[0], *(pair[::-1] if facts.transposed else pair)) for pair in pairs]
+        expected: list[tuple[int, ...]] = [(shape[0], *(pair[::-1] if facts.transposed else pair)) for pair in pairs]
     else:
         channels = shape[0]
         expected = [(channels, hidden), (channels, hidden), (hidden, channels)] * (len(names) // 3)
