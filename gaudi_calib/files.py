@@ -69,7 +69,7 @@ def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
             why=error.strerror or str(error),
             fix="check that the path exists and that you may read it",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(
             f"{path.name} is not valid JSON", where=path, why=str(error), fix="restore the file or make it again"
         ) from error

@@ -19,6 +19,8 @@ from gaudi_calib.ranges.topology import Topology
 
 # First vLLM whose fused expert ops are called `...experts.routed_experts.moe_op`; before, `...experts.moe_op`.
 ROUTED_EXPERTS_SINCE = (0, 24)
+# What "a current one" is where no version is given.
+_CURRENT_VLLM = (0, 32)
 
 
 def derive_world(
@@ -49,7 +51,7 @@ def parse_vllm_version(vllm: str | None) -> tuple[int, ...]:
     (0, 11)
     """
     if vllm is None:
-        return ROUTED_EXPERTS_SINCE
+        return _CURRENT_VLLM
     parts = vllm.split(".")
     if len(parts) < 2 or not all(part.isdecimal() for part in parts[:2]):
         raise UsageError(f"{vllm!r} is not a version of vLLM", fix="give it as MAJOR.MINOR, for example 0.23")

@@ -126,7 +126,9 @@ class Run:
         self.warnings: list[str] = []
         self.layout, self.serves, self.fresh = options.layout, serves, fresh
         self.options = options = replace(options, devices=choose_devices(options, fresh=fresh))
-        self.plan: ModelPlan = plan_model(download_model(options.model), options.dtype)
+        self.plan: ModelPlan = plan_model(download_model(options.model), options.dtype, options.vllm)
+        if self.plan.head and (told := self.plan.head.describe(self.plan.checkpoint)):
+            self.warn(told)
         if options.expert_parallel and not self.plan.experts:
             self.warn("-u/--expert-parallel has no effect: the model has no experts")
         for world in options.worlds:

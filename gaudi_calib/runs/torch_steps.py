@@ -37,6 +37,7 @@ def measure_model(run: Run) -> None:
             required=[run.topology(world) for world in run.options.worlds],
             cold=ColdPolicy(run.options.min_expert_tokens, fill=run.options.cold_experts == "fill"),
             dtype=run.options.dtype,
+            vllm=run.options.vllm,
             compute_dtype=run.options.compute_dtype,
             batch_size=run.options.batch_size,
             on_progress=show,
