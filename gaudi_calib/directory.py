@@ -9,11 +9,12 @@ channel ranges. What is told, and by what, the weightiest first:
     scaling         `../maxabs_quant_<device>.json`, where its method is that of the scale files
     channel ranges  `../channel_ranges.safetensors`
 
-A `CalibrationDir` is what is there when it is asked first; files that are written later need a new one.
+A `CalibrationDir` is what is there when it is asked first; files that are written later need a new one. Files that
+a killed run left half in place are put back before.
 Manifest and config are imported when they are asked for: commands on bare rank files start faster.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout, RankFile, list_rank_files
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.store import read_world_files
+from gaudi_calib.staging import undo_unfinished
 
 if TYPE_CHECKING:
     from gaudi_calib.config.model import QuantConfig
@@ -53,6 +55,8 @@ class CalibrationDir:
 
     def __init__(self, path: Path, *, dump: str | None = None, config_path: Path | None = None):
         self.path, self.dump, self.config_path = path, dump, config_path
+        for place in (path, path.resolve().parent):
+            undo_unfinished(place)
 
     @classmethod
     def named_by(cls, config: "QuantConfig", config_path: Path) -> "CalibrationDir":
@@ -217,9 +221,11 @@ class CalibrationDir:
 
         return parse_quant_config(recorded, where=self.path / MANIFEST_NAME)
 
-    def hash_files(self) -> dict[str, str]:
-        """Return the hash of every rank file by name."""
-        return {path.name: hash_file(path) for path in self.files}
+    def hash_files(self, staging: Path | None = None, *, without: Collection[Path] = ()) -> dict[str, str]:
+        """Return the hash of every rank file by name, as they will be with those in `staging` and `without` others."""
+        staged = {path.name: path for path in (list_rank_files(staging) if staging else ())}
+        kept = {path.name: path for path in self.files if path not in without}
+        return {name: hash_file(path) for name, path in sorted({**kept, **staged}.items())}
 
     def find_stale(
         self,

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.files import stage_files
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.rankfiles.store import read_world_files, write_rank_sets
+from gaudi_calib.staging import stage_files
 
 
 def postprocess_dir(directory: Path, out: Path) -> list[Path]:

@@ -6,7 +6,7 @@ whose files are renamed into `OUT/<model>/` together when the last step has succ
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +26,7 @@ from gaudi_calib.config.presets import measure_config, quant_config
 from gaudi_calib.data.prompts import Prompts
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError, ModelError
-from gaudi_calib.files import REPLACED_NAME, hash_file, set_aside, stage_files
+from gaudi_calib.files import hash_file
 from gaudi_calib.fp8 import Device, get_device
 from gaudi_calib.layout import DeviceLayout, RankFile, list_rank_files
 from gaudi_calib.manifest import DatasetFacts, ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
@@ -36,6 +36,7 @@ from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.topology import Topology
 from gaudi_calib.runs.options import RunOptions, check_options
+from gaudi_calib.staging import REPLACED_NAME, claim_directory, set_aside, stage_files
 
 if TYPE_CHECKING:
     from gaudi_calib.checkpoints.plan import ModelPlan
@@ -146,7 +147,7 @@ class Run:
         if not self.needs_ranges:
             self.warn("this scale method needs no measurement: only QUANT_CONFIG is written")
             steps = []
-        with self._recorded():
+        with claim_directory(self.layout.root), self._recorded():
             with stage_files(self.layout.root) as self.staging:
                 for number, step in enumerate(steps, 1):
                     _log.info("Step %d/%d: %s", number, len(steps), (step.__doc__ or "").strip().rstrip("."))
@@ -155,8 +156,8 @@ class Run:
                     for target in self.targets:
                         write_quant_config(self.staging / target.layout.quant_config.name, target.quant_config)
                 files = [path.relative_to(self.staging) for path in sorted(self.staging.rglob("*")) if path.is_file()]
-            self._set_aside(files)
-            self._record_files()
+                self._record_files(self._set_aside(files))
+            self._warn_stale()
         return RunResult(
             self.layout.root,
             tuple(self.layout.root / path for path in files),
@@ -210,17 +211,23 @@ class Run:
             for target in self.targets:
                 target.record.update(timings_s={step.__name__.strip("_"): seconds})
 
-    def _record_files(self) -> None:
+    def _record_files(self, replaced: Collection[Path]) -> None:
+        """Complete the manifests, and stage them with the files they describe."""
         for target in self.targets:
             config = {"measure": to_content(target.measure_config)} if target.ranges else {}
             if self.serves:
                 config["quantize"] = to_content(target.quant_config)
-            placed = CalibrationDir(target.layout.directory)
-            target.record.update(config=config, files=placed.hash_files())
+            staging = self.staging / target.device.name
+            files = CalibrationDir(target.layout.directory).hash_files(staging, without=replaced)
+            target.record.update(config=config, files=files)
             if self.prompts is not None:
                 sizes = {"prompts": len(self.prompts), "tokens": self.prompts.token_count}
                 target.record.update(dataset=DatasetFacts(name=self.prompts.dataset, hash=self.prompts.sha256, **sizes))
-            for stale in placed.find_stale(scales=target.record.manifest.scales):
+            target.record.stage(staging)
+
+    def _warn_stale(self) -> None:
+        for target in self.targets:
+            for stale in CalibrationDir(target.layout.directory).find_stale():
                 self.warn(f"{stale.path} is stale: {stale.why}; `gaudi-calib quantize` computes it anew")
 
     def require_same_model(self, target: Target) -> None:
@@ -298,15 +305,18 @@ class Run:
                 fix="add " + ", ".join(repr(name) for name in self.plan.family.blocklist) + " to the blocklist's names",
             )
 
-    def _set_aside(self, written: Sequence[Path]) -> None:
-        """Move rank files of an earlier measurement out of the way of the ranges now in place."""
+    def _set_aside(self, written: Sequence[Path]) -> list[Path]:
+        """Move rank files of an earlier measurement out of the way of the new ranges, and return them."""
+        replaced: list[Path] = []
         if not (self.fresh and any(target.ranges for target in self.targets)):
-            return
+            return replaced
         if self.channels is None and self.layout.channel_ranges.is_file():
-            set_aside([self.layout.channel_ranges])
+            replaced.append(self.layout.channel_ranges)
         for target in self.targets:
             directory = target.layout.directory
             old = [path for path in list_rank_files(directory) if path.relative_to(self.layout.root) not in written]
-            set_aside(old)
+            replaced += old
             if old:
                 self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")
+        set_aside(self.staging, replaced)
+        return replaced
