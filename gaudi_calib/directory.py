@@ -9,12 +9,13 @@ channel ranges. What is told, and by what, the weightiest first:
     scaling         `../maxabs_quant_<device>.json`, where its method is that of the scale files
     channel ranges  `../channel_ranges.safetensors`, where the manifest says that they are of this measurement
 
-A `CalibrationDir` is what is there when it is asked first; files that are written later need a new one.
+A `CalibrationDir` is what is there when it is asked first; files that are written later need a new one. Files that
+a killed run left half in place are put back before.
 Manifest and config are imported when they are asked for: commands on bare rank files start faster.
 """
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout,
 from gaudi_calib.provenance import StaleFile, find_changed, find_stale, hash_paths
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.store import read_world_files
+from gaudi_calib.staging import undo_unfinished
 
 if TYPE_CHECKING:
     from gaudi_calib.config.model import QuantConfig
@@ -43,6 +45,8 @@ class CalibrationDir:
 
     def __init__(self, path: Path, *, dump: str | None = None, config_path: Path | None = None):
         self.path, self.dump, self.config_path = path, dump, config_path
+        for place in (path, path.resolve().parent):
+            undo_unfinished(place)
 
     @classmethod
     def named_by(cls, config: "QuantConfig", config_path: Path) -> "CalibrationDir":
@@ -344,18 +348,15 @@ class CalibrationDir:
 
         return parse_quant_config(recorded, where=self.path / MANIFEST_NAME)
 
-    def hash_files(self, written: Iterable[str] | None = None) -> dict[str, str]:
-        """Return the hash of rank files by name.
+    def hash_files(self, staging: Path | None = None, *, without: Collection[Path] = ()) -> dict[str, str]:
+        """Return the hash of rank files by name, as they will be with those in `staging` and `without` others.
 
-        Args:
-            written: those that were just written; of others, what the manifest recorded stays, and files
-                that it does not know are left out. None: all.
+        Of files that stay as they are, a manifest's word counts: those that it does not know are left out.
         """
-        if written is None:
-            return hash_paths(self.files)
-        known = self.newest_manifest.files if self.newest_manifest else {}
-        known = known | hash_paths(self.path / name for name in written)
-        return {path.name: known[path.name] for path in self.files if path.name in known}
+        staged = hash_paths(list_rank_files(staging) if staging else ())
+        kept = [path for path in self.files if path not in without and path.name not in staged]
+        known = hash_paths(kept) if self.manifest is None else self.manifest.files
+        return dict(sorted(({path.name: known[path.name] for path in kept if path.name in known} | staged).items()))
 
     def find_stale(
         self,

@@ -16,11 +16,12 @@ from gaudi_calib.config.model import QuantConfig, to_content, with_dump_stats_pa
 from gaudi_calib.config.presets import change_method, measure_config, quant_config
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError, UsageError
-from gaudi_calib.files import REPLACED_NAME, write_bytes
+from gaudi_calib.files import write_bytes
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import DeviceLayout
 from gaudi_calib.models.families import Family
 from gaudi_calib.runs.options import RunOptions
+from gaudi_calib.staging import REPLACED_NAME
 
 if TYPE_CHECKING:
     from gaudi_calib.checkpoints.plan import ModelPlan

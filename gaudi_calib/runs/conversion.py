@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import REPLACED_NAME, hash_file, set_aside, stage_files
+from gaudi_calib.files import hash_file
 from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.rankfiles.store import write_rank_sets
 from gaudi_calib.runs.rescale import Converted, Recipe, Rescaled, rescale
+from gaudi_calib.staging import REPLACED_NAME, set_aside, stage_files
 
 if TYPE_CHECKING:
     from gaudi_calib.manifest import Record
@@ -72,17 +73,17 @@ def write_world(
         The files written.
     """
     world = len(ranks)
-    with open_record(source, out) as record:
-        with stage_files(out) as staging:
-            written = write_rank_sets(staging, ranks)
-            for recipe, rank_sets in scales:
-                written += write_rank_sets(staging, rank_sets, method=recipe.tag)
-            set_aside_scales(out, staging, world, {path.name for path in written})
+    with open_record(source, out) as record, stage_files(out) as staging:
+        written = write_rank_sets(staging, ranks)
+        for recipe, rank_sets in scales:
+            written += write_rank_sets(staging, rank_sets, method=recipe.tag)
+        replaced = set_aside_scales(out, staging, world, {path.name for path in written})
         if record is not None:
             _record_world(record, world, expert_parallel, is_bounded)
             for recipe, rank_sets in scales:
-                _record_scales(record, out, rank_sets, recipe)
-            record.update(files=CalibrationDir(out).hash_files(path.name for path in written))
+                _record_scales(record, staging, rank_sets, recipe)
+            record.update(files=CalibrationDir(out).hash_files(staging, without=replaced))
+            record.stage(staging)
     return [out / path.name for path in written]
 
 
@@ -121,19 +122,19 @@ def _record_world(record: "Record", world: int, expert_parallel: bool | None, is
         record.update(expert_parallel=expert_parallel)
 
 
-def _record_scales(record: "Record", out: Path, rank_sets: Iterable[RankSet[ScaleNode]], recipe: Recipe) -> None:
-    """Note which ranges the scale files in `out` were computed from."""
+def _record_scales(record: "Record", staging: Path, rank_sets: Iterable[RankSet[ScaleNode]], recipe: Recipe) -> None:
+    """Note which ranges the scale files in `staging` were computed from."""
     from gaudi_calib.manifest import ScaleOrigin
 
     for rank_set in rank_sets:
         ranges = RankFile(rank_set.dump, rank=rank_set.rank, world=rank_set.world, extension="npz")
         scales = replace(ranges, method=recipe.tag)
-        origin = ScaleOrigin(ranges={ranges.name: hash_file(out / ranges.name)}, settings=recipe.settings)
+        origin = ScaleOrigin(ranges={ranges.name: hash_file(staging / ranges.name)}, settings=recipe.settings)
         record.update(scales=dict.fromkeys((replace(scales, extension="json").name, scales.name), origin))
 
 
-def set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -> None:
-    """Move scale files of ranges that are about to change out of INC's sight: it would go on using them."""
+def set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -> list[Path]:
+    """Move scale files of ranges that are about to change out of INC's sight, and return them: it would use them."""
     changed = any(
         not (out / name).is_file() or (out / name).read_bytes() != (staging / name).read_bytes()
         for name in written
@@ -141,6 +142,7 @@ def set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) ->
     )
     old = [path for path in CalibrationDir(out).list_scales(world) if path.name not in written]
     if not changed or not old:
-        return
-    set_aside(old)
+        return []
+    set_aside(staging, old)
     _log.warning("%d scale files of earlier ranges were moved to %s", len(old), out / REPLACED_NAME)
+    return old

@@ -14,7 +14,6 @@ from typing import Any
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, ModelError, UsageError
-from gaudi_calib.files import REPLACED_NAME, set_aside, stage_files
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, RankFile, list_rank_files
 from gaudi_calib.manifest import Manifest, WorldFacts, record_run
@@ -23,6 +22,7 @@ from gaudi_calib.ranges.merge import merge_channels, merge_ranks
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_sets
+from gaudi_calib.staging import REPLACED_NAME, set_aside, stage_files
 
 _log = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
             why="; ".join(f"{run.path} has {_describe_worlds(run)}" for run in runs),
             fix="measure each run with the same -t, or bring all to one world first: `gaudi-calib unify DIR -r N`",
         )
-    written = _write(out, ranges, channels, manifests, [run.path for run in runs])
-    _set_aside(out, written, is_device_dir=runs[0].is_device_dir)
+    written = _write(out, ranges, channels, manifests, runs)
     _log.info("Scales are not merged: `gaudi-calib quantize -m MODEL -o OUT -t N` computes them")
     return written
 
@@ -237,9 +236,10 @@ def _write(
     ranges: Mapping[str, Sequence[RankSet[Node]]],
     channels: ChannelRanges | None,
     manifests: Mapping[str, Sequence[Manifest]],
-    sources: Sequence[Path],
+    runs: Sequence[_Run],
 ) -> list[Path]:
     written: list[Path] = []
+    sources = [run.path for run in runs]
     with stage_files(out) as staging:
         if channels is not None:
             write_channel_ranges(staging / CHANNEL_RANGES_NAME, channels)
@@ -252,7 +252,9 @@ def _write(
                 measurement = placed.identify(staging / CHANNEL_RANGES_NAME if channels is not None else None)
                 with record_run(placed.path / MANIFEST_NAME, measurement=measurement, **facts) as record:
                     record.update(files=placed.hash_files())
-    return [out / path.relative_to(staging) for path in written]
+        results = [out / path.relative_to(staging) for path in written]
+        _set_aside(out, staging, results, is_device_dir=runs[0].is_device_dir)
+    return results
 
 
 def _gather_facts(manifests: Sequence[Manifest], sources: Sequence[Path], worlds: Iterable[int]) -> dict[str, Any]:
@@ -285,12 +287,12 @@ def _join_worlds(told: Iterable[WorldFacts | None]) -> WorldFacts:
     return WorldFacts(expert_parallel=shared, is_bounded=any(facts.is_bounded for facts in known))
 
 
-def _set_aside(out: Path, written: Iterable[Path], *, is_device_dir: bool) -> None:
+def _set_aside(out: Path, staging: Path, written: Iterable[Path], *, is_device_dir: bool) -> None:
     """Move what the merged ranges make stale out of their way."""
     old = [out / CHANNEL_RANGES_NAME]
     for directory in (out,) if is_device_dir else (out / device for device in DEVICES):
         old += list_rank_files(directory)
     stale = [path for path in sorted(set(old) - set(written)) if path.is_file()]
-    set_aside(stale)
+    set_aside(staging, stale)
     for directory in sorted({path.parent for path in stale}):
         _log.warning("files that the merged ranges make stale were moved to %s", directory / REPLACED_NAME)

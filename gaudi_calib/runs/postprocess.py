@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.files import stage_files
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.rankfiles.store import write_rank_sets
 from gaudi_calib.runs.conversion import open_record, set_aside_scales
+from gaudi_calib.staging import stage_files
 
 
 def postprocess_dir(directory: Path, out: Path) -> list[Path]:
@@ -26,14 +26,12 @@ def postprocess_dir(directory: Path, out: Path) -> list[Path]:
         world: [apply_kv_cache(rank_set) for rank_set in source.read_ranks(list(ranks.values()))]
         for world, ranks in source.require_worlds().items()
     }
-    written: set[str] = set()
-    with open_record(source, out) as record:
-        with stage_files(out) as staging:
-            for world, rank_sets in worlds.items():
-                names = {path.name for path in write_rank_sets(staging, rank_sets)}
-                set_aside_scales(out, staging, world, names)
-                written |= names
+    with open_record(source, out) as record, stage_files(out) as staging:
+        written = [path for rank_sets in worlds.values() for path in write_rank_sets(staging, rank_sets)]
+        names = {path.name for path in written}
+        replaced = [path for world in worlds for path in set_aside_scales(out, staging, world, names)]
         if record is not None:
-            facts = source.manifest.worlds if source.manifest else {}
-            record.update(worlds=facts, files=CalibrationDir(out).hash_files(written))
-    return [out / name for name in sorted(written)]
+            record.update(worlds=source.manifest.worlds if source.manifest else {})
+            record.update(files=CalibrationDir(out).hash_files(staging, without=replaced))
+            record.stage(staging)
+    return [out / path.name for path in written]

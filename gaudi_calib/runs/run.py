@@ -7,7 +7,7 @@ whose files are renamed into `OUT/<model>/` together when the last step has succ
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,9 +24,9 @@ from gaudi_calib.config.model import (
 from gaudi_calib.data.prompts import Prompts
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, ModelError, UsageError
-from gaudi_calib.files import REPLACED_NAME, hash_file, set_aside, stage_files
+from gaudi_calib.files import hash_file
 from gaudi_calib.fp8 import DEVICES, Device, get_device
-from gaudi_calib.layout import DeviceLayout, RankFile, list_rank_files
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, DeviceLayout, RankFile, list_rank_files
 from gaudi_calib.manifest import DatasetFacts, ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
 from gaudi_calib.models.fingerprint import fingerprint_model
 from gaudi_calib.models.source import download_model
@@ -45,6 +45,7 @@ from gaudi_calib.runs.configs import (
 )
 from gaudi_calib.runs.options import RunOptions, check_options
 from gaudi_calib.runs.sharing import find_evidence, settle_expert_parallel
+from gaudi_calib.staging import REPLACED_NAME, claim_directory, set_aside, stage_files
 
 if TYPE_CHECKING:
     from gaudi_calib.checkpoints.plan import ModelPlan
@@ -169,7 +170,7 @@ class Run:
         if not self.needs_ranges:
             self.warn("this scale method needs no measurement: only QUANT_CONFIG is written")
             steps = []
-        with self._recorded():
+        with claim_directory(self.layout.root), self._recorded():
             with stage_files(self.layout.root) as self.staging:
                 for number, step in enumerate(steps, 1):
                     _log.info("Step %d/%d: %s", number, len(steps), (step.__doc__ or "").strip().rstrip("."))
@@ -178,8 +179,8 @@ class Run:
                     for target in self.targets:
                         self.stage_config(target.quant_path, target.quant_config)
                 files = [path.relative_to(self.staging) for path in sorted(self.staging.rglob("*")) if path.is_file()]
-            self._set_aside(files)
-            self._record_files(files)
+                self._record_files(self._set_aside(files))
+            self._warn_stale()
         return RunResult(
             self.layout.root,
             tuple(self.layout.root / path for path in files),
@@ -194,8 +195,9 @@ class Run:
         with ExitStack() as stack:
             for target in self.targets:
                 made = {"device": target.device.name, "platform": self.options.platform, "engine": self.options.engine}
-                facts = made if self.fresh else self._inherit(target)
-                recorded = record_run(target.layout.manifest, fresh=self.fresh, model=self.model, **facts)
+                fresh = self.fresh and (self.needs_ranges or target.placed.manifest is None)
+                facts = made if fresh else self._inherit(target)
+                recorded = record_run(target.layout.manifest, fresh=fresh, model=self.model, **facts)
                 target.record = stack.enter_context(recorded)
                 self._record_worlds(target)
             yield
@@ -246,22 +248,26 @@ class Run:
             for target in self.targets:
                 target.record.update(timings_s={step.__name__.strip("_"): seconds})
 
-    def _record_files(self, files: Sequence[Path]) -> None:
+    def _record_files(self, replaced: Collection[Path]) -> None:
+        """Complete the manifests, and stage them with the files they describe."""
         for target in self.targets:
             config = {"measure": to_content(target.measure_config)} if target.ranges else {}
             if self.serves:
                 config["quantize"] = to_content(target.quant_config)
-            placed = target.placed
-            written = [path.name for path in files if path.parent.name == target.device.name]
-            adopts = target.record.manifest.last_good is None  # files that were there are taken as they are
-            target.record.update(config=config, files=placed.hash_files(None if adopts else written))
+            staging = self.staging / target.device.name
+            files = target.placed.hash_files(staging, without=replaced)
+            target.record.update(config=config, files=files)
             if self.fresh and target.ranges:
-                channels = self.layout.channel_ranges if self.channels is not None else None
-                target.record.update(measurement=placed.identify(channels))
+                channels = self.staging / CHANNEL_RANGES_NAME if self.channels is not None else None
+                target.record.update(measurement=CalibrationDir(staging).identify(channels))
             if self.prompts is not None:
                 sizes = {"prompts": len(self.prompts), "tokens": self.prompts.token_count}
                 target.record.update(dataset=DatasetFacts(name=self.prompts.dataset, hash=self.prompts.sha256, **sizes))
-            for stale in placed.find_stale(scales=target.record.manifest.scales):
+            target.record.stage(staging)
+
+    def _warn_stale(self) -> None:
+        for target in self.targets:
+            for stale in CalibrationDir(target.layout.directory).find_stale():
                 self.warn(f"{stale.path} is stale: {stale.why}; `gaudi-calib quantize` computes it anew")
 
     def require_same_model(self, target: Target) -> None:
@@ -336,15 +342,18 @@ class Run:
             if uncovered and not target.quant_config.ignore_modules_wo_measures:
                 raise target.placed.refuse_uncovered(uncovered, target.quant_path, rank_set.world)
 
-    def _set_aside(self, written: Sequence[Path]) -> None:
-        """Move rank files of an earlier measurement out of the way of the ranges now in place."""
+    def _set_aside(self, written: Sequence[Path]) -> list[Path]:
+        """Move rank files of an earlier measurement out of the way of the new ranges, and return them."""
+        replaced: list[Path] = []
         if not (self.fresh and any(target.ranges for target in self.targets)):
-            return
+            return replaced
         if self.channels is None and self.layout.channel_ranges.is_file():
-            set_aside([self.layout.channel_ranges])
+            replaced.append(self.layout.channel_ranges)
         for target in self.targets:
             directory = target.layout.directory
             old = [path for path in list_rank_files(directory) if path.relative_to(self.layout.root) not in written]
-            set_aside(old)
+            replaced += old
             if old:
                 self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")
+        set_aside(self.staging, replaced)
+        return replaced

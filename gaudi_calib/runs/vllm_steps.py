@@ -18,7 +18,6 @@ from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.config.model import QuantConfig, with_dump_stats_path
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import CalibrationError, FileError, RangeError, UsageError
-from gaudi_calib.files import scratch_directory
 from gaudi_calib.layout import DUMP_NAME, RankFile
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.node import Node, RankSet
@@ -26,6 +25,7 @@ from gaudi_calib.ranges.unify import gather_world, unify_ranks
 from gaudi_calib.rankfiles.store import read_scales, write_rank_sets
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.run import Run, Target
+from gaudi_calib.staging import scratch_directory
 
 if TYPE_CHECKING:
     from gaudi_calib.engines.vllm_runner.phases import PhaseName

@@ -35,7 +35,7 @@ class Room:
 
 DATA_LIBRARIES = frozenset({"pandas", "datasets", "transformers", "pyarrow", "jinja2"})
 NUMPY, PYDANTIC, TORCH = frozenset({"numpy"}), frozenset({"pydantic"}), frozenset({"torch", "numpy"})
-BASE = ("__init__.py", "errors.py", "fp8.py", "files.py", "layout.py", "redaction.py")
+BASE = ("__init__.py", "errors.py", "fp8.py", "files.py", "staging.py", "layout.py", "redaction.py")
 HOUSE = (
     Room(0, "base", BASE),
     Room(1, "models", ("models/*.py",), in_functions=frozenset({"huggingface_hub"})),
