@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gaudi_calib.errors import FileError
 
@@ -172,43 +172,6 @@ def hash_file(path: Path) -> str:
 
     with path.open("rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_pickle(file: IO[bytes], *, find_class: Callable[[str, str], Any], name: str) -> Any:
-    """Unpickle `file` without letting it run code.
-
-    Args:
-        find_class: returns the object for (module, name), or raises LookupError to refuse it.
-        name: what to call the file in errors.
-
-    Raises:
-        FileError: the pickle refers to something `find_class` refuses, or is malformed.
-    """
-    import pickle
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, qualname: str) -> Any:
-            try:
-                return find_class(module, qualname)
-            except LookupError:
-                raise FileError(
-                    f"refused to load {module}.{qualname} from a pickle",
-                    where=name,
-                    why="loading data never runs code; only known array and table types are allowed",
-                    fix="store the data as .jsonl or .parquet, or get the file from a source you trust",
-                ) from None
-
-    try:
-        return Unpickler(file).load()
-    except FileError:
-        raise
-    except Exception as error:  # a malformed pickle can raise anything
-        raise FileError(
-            "not a readable pickle",
-            where=name,
-            why=f"{type(error).__name__}: {error}",
-            fix="get it again from its source, or make it again",
-        ) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> FileError:
