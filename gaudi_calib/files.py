@@ -5,12 +5,13 @@ renamed in together, so that a failed or killed run leaves the last good ones.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gaudi_calib.errors import FileError
 
@@ -19,6 +20,8 @@ REPLACED_NAME = "replaced"
 # Tell temporary files apart: of processes (a number may come back after a kill), and of one process.
 _TOKEN = os.urandom(4).hex()
 _numbers = itertools.count()
+# A compressed file may unpack to so many bytes, or to so many times its size where that is more.
+_LEAST_UNPACKED_BYTES, _MOST_COMPRESSION = 1 << 28, 50
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -172,6 +175,30 @@ def hash_file(path: Path) -> str:
 
     with path.open("rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unpack(compressed: IO[bytes], path: Path) -> io.BytesIO:
+    """Return what `compressed` unpacks to.
+
+    Args:
+        compressed: a part of `path`, or all of it, opened for unpacking.
+
+    Raises:
+        FileError: it unpacks to far more than data of the size of `path` do.
+    """
+    most_bytes = max(_LEAST_UNPACKED_BYTES, _MOST_COMPRESSION * path.stat().st_size)
+    unpacked = io.BytesIO()
+    while chunk := compressed.read(1 << 20):
+        unpacked.write(chunk)
+        if unpacked.tell() > most_bytes:
+            raise FileError(
+                f"{path.name} unpacks to more than {most_bytes} bytes",
+                where=path,
+                why=f"that is far more than data compressed to {path.stat().st_size} bytes hold",
+                fix="get it again from a source you trust; if it is right, store it without compression",
+            )
+    unpacked.seek(0)
+    return unpacked
 
 
 def _cannot_write(path: Path, error: OSError) -> FileError:

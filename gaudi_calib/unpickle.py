@@ -15,7 +15,7 @@ import pickle
 import re
 import struct
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from math import prod
 from typing import Any, ClassVar
 
@@ -154,10 +154,13 @@ def _flat_array(content: Any, recorded: Recorder, decode: Callable[[Any], Any]) 
 
 def _read_dtype(dtype: Recorder) -> np.dtype:
     """Return a recorded NumPy dtype; times are counted as integers."""
-    spec = dtype.args[0]
+    return _make_dtype(dtype.args[0], dtype.state[1] if dtype.state else "=")
+
+
+@lru_cache(maxsize=64)
+def _make_dtype(spec: str, order: str) -> np.dtype:
     if not re.fullmatch(r"[biufcSUOMm][0-9]{1,9}", spec):
         raise ValueError(f"an array of type {spec:.20}")
-    order = dtype.state[1] if dtype.state else "="
     return np.dtype("O" if spec[0] == "O" else order.replace("|", "=") + re.sub("[Mm]", "i", spec))
 
 
@@ -167,23 +170,26 @@ def _require_bounded(value: Any, size_bytes: int, count_cells: Callable[[Recorde
     weights: dict[int, int] = {}  # by id; 0 while it is weighed
 
     def weigh(value: Any) -> int:
-        if type(value) in _SCALARS or isinstance(value, type):
+        if type(value) in _SCALARS:
             return 1
-        if id(value) not in weights:
+        weight = weights.get(id(value))
+        if weight is None:
             weights[id(value)] = 0
-            weights[id(value)] = weigh_parts(value)
-        if weights[id(value)] == 0:
+            weight = weights[id(value)] = weigh_parts(value)
+        if weight == 0:
             raise pickle.UnpicklingError(f"a {type(value).__name__} that contains itself")
-        return weights[id(value)]
+        return weight
 
     def weigh_parts(value: Any) -> int:
         parts, cells = value, 0
-        if isinstance(value, dict):
-            parts = [*value, *value.values()]
-        elif isinstance(value, Recorder):
+        if isinstance(value, Recorder):
             parts, cells = (value.args, value.state), count_cells(value)
             if not 0 <= cells <= size_bytes:
                 raise pickle.UnpicklingError(f"{value.name} of {cells} cells in {size_bytes} bytes")
+        elif isinstance(value, type):
+            parts = ()
+        elif isinstance(value, dict):
+            parts = [*value, *value.values()]
         is_flat = _SCALARS.issuperset(map(type, parts))
         weight = _CONTAINER + cells + (len(parts) if is_flat else sum(map(weigh, parts)))
         if weight > most:

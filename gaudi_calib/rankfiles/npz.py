@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gaudi_calib.errors import FileError
+from gaudi_calib.files import unpack
 from gaudi_calib.unpickle import (
     NUMPY_NAMES,
     Recorder,
@@ -20,8 +21,6 @@ from gaudi_calib.unpickle import (
 
 _MEMBER = "arr_0.npy"
 _HEADER = {"descr": "|O", "fortran_order": False, "shape": ()}
-# A member may unpack to so many bytes, or to so many times the file where that is more.
-_LEAST_UNPACKED, _MOST_COMPRESSION = 1 << 26, 50
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 _NUMBERS = frozenset({"f4", "f8", *(f"{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8))})
 
@@ -50,13 +49,14 @@ def read_pickle(path: Path) -> bytes:
     """
     try:
         with zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as member:
-            most = max(_LEAST_UNPACKED, _MOST_COMPRESSION * path.stat().st_size)
-            content = io.BytesIO(member.read(most + 1))
-        if content.getbuffer().nbytes > most:
-            raise ValueError(f"arr_0 unpacks to more than {most} bytes")
+            if archive.getinfo(_MEMBER).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("arr_0 is compressed in a way that NumPy does not use")  # and zipfile not by the piece
+            content = unpack(member, path)
         version = np.lib.format.read_magic(content)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(content)
+    except FileError:
+        raise
     except Exception as error:  # a malformed archive can raise anything
         raise FileError(
             f"{path.name} is damaged", where=path, why=str(error), fix="restore the file or measure again"
@@ -109,4 +109,4 @@ def _decode(value: Any) -> Any:
         return array.item()
     if array.dtype.str[1:] not in _NUMBERS:
         raise ValueError(f"an array of type {array.dtype}")
-    return array[()] if value.name == "scalar" else array.copy(order="K")
+    return array[()] if value.name == "scalar" else array.astype(array.dtype.newbyteorder("="))
