@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,8 @@ from gaudi_calib.errors import FileError
 # Tell temporary files apart: of processes (a number may come back after a kill), and of one process.
 _TOKEN = os.urandom(4).hex()
 _numbers = itertools.count()
+# A compressed file may unpack to so many bytes, or to so many times its size where that is more.
+_LEAST_UNPACKED_BYTES, _MOST_COMPRESSION = 1 << 28, 50
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -111,41 +114,28 @@ def hash_bytes(content: bytes) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
-def load_pickle(file: IO[bytes], *, find_class: Callable[[str, str], Any], name: str) -> Any:
-    """Unpickle `file` without letting it run code.
+def unpack(compressed: IO[bytes], path: Path) -> io.BytesIO:
+    """Return what `compressed` unpacks to.
 
     Args:
-        find_class: returns the object for (module, name), or raises LookupError to refuse it.
-        name: what to call the file in errors.
+        compressed: a part of `path`, or all of it, opened for unpacking.
 
     Raises:
-        FileError: the pickle refers to something `find_class` refuses, or is malformed.
+        FileError: it unpacks to far more than data of the size of `path` do.
     """
-    import pickle
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, qualname: str) -> Any:
-            try:
-                return find_class(module, qualname)
-            except LookupError:
-                raise FileError(
-                    f"refused to load {module}.{qualname} from a pickle",
-                    where=name,
-                    why="loading data never runs code; only known array and table types are allowed",
-                    fix="store the data as .jsonl or .parquet, or get the file from a source you trust",
-                ) from None
-
-    try:
-        return Unpickler(file).load()
-    except FileError:
-        raise
-    except Exception as error:  # a malformed pickle can raise anything
-        raise FileError(
-            "not a readable pickle",
-            where=name,
-            why=f"{type(error).__name__}: {error}",
-            fix="get it again from its source, or make it again",
-        ) from error
+    most_bytes = max(_LEAST_UNPACKED_BYTES, _MOST_COMPRESSION * path.stat().st_size)
+    unpacked = io.BytesIO()
+    while chunk := compressed.read(1 << 20):
+        unpacked.write(chunk)
+        if unpacked.tell() > most_bytes:
+            raise FileError(
+                f"{path.name} unpacks to more than {most_bytes} bytes",
+                where=path,
+                why=f"that is far more than data compressed to {path.stat().st_size} bytes hold",
+                fix="get it again from a source you trust; if it is right, store it without compression",
+            )
+    unpacked.seek(0)
+    return unpacked
 
 
 def cannot_write(path: Path, error: OSError) -> FileError:

@@ -39,6 +39,7 @@ BASE = ("__init__.py", "errors.py", "fp8.py", "files.py", "staging.py", "layout.
 HOUSE = (
     Room(0, "base", BASE),
     Room(1, "models", ("models/*.py",), in_functions=frozenset({"huggingface_hub"})),
+    Room(1, "unpickle", ("unpickle.py",), NUMPY),
     Room(2, "config", ("config/*.py",), PYDANTIC),
     Room(2, "manifest", ("manifest.py",), PYDANTIC),
     Room(3, "ranges", ("ranges/*.py",), NUMPY),
