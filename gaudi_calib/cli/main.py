@@ -9,8 +9,9 @@ through `report_errors`.
 """
 
 import logging
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -20,6 +21,8 @@ from gaudi_calib import __version__
 from gaudi_calib.errors import CalibrationError
 
 PROGRAM = "gaudi-calib"
+
+_COMMAND_OR_FLAG = re.compile(rf"`{PROGRAM} [^`]*`|(?<![\w/-])--?[a-z][a-z-]*")
 
 # In the order help lists them; each is a function of its name in a module of its name.
 COMMANDS = (
@@ -86,29 +89,36 @@ class _LogFormatter(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{record.levelname.capitalize()}: {text}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, flags: Mapping[str, str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
         arguments: words after the program's name; None takes them from `sys.argv`.
+        flags: see `report_errors`.
 
     >>> main(["no-such-command"])
     2
     """
-    return report_errors(lambda: cli.main(args=arguments, prog_name=PROGRAM, standalone_mode=False))
+    return report_errors(lambda: cli.main(args=arguments, prog_name=PROGRAM, standalone_mode=False), flags=flags)
 
 
-def report_errors(call: Callable[[], object]) -> int:
-    """Return the exit code of `call`, which returns one or None; print what it raises on stderr."""
+def report_errors(call: Callable[[], object], *, flags: Mapping[str, str] | None = None) -> int:
+    """Return the exit code of `call`, which returns one or None; print what it raises on stderr.
+
+    Args:
+        flags: our flags to those of the script that calls, for what errors advise.
+    """
     try:
         result = call()
     except click.exceptions.Abort:
         return _fail("interrupted; files written before this run are as they were", exit_code=130)
     except click.ClickException as error:
+        if flags:
+            return _fail(respell(error.format_message(), flags), exit_code=error.exit_code)
         error.show()
         return error.exit_code
     except CalibrationError as error:
-        return _fail(str(error), exit_code=error.exit_code)
+        return _fail(respell(str(error), flags or {}), exit_code=error.exit_code)
     except Exception as error:
         logging.getLogger("gaudi_calib").debug("the traceback:", exc_info=error)
         return _fail(
@@ -117,6 +127,15 @@ def report_errors(call: Callable[[], object]) -> int:
             exit_code=1,
         )
     return result if isinstance(result, int) else 0
+
+
+def respell(text: str, flags: Mapping[str, str]) -> str:
+    """Return `text` with flags spelled as `flags` says, but for those of commands of this program.
+
+    >>> respell("pass --max-tokens 8 or -l 3, or run `gaudi-calib prepare -l 3`", {"-l": "--samples"})
+    'pass --max-tokens 8 or --samples 3, or run `gaudi-calib prepare -l 3`'
+    """
+    return _COMMAND_OR_FLAG.sub(lambda found: flags.get(found[0], found[0]), text)
 
 
 def _fail(message: str, *, exit_code: int) -> int:

@@ -218,8 +218,7 @@ class Run:
             placed = CalibrationDir(target.layout.directory)
             target.record.update(config=config, files=placed.hash_files())
             if self.prompts is not None:
-                sizes = {"prompts": len(self.prompts), "tokens": self.prompts.token_count}
-                target.record.update(dataset=DatasetFacts(name=self.prompts.dataset, hash=self.prompts.sha256, **sizes))
+                target.record.update(dataset=_describe_dataset(self.prompts))
             for stale in placed.find_stale(scales=target.record.manifest.scales):
                 self.warn(f"{stale.path} is stale: {stale.why}; `gaudi-calib quantize` computes it anew")
 
@@ -310,3 +309,19 @@ class Run:
             set_aside(old)
             if old:
                 self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")
+
+
+def _describe_dataset(prompts: Prompts) -> DatasetFacts:
+    """What the manifest says about the data of a measurement; a single dataset has no parts."""
+    parts = [
+        DatasetFacts(name=part.dataset.name, weight=part.dataset.weight, prompts=part.prompts, tokens=part.tokens)
+        for part in prompts.parts
+    ]
+    return DatasetFacts(
+        name=prompts.dataset,
+        hash=prompts.sha256,
+        prompts=len(prompts),
+        tokens=prompts.token_count,
+        skipped=prompts.skipped,
+        parts=parts if len(parts) > 1 else [],
+    )

@@ -82,7 +82,7 @@ def test_too_few_prompts_is_said_on_stderr(model, data, tmp_path, capfd):
         (["--min-tokens", "9", "--max-tokens", "8"], 2, "--min-tokens 9 is above --max-tokens 8"),
         (["--column", "prompt=title", "--min-tokens", "100"], 1, "no prompt is left"),
         (["--chat-template", "missing.jinja"], 2, "missing.jinja"),
-        (["-d", "missing.jsonl"], 1, "no such dataset file"),
+        (["--column", "prompt=title", "-d", "missing.jsonl"], 1, "no such dataset file"),
         (["-m", "./missing"], 1, "no model directory"),
     ],
     ids=lambda value: " ".join(value) or "(none)" if isinstance(value, list) else "",

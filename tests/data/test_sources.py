@@ -178,12 +178,12 @@ def test_bad_cells_name_the_row(tmp_path, record, message):
 
 def test_no_usable_column(tmp_path):
     """A table without a known column is refused; the error lists its columns and the fix."""
-    data = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "Do it", "input": "", "output": "done"}])
+    data = write_jsonl(tmp_path / "data.jsonl", [{"title": "Do it", "body": "", "output": "done"}])
     with pytest.raises(DataError) as caught:
         read_rows(data)
-    assert caught.value.why == "columns: instruction, input, output"
+    assert caught.value.why == "columns: title, body, output"
     assert "--column NAME=FIELD" in caught.value.fix
-    assert read_rows(data, columns={"prompt": "instruction"})[0].messages[0]["content"] == "Do it"
+    assert read_rows(data, columns={"prompt": "title"})[0].messages[0]["content"] == "Do it"
 
 
 def test_bad_mapping(tmp_path):
