@@ -92,7 +92,7 @@ def take_turns(
     taken = [0] * len(streams)
     left = list(range(len(streams)))
     while left:
-        due = min(left, key=lambda number: taken[number] / weights[number])
+        due = min(left, key=lambda number: (taken[number] + 0.5) / weights[number])
         for item in streams[due]:
             taken[due] += 1
             yield item

@@ -202,7 +202,12 @@ LONG, UNKNOWN = [1] * 2000, [10**6]
     ("rows", "words", "advice", "followed"),
     [
         ([LONG], ["--max-model-length", 5000], "pass --max-model-length 512 to", ["--max-model-length", 512]),
-        ([[1]], ["--max-dataset-samples", -3], "give --max-dataset-samples a number", ["--max-dataset-samples", 1]),
+        (
+            [[1]],
+            ["--max-dataset-samples", -3],
+            "Invalid value for '--max-dataset-samples'",
+            ["--max-dataset-samples", 1],
+        ),
         ([[1], UNKNOWN], [], "--skip-bad-rows 1", ["--skip-bad-rows", 1]),
         ([[1]], ["--column", "text=x"], "--column text=FIELD", ["--column", "prompt_token_ids=prompt_token_ids"]),
     ],
