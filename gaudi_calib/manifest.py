@@ -58,15 +58,21 @@ class DatasetFacts(_Facts):
     """The data ranges were measured on.
 
     Attributes:
-        name: as given with -d.
+        name: as given with -d; names of several, with a comma between.
         hash: `sha256:...` of the file, or of the token ids.
         prompts, tokens: how many were used.
+        skipped: rows left out because they could not be used.
+        weight: its weight among several, where it has one.
+        parts: each of several, in their order.
     """
 
     name: str
     hash: str | None = None
     prompts: int | None = None
     tokens: int | None = None
+    skipped: int = 0
+    weight: float | None = None
+    parts: list["DatasetFacts"] = Field(default_factory=list)
 
 
 class WorldFacts(_Facts):

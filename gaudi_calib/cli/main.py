@@ -12,10 +12,11 @@ import codecs
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
@@ -26,6 +27,8 @@ from gaudi_calib import __version__
 from gaudi_calib.errors import CalibrationError
 
 PROGRAM = "gaudi-calib"
+
+_COMMAND_OR_FLAG = re.compile(rf"`{PROGRAM} [^`]*`|(?<![\w/-])--?[a-z][a-z-]*")
 
 # In the order help lists them; each is a function of its name in a module of its name.
 COMMANDS = (
@@ -92,22 +95,27 @@ class _LogFormatter(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{record.levelname.capitalize()}: {text}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, flags: Mapping[str, str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
         arguments: words after the program's name; None takes them from `sys.argv`.
+        flags: see `report_errors`.
 
     >>> main(["no-such-command"])
     2
     """
     if arguments is None:
         _use_utf8()
-    return report_errors(lambda: cli.main(args=arguments, prog_name=PROGRAM, standalone_mode=False))
+    return report_errors(lambda: cli.main(args=arguments, prog_name=PROGRAM, standalone_mode=False), flags=flags)
 
 
-def report_errors(call: Callable[[], object]) -> int:
-    """Return the exit code of `call`, which returns one or None; print what it raises on stderr."""
+def report_errors(call: Callable[[], object], *, flags: Mapping[str, str] | None = None) -> int:
+    """Return the exit code of `call`, which returns one or None; print what it raises on stderr.
+
+    Args:
+        flags: our flags to those of the script that calls, for what errors advise.
+    """
     _print_utf8()
     try:
         with _orderly_ends():
@@ -117,10 +125,12 @@ def report_errors(call: Callable[[], object]) -> int:
     except click.exceptions.Abort:
         return _fail("interrupted; files written before this run are as they were", exit_code=130)
     except click.ClickException as error:
+        if flags:
+            return _fail(respell(error.format_message(), flags), exit_code=error.exit_code)
         error.show()
         return error.exit_code
     except CalibrationError as error:
-        return _fail(str(error), exit_code=error.exit_code)
+        return _fail(respell(str(error), flags or {}), exit_code=error.exit_code)
     except Exception as error:
         logging.getLogger("gaudi_calib").debug("the traceback:", exc_info=error)
         return _fail(
@@ -187,6 +197,15 @@ def _encode_rest(error: UnicodeError) -> tuple[str | bytes, int]:
 
 _UNENCODABLE = "gaudi_calib.unencodable"
 codecs.register_error(_UNENCODABLE, _encode_rest)
+
+
+def respell(text: str, flags: Mapping[str, str]) -> str:
+    """Return `text` with flags spelled as `flags` says, but for those of commands of this program.
+
+    >>> respell("pass --max-tokens 8 or -l 3, or run `gaudi-calib prepare -l 3`", {"-l": "--samples"})
+    'pass --max-tokens 8 or --samples 3, or run `gaudi-calib prepare -l 3`'
+    """
+    return _COMMAND_OR_FLAG.sub(lambda found: flags.get(found[0], found[0]), text)
 
 
 def _fail(message: str, *, exit_code: int) -> int:

@@ -18,7 +18,7 @@ from gaudi_calib.rankfiles.store import write_rank_set
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.run import Run, RunResult, Target
 from gaudi_calib.runs.torch_steps import derive_ranks, derive_target, measure_model
-from gaudi_calib.runs.vllm_steps import computes_scales, measure_ranks, quantize_ranks, settle_engine
+from gaudi_calib.runs.vllm_steps import computes_scales, describe_room, measure_ranks, quantize_ranks, settle_engine
 from gaudi_calib.scales.compute import compute_scales
 
 _log = logging.getLogger(__name__)
@@ -93,7 +93,8 @@ def _choose_measuring(options: RunOptions) -> list[Callable[[Run], None]]:
 
 def _prepare(run: Run) -> None:
     """Prepare prompts."""
-    run.prompts = prepare_prompts(str(run.plan.checkpoint.directory), **run.options.dataset)
+    room = describe_room(run) if run.options.engine == "vllm" else {}
+    run.prompts = prepare_prompts(str(run.plan.checkpoint.directory), **{**room, **run.options.dataset})
     _log.info("%d prompts, %d tokens", len(run.prompts), run.prompts.token_count)
 
 

@@ -261,8 +261,7 @@ class Run:
                 channels = self.staging / CHANNEL_RANGES_NAME if self.channels is not None else None
                 target.record.update(measurement=CalibrationDir(staging).identify(channels))
             if self.prompts is not None:
-                sizes = {"prompts": len(self.prompts), "tokens": self.prompts.token_count}
-                target.record.update(dataset=DatasetFacts(name=self.prompts.dataset, hash=self.prompts.sha256, **sizes))
+                target.record.update(dataset=_describe_dataset(self.prompts))
             target.record.stage(staging)
 
     def _warn_stale(self) -> None:
@@ -357,3 +356,19 @@ class Run:
                 self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")
         set_aside(self.staging, replaced)
         return replaced
+
+
+def _describe_dataset(prompts: Prompts) -> DatasetFacts:
+    """What the manifest says about the data of a measurement; a single dataset has no parts."""
+    parts = [
+        DatasetFacts(name=part.dataset.name, weight=part.dataset.weight, prompts=part.prompts, tokens=part.tokens)
+        for part in prompts.parts
+    ]
+    return DatasetFacts(
+        name=prompts.dataset,
+        hash=prompts.sha256,
+        prompts=len(prompts),
+        tokens=prompts.token_count,
+        skipped=prompts.skipped,
+        parts=parts if len(parts) > 1 else [],
+    )

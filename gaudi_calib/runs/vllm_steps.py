@@ -88,6 +88,15 @@ def computes_scales(options: RunOptions) -> bool:
     return options.engine == "vllm" and options.platform == "hpu"
 
 
+def describe_room(run: Run) -> dict[str, int | None]:
+    """Return the arguments of `prepare_prompts` that say how long a prompt may be."""
+    from gaudi_calib.engines.vllm_runner.phases import LEAST_NEW_TOKENS, EngineOptions, get_asked_length
+
+    family = run.plan.family
+    asked = get_asked_length(run.options.engine_options or EngineOptions(), family.measure_args)
+    return {"max_model_len": asked, "new_tokens": LEAST_NEW_TOKENS}
+
+
 def measure_ranks(run: Run) -> None:
     """Measure the ranges of every rank with vLLM."""
     world, unified = run.options.world, run.options.unified_world

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gaudi_calib.cli.main import main
+from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, ModelError
 from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file
@@ -119,6 +120,35 @@ def test_one_measurement_serves_both_devices_and_several_worlds(dataset: Path):
     )
     assert {scale for node in g2.values() for scale in node.inputs} <= {2.0**-8, 2.0**-4, 1.0, 2.0**4}
     assert g2 != g3
+
+
+def test_the_manifest_names_every_dataset(dataset: Path):
+    """Several datasets are recorded with their weights and what each gave, and how many rows were left out."""
+    other = write_prompts(dataset.parent / "other.jsonl", [[1, 2, 3], [4, 5], [10**6]])
+    given = {"dataset": [f"{dataset}=1", f"{other}=2"], "skip_bad_rows": 1}
+    root = measure(options(dataset, dataset=given, devices=("g3",))).root
+    facts = read_manifest(root / "g3" / "calibration_manifest.json").dataset
+    prompts = prepare_prompts(str(GOLDEN / "model"), **given)
+    assert (facts.name, facts.hash, facts.skipped) == (f"{dataset}=1, {other}=2", prompts.sha256, 1)
+    assert [(part.name, part.weight, part.prompts) for part in facts.parts] == [
+        (str(dataset), 1, 1),
+        (str(other), 2, 2),
+    ]
+    assert facts.tokens == sum(part.tokens for part in facts.parts)
+    root = measure(options(dataset, devices=("g3",))).root
+    facts = read_manifest(root / "g3" / "calibration_manifest.json").dataset
+    assert (facts.name, facts.prompts, facts.parts, facts.skipped) == (str(dataset), 3, [], 0)
+
+
+def test_a_dry_run_refuses_what_is_no_weight(dataset: Path, capsys: pytest.CaptureFixture):
+    """Datasets and weights are checked before anything is read; several datasets change no file name."""
+    words = ["calibrate", "-m", GOLDEN / "model", "-o", dataset.parent / "out", "--dry-run", "-d", dataset]
+    assert run(*words) == 0
+    files = capsys.readouterr().out
+    assert run(*words, "-d", "builtin") == 0
+    assert capsys.readouterr().out == files
+    assert run(*words, "-d", "builtin=none") == 2
+    assert "the weight of dataset builtin is 'none'" in capsys.readouterr().err
 
 
 def test_quantize_adds_worlds_and_methods_later(dataset: Path):
