@@ -13,13 +13,17 @@ A `CalibrationDir` is what is there when it is asked first; files that are writt
 Manifest and config are imported when they are asked for: commands on bare rank files start faster.
 """
 
+import contextlib
+import logging
+import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gaudi_calib.errors import FileError, UsageError
-from gaudi_calib.files import hash_file
+from gaudi_calib.files import hash_file, read_json
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout, RankFile, list_rank_files
 from gaudi_calib.ranges.node import Node, RankSet
@@ -28,6 +32,11 @@ from gaudi_calib.rankfiles.store import read_world_files
 if TYPE_CHECKING:
     from gaudi_calib.config.model import QuantConfig
     from gaudi_calib.manifest import Manifest, ScaleOrigin
+
+
+_log = logging.getLogger(__name__)
+
+_MOST_OF_A_CONFIG = 1 << 20  # bytes; what is larger is something else
 
 
 class StaleFile(NamedTuple):
@@ -59,6 +68,11 @@ class CalibrationDir:
         """The directory that the `dump_stats_path` of a QUANT_CONFIG, read from `config_path`, names."""
         dump = Path(config.dump_stats_path).absolute()
         return cls(dump.parent, dump=dump.name, config_path=config_path)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether a calibration wrote there."""
+        return (self.path / MANIFEST_NAME).is_file() or bool(self.files)
 
     @cached_property
     def files(self) -> dict[Path, RankFile]:
@@ -137,6 +151,12 @@ class CalibrationDir:
                     fix="move one of the measurements to a directory of its own",
                 )
         return dict(sorted(worlds.items()))
+
+    def warn_of_move(self) -> None:
+        """Warn where a config of the run names another place, from which serving would take ranges and scales."""
+        run = self.path.resolve().parent
+        for path in find_moved_configs(run):
+            _log.warning("%s names another place than this one; run `%s`", path, advise_relocation(run))
 
     def list_methods(self, world: int) -> list[str]:
         """Return the methods, in upper case, that there are scale files of `world` for."""
@@ -266,6 +286,50 @@ class CalibrationDir:
             changed = [key for key in keys if origin.settings.get(key) != settings.get(key)]
             return "it was computed with other settings: " + ", ".join(changed)
         return None
+
+
+def find_beside(config_path: Path, dump_stats_path: str) -> Path | None:
+    """Return what the `dump_stats_path` of a config would be where the config is now, None where it leads there.
+
+    A run that was copied, or is mounted elsewhere, names its old place, which may be there as well.
+    None, too, where no rank files lie beside the config: then the path alone tells where they are.
+    """
+    named = Path(os.path.abspath(dump_stats_path))
+    for parent in dict.fromkeys((config_path.absolute().parent, config_path.resolve().parent)):
+        for directory in (parent / named.parent.name, parent):
+            if directory.name == named.parent.name and CalibrationDir(directory, dump=named.name).is_filled:
+                return None if is_same_place(directory, named.parent) else directory.resolve() / named.name
+    return None
+
+
+def is_same_place(directory: Path, other: Path) -> bool:
+    """Whether two paths lead to one directory that exists."""
+    try:
+        return directory.samefile(other)
+    except OSError:
+        return False
+
+
+def list_quant_configs(run: Path) -> dict[Path, str]:
+    """Return the `dump_stats_path` of every QUANT_CONFIG file directly in a run directory."""
+    found = {}
+    for path in sorted(run.glob("[!.]*.json")):
+        with contextlib.suppress(OSError, FileError, RecursionError):  # anybody's JSON
+            content = read_json(path) if path.stat().st_size <= _MOST_OF_A_CONFIG else None
+            if isinstance(content, dict) and isinstance(content.get("dump_stats_path"), str):
+                found[path] = content["dump_stats_path"]
+    return found
+
+
+def find_moved_configs(run: Path) -> dict[Path, Path]:
+    """Return what the `dump_stats_path` of every QUANT_CONFIG of a run should be, where it leads elsewhere."""
+    beside = {path: find_beside(path, named) for path, named in list_quant_configs(run).items()}
+    return {path: dump for path, dump in beside.items() if dump is not None}
+
+
+def advise_relocation(run: Path) -> str:
+    """Return the command that has the configs of a run name the place where it is."""
+    return shlex.join(["gaudi-calib", "relocate", str(run)])
 
 
 def _read_config(path: Path) -> "QuantConfig":

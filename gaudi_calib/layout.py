@@ -149,15 +149,17 @@ class RunLayout:
     Attributes:
         out: the directory given with -o.
         model: the model's directory or hub name, as given with -m.
+        name: of the run directory, None to call it as the model.
     """
 
     out: Path
     model: str
+    name: str | None = None
 
     @property
     def root(self) -> Path:
-        """`OUT/<last path component of the model, lower-cased>`."""
-        return self.out / self.model.rstrip("/").rpartition("/")[2].lower()
+        """`OUT/<name>`, by default `OUT/<last path component of the model, lower-cased>`."""
+        return self.out / (self.name or self.model.rstrip("/").rpartition("/")[2].lower())
 
     @property
     def channel_ranges(self) -> Path:

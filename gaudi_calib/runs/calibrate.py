@@ -94,6 +94,7 @@ def _prepare(run: Run) -> None:
 
 def _load_ranges(run: Run) -> None:
     """Read ranges."""
+    CalibrationDir(run.targets[0].layout.directory).warn_of_move()
     for target in run.targets:
         run.require_same_model(target)
         placed = CalibrationDir(target.layout.directory)

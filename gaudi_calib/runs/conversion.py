@@ -47,6 +47,7 @@ class Conversion(NamedTuple):
 
 def write_converted(source: CalibrationDir, out: Path, converted: Converted, options: Conversion) -> list[Path]:
     """Write ranges, scales and manifest; everything that can fail for its content has been computed before."""
+    source.warn_of_move()
     scales = [] if options.skips_scales else rescale(source, converted, options.device)
     return write_world(source, out, converted.ranks, scales, expert_parallel=converted.expert_parallel)
 

@@ -66,6 +66,9 @@ def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
     if len(directories) < 2:
         raise UsageError("nothing to merge with", where=directories, fix="give the directories of two or more runs")
     runs = _find_runs(directories)
+    for run in runs:
+        for place in list(run.devices.values())[:1]:
+            place.warn_of_move()
     _check_kind(out, runs)
     manifests = {device: _read_manifests([run.devices[device] for run in runs]) for device in _shared_devices(runs)}
     channels = _merge_channel_files(runs)

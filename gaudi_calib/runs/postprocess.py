@@ -20,7 +20,9 @@ def postprocess_dir(directory: Path, out: Path) -> list[Path]:
     Raises:
         FileError: no ranges in `directory`, or one is malformed; nothing is written.
     """
-    worlds = CalibrationDir(directory).require_worlds().values()
+    source = CalibrationDir(directory)
+    source.warn_of_move()
+    worlds = source.require_worlds().values()
     rank_sets = [apply_kv_cache(rank_set) for ranks in worlds for rank_set in read_world_files(list(ranks.values()))]
     with stage_files(out) as staging:
         written = write_rank_sets(staging, rank_sets)

@@ -46,6 +46,7 @@ def reshard_dir(
     run, devices = _find_run(run, devices)
     channels = read_channel_ranges(run / CHANNEL_RANGES_NAME)
     sources = [CalibrationDir(run / name) for name in devices]
+    sources[0].warn_of_move()
     results = []
     for source, name in zip(sources, devices, strict=True):
         topology = Topology(world, _choose_sharing(source, channels, world, expert_parallel))
