@@ -153,10 +153,12 @@ class CalibrationDir:
         return dict(sorted(worlds.items()))
 
     def warn_of_move(self) -> None:
-        """Warn where a config of the run names another place, from which serving would take ranges and scales."""
+        """Warn where configs of the run name another place, from which serving would take ranges and scales."""
         run = self.path.resolve().parent
-        for path in find_moved_configs(run):
-            _log.warning("%s names another place than this one; run `%s`", path, advise_relocation(run))
+        moved = [path.name for path in find_moved_configs(run)]
+        if moved:
+            _log.warning("The run in %s has moved: %s name another place; run `%s`",
+                         run, ", ".join(moved), advise_relocation(run))  # fmt: skip
 
     def list_methods(self, world: int) -> list[str]:
         """Return the methods, in upper case, that there are scale files of `world` for."""

@@ -85,7 +85,7 @@ def check_options(options: RunOptions) -> None:
     for name, choices in CHOICES.items():
         if getattr(options, name) not in choices:
             raise UsageError(f"unknown {name} {getattr(options, name)!r}", fix=f"choose one of {', '.join(choices)}")
-    if options.name is not None and Path(options.name).name != options.name:
+    if options.name is not None and (options.name in ("", "..") or Path(options.name).name != options.name):
         raise UsageError(f"--name {options.name!r} is no name of a directory", fix="give the root of the runs with -o")
     if options.world < 1 or options.world % (options.unified_world or 1):
         raise UsageError(

@@ -11,7 +11,7 @@ from gaudi_calib.directory import (
     list_quant_configs,
 )
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import read_json, write_json
+from gaudi_calib.files import read_json, stage_files, write_json
 from gaudi_calib.layout import MANIFEST_NAME
 
 _log = logging.getLogger(__name__)
@@ -39,20 +39,17 @@ def relocate_run(directory: Path) -> list[Path]:
         after = _relocate(before, path.parent)
         if after != before:
             changed[path] = after
-    for path, content in changed.items():
-        _write(path, content)
+    try:
+        with stage_files(run) as staging:
+            for path, content in changed.items():
+                write_json(staging / path.relative_to(run), content)
+    except FileError as error:
+        fix = "run it where the run can be written; until then `serve` takes what lies beside the config"
+        raise FileError(error.what, where=error.where, why=error.why, fix=fix) from error
     for path, named in list_quant_configs(run).items():
         if not Path(named).parent.is_dir():
             _log.warning("%s names %s, which is not there, nor is such a directory beside it", path, Path(named).parent)
     return list(changed)
-
-
-def _write(path: Path, content: Any) -> None:
-    try:
-        write_json(path, content)
-    except FileError as error:
-        fix = "run it where the run can be written; until then `serve` takes what lies beside the config"
-        raise FileError(error.what, where=error.where, why=error.why, fix=fix) from error
 
 
 def _find_run(directory: Path) -> Path:
