@@ -14,12 +14,12 @@ a killed run left half in place are put back before.
 Manifest and config are imported when they are asked for: commands on bare rank files start faster.
 """
 
-import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gaudi_calib.advice import Advice
 from gaudi_calib.errors import ConfigError, FileError, UsageError
 from gaudi_calib.files import hash_bytes, hash_file
 from gaudi_calib.fp8 import DEVICES, Device
@@ -53,6 +53,11 @@ class CalibrationDir:
         """The directory that the `dump_stats_path` of a QUANT_CONFIG, read from `config_path`, names."""
         dump = Path(config.dump_stats_path).absolute()
         return cls(dump.parent, dump=dump.name, config_path=config_path)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether a calibration wrote there."""
+        return (self.path / MANIFEST_NAME).is_file() or bool(self.files)
 
     @cached_property
     def files(self) -> dict[Path, RankFile]:
@@ -135,8 +140,7 @@ class CalibrationDir:
                 f"no {CHANNEL_RANGES_NAME}",
                 where=self.channel_file.parent,
                 why="only the torch engine writes it; rank files alone cannot be resharded exactly",
-                fix="give the run directory (OUT/<model>), or take upper bounds: "
-                f"`gaudi-calib expand {self._quoted} -w N`",
+                fix=f"give the run directory (OUT/<model>), or take upper bounds: {self.advise().expand()}",
             )
         if self.origin is not None and not self._is_of(self.origin):
             raise self._refuse_channels()
@@ -160,20 +164,16 @@ class CalibrationDir:
         ranges = hash_paths(path for path, file in self.files.items() if file.is_ranges and file.extension == "npz")
         return hash_bytes("".join(ranges.values()).encode())
 
-    @property
-    def _quoted(self) -> str:
-        return shlex.quote(str(self.path))
-
     def _refuse_channels(self) -> FileError:
-        root, merged = self.channel_file.parent, self.manifest.merged if self.manifest else []
-        joined = shlex.join([*dict.fromkeys(str(Path(path).parent) for path in merged), "-o", str(root)])
+        merged = [Path(path).parent for path in (self.manifest.merged if self.manifest else ())]
+        advice = self.advise()
         return FileError(
             f"{CHANNEL_RANGES_NAME} is of another measurement than {self.path.name}/",
             where=self.channel_file,
             why=f"its checksum is not the one in {MANIFEST_NAME}: "
             + ("the merge left it out" if merged else "it was changed, or copied from another run"),
-            fix=(f"merge the whole runs: gaudi-calib merge {joined}" if merged else "restore it, or measure again")
-            + f"; or take upper bounds: gaudi-calib expand {self._quoted} -w N",
+            fix=(f"merge the whole runs: {advice.merge_whole(merged)}" if merged else "restore it, or measure again")
+            + f"; or take upper bounds: {advice.expand()}",
         )
 
     @cached_property
@@ -263,32 +263,26 @@ class CalibrationDir:
         self.require_recorded(file for path in paths for file in (path, path.with_suffix(".npz")))
         return read_world_files(paths)
 
-    def require_recorded(self, paths: Iterable[Path]) -> None:
+    def require_recorded(self, paths: Iterable[Path], advice: Advice | None = None) -> None:
         """Check that rank files are those the manifest recorded; without a manifest nothing is known.
 
         Args:
             paths: files of this directory; those that are not there are passed over.
+            advice: how to make them anew; None: as the run is known to be made.
 
         Raises:
             FileError: a file was changed, or is another run's.
         """
         changed = find_changed(self.manifest.files if self.manifest else {}, paths)
         if changed is not None:
+            file, advice = self.files[changed], advice or self.advise()
+            anew = advice.compute_scales(file.position[1]) if file.method else advice.derive(file.position[1])
             raise FileError(
                 f"{changed.name} is not the file that the run wrote",
                 where=changed,
                 why=f"its checksum is not in {MANIFEST_NAME}: it was changed, cut short, or copied from another run",
-                fix=self._explain_restoring(self.files[changed]),
+                fix="restore it" + (f", or make it anew: {anew}" if anew else ", or measure again"),
             )
-
-    def _explain_restoring(self, file: RankFile) -> str:
-        world = file.position[1]
-        if file.method:
-            return f"compute it anew: {self.name_quantize(world)}"
-        if self.channel_file.is_file():
-            root = shlex.quote(str(self.path.resolve().parent))
-            return f"restore it, or make the ranges of {world} ranks anew: gaudi-calib reshard {root} -t {world}"
-        return "restore it, or measure again; another measurement belongs in a directory of its own"
 
     def refuse_uncovered(self, names: Sequence[str], config_path: Path, world: int) -> ConfigError:
         """Return the error about modules that a QUANTIZE config quantizes and that have no ranges.
@@ -298,28 +292,34 @@ class CalibrationDir:
             config_path: file of the config.
         """
         measuring = self.layout.measure_config if self.layout else "the MEASURE config"
-        again = "measure again"
-        if self.channel_file.is_file():
-            again = f"run: gaudi-calib reshard {shlex.quote(str(self.channel_file.parent))} -t {world}"
+        again = self.advise(config=config_path).derive(world) if self.channel_file.is_file() else None
         more = f" (nor have {len(names) - 1} more)" if len(names) > 1 else ""
         return ConfigError(
             f"{names[0]} is not blocked and has no ranges{more}",
             where=config_path,
             why="INC fails where a module runs that it should quantize and has no ranges for",
-            fix=f"block them in {config_path}; or unblock them in {measuring}, then {again}",
+            fix=f"block them in {config_path}; or unblock them in {measuring}, then "
+            + (f"run: {again}" if again else "measure again"),
         )
 
-    def name_quantize(self, world: int, model: str | None = None) -> str:
-        """Return the command that computes the scales of `world` ranks here.
+    def advise(self, model: str | None = None, config: Path | None = None) -> Advice:
+        """Return what to run over this directory.
 
         Args:
-            model: what -m gets; None: the model that was measured.
+            model: the checkpoint; None: the one that was measured.
+            config: the QUANT_CONFIG that serves; None: the run's own.
         """
-        known = self.origin and self.origin.model
-        model = shlex.quote(model or (known.name if known else "MODEL"))
-        root = shlex.quote(str(self.path.resolve().parent))
-        device = f" --device {self.device.name}" if self.device else ""
-        return f"gaudi-calib quantize -m {model} -o {root} -t {world}{device}"
+        made = self.manifest
+        found = {file.position[1] for file in self.files.values() if file.is_ranges}
+        return Advice(
+            self.path.resolve(),
+            self.device,
+            sorted(world for world in found if not self.list_missing(world)),
+            self.channel_file.is_file(),
+            model or (made.model.name if made and made.model else "MODEL"),
+            made.dataset.name if made and made.dataset else "builtin",
+            config,
+        )
 
     @cached_property
     def quant_config(self) -> "QuantConfig | None":

@@ -93,11 +93,14 @@ def vllm_option(*, found: str) -> Function:
     return option("--vllm", metavar="VERSION", help=text)
 
 
-# Which run is meant: model, out, world, unified_world, expert_parallel, device, dtype, vllm, as_json.
+# Which run is meant: model, out, name, world, unified_world, expert_parallel, device, dtype, vllm, as_json.
 target_options = bundle(
     bundle(
         model_option(),
         output_option("Root of the runs; files go to OUT/<model>/.", required=True),
+        option(
+            "--name", metavar="NAME", help="The run's directory in OUT.  [last part of the model's name, lower-case]"
+        ),
         section="Model and output",
     ),
     bundle(

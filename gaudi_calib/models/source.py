@@ -19,6 +19,10 @@ from gaudi_calib.models.families import Family, find_family
 
 _log = logging.getLogger(__name__)
 
+# What `convert-weights` leaves beside weights that it halved for Gaudi 2, and what keeps vllm-gaudi from halving again.
+GAUDI2_RECORD = "gaudi2_conversion.json"
+HALVED_ENV = {"VLLM_SCALE_ADJUSTMENT": "0"}
+
 _CONFIG_NAME = "config.json"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
@@ -109,6 +113,20 @@ class ModelSource:
     def can_requantize(self) -> bool:
         """Whether a QUANT_CONFIG applies: the weights are BF16, or FP8 that is dequantized first."""
         return self.method is None or self.method in _FP8_METHODS
+
+    @property
+    def is_flavored(self) -> bool:
+        """Whether config.json has room for the mark by which vllm-gaudi knows weights that fit Gaudi 2."""
+        return self.method == "compressed-tensors"
+
+    @property
+    def required_env(self) -> dict[str, str]:
+        """Environment without which a Gaudi serves other weights.
+
+        vllm-gaudi halves FP8 weights on Gaudi 2 while loading; those that are halved already must stay.
+        """
+        is_halved = self.directory is not None and (self.directory / GAUDI2_RECORD).is_file()
+        return HALVED_ENV if is_halved and not self.is_flavored else {}
 
     @property
     def expert_count(self) -> int | None:

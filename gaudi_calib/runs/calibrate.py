@@ -1,7 +1,6 @@
 """`gaudi-calib calibrate`, `measure` and `quantize`: which steps a run has, and those that both engines share."""
 
 import logging
-import shlex
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, TopologyError
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, RankFile
+from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
@@ -100,32 +100,20 @@ def _prepare(run: Run) -> None:
 
 def _require_ranges(run: Run, target: Target) -> None:
     """Raise FileError where there is nothing to compute scales from, before a manifest says that anything runs."""
-    placed = target.placed
+    placed, advice = target.placed, target.placed.advise(run.options.model, target.quant_path)
     for world in run.options.worlds:
         if world not in (placed.worlds if placed.path.is_dir() else ()) and not placed.channel_file.is_file():
             raise FileError(
                 f"no ranges for {world} ranks on {target.device.name}",
                 where=placed.path,
                 why=f"neither rank files nor {CHANNEL_RANGES_NAME}",
-                fix=_name_sources(run, placed, world),
+                fix=f"run {advice.derive(world) or advice.measure(world)}",
             )
-
-
-def _name_sources(run: Run, placed: CalibrationDir, world: int) -> str:
-    """Return the commands that make ranges of `world` ranks."""
-    directory = shlex.quote(str(placed.path))
-    larger = [size for size in placed.worlds if size % world == 0] if placed.path.is_dir() else []
-    smaller = [size for size in placed.worlds if world % size == 0] if placed.path.is_dir() else []
-    if larger:
-        return f"run gaudi-calib unify {directory} -r {world}"
-    if smaller:
-        return f"take upper bounds: gaudi-calib expand {directory} -w {world} --from-world {smaller[-1]}"
-    model, out = shlex.quote(run.options.model), shlex.quote(str(run.options.out))
-    return f"run gaudi-calib measure -m {model} -d builtin -o {out} -t {world}, with data of your own for -d"
 
 
 def _load_ranges(run: Run) -> None:
     """Read ranges."""
+    warn_of_move(run.targets[0].placed)
     for target in run.targets:
         placed = target.placed
         for world in run.options.worlds:

@@ -14,6 +14,7 @@ from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
 from gaudi_calib.files import hash_file
 from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
+from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.rankfiles.store import write_rank_sets
 from gaudi_calib.runs.rescale import Converted, Recipe, Rescaled, rescale
@@ -49,6 +50,7 @@ class Conversion(NamedTuple):
 
 def write_converted(source: CalibrationDir, out: Path, converted: Converted, options: Conversion) -> list[Path]:
     """Write ranges, scales and manifest; everything that can fail for its content has been computed before."""
+    warn_of_move(source)
     scales = [] if options.skips_scales else rescale(source, converted, options.device)
     return write_world(source, out, converted.ranks, scales, expert_parallel=converted.expert_parallel)
 

@@ -17,6 +17,7 @@ from gaudi_calib.errors import FileError, ModelError, UsageError
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, RankFile, list_rank_files
 from gaudi_calib.manifest import Manifest, WorldFacts, record_run
+from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.merge import merge_channels, merge_ranks
 from gaudi_calib.ranges.node import Node, RankSet
@@ -66,6 +67,8 @@ def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
     if len(directories) < 2:
         raise UsageError("nothing to merge with", where=directories, fix="give the directories of two or more runs")
     runs = _find_runs(directories)
+    for places in (list(run.devices.values()) for run in runs if run.devices):
+        warn_of_move(places[0])
     _check_kind(out, runs)
     manifests = {device: _read_manifests([run.devices[device] for run in runs]) for device in _shared_devices(runs)}
     channels = _merge_channel_files(runs)

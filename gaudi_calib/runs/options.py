@@ -45,6 +45,7 @@ class RunOptions:
         scale_method: a published method, in any case; None for maxabs_hw, or what
             `quant_config` says.
         measure_config, quant_config: QUANT_CONFIG files in place of the family's presets.
+        name: of the run's directory in `out`; None to call it as the model.
     """
 
     model: str
@@ -66,10 +67,11 @@ class RunOptions:
     scale_method: str | None = None
     measure_config: Path | None = None
     quant_config: Path | None = None
+    name: str | None = None
 
     @property
     def layout(self) -> RunLayout:
-        return RunLayout(self.out.expanduser().resolve(), self.model)
+        return RunLayout(self.out.expanduser().resolve(), self.model, self.name)
 
     @property
     def worlds(self) -> tuple[int, ...]:
@@ -84,6 +86,8 @@ def check_options(options: RunOptions) -> None:
     for name, choices in CHOICES.items():
         if getattr(options, name) not in choices:
             raise UsageError(f"unknown {name} {getattr(options, name)!r}", fix=f"choose one of {', '.join(choices)}")
+    if options.name is not None and (options.name in ("", "..") or Path(options.name).name != options.name):
+        raise UsageError(f"--name {options.name!r} is no name of a directory", fix="give the root of the runs with -o")
     if options.world < 1 or options.world % (options.unified_world or 1):
         raise UsageError(
             f"cannot unify {options.world} ranks into {options.unified_world}",

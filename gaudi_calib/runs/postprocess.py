@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.rankfiles.store import write_rank_sets
 from gaudi_calib.runs.conversion import open_record, set_aside_scales
@@ -22,6 +23,7 @@ def postprocess_dir(directory: Path, out: Path) -> list[Path]:
         FileError: no ranges in `directory`, or one is malformed; nothing is written.
     """
     source = CalibrationDir(directory)
+    warn_of_move(source)
     worlds = {
         world: [apply_kv_cache(rank_set) for rank_set in source.read_ranks(list(ranks.values()))]
         for world, ranks in source.require_worlds().items()

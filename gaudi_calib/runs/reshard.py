@@ -9,6 +9,7 @@ from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, TopologyError
 from gaudi_calib.fp8 import DEVICES, get_device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout, list_rank_files
+from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.derive import derive_world
 from gaudi_calib.ranges.topology import Topology
@@ -45,6 +46,7 @@ def reshard_dir(
     """
     run, devices = _find_run(run, devices)
     sources = [CalibrationDir(run / name) for name in devices]
+    warn_of_move(sources[0])
     paths = {source.require_channels() for source in sources}
     channels = read_channel_ranges(paths.pop())
     results = []

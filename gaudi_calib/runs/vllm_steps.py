@@ -176,6 +176,7 @@ def _describe_model(run: Run) -> "Deployment":
         quantization=source.quantization,
         modules=run.plan.node_names,
         context=source.context,
+        env=source.required_env,
     )
 
 

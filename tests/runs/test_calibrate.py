@@ -22,7 +22,7 @@ from gaudi_calib.runs.calibrate import calibrate, list_files, measure, quantize
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.postprocess import postprocess_dir
 from gaudi_calib.runs.unify import unify_dir
-from gaudi_calib.serve.command import plan_on_gaudi
+from gaudi_calib.serve.command import ServeOptions, plan_on_gaudi
 from tests.support import paths
 from tests.support.files import snapshot, write_prompts
 from tests.support.processes import run_cli, start_cli
@@ -53,7 +53,7 @@ def run(*words: object) -> int:
 
 def serve(result, *, world: int):
     """The command that serves what a run made, on a Gaudi 3."""
-    return plan_on_gaudi(str(GOLDEN / "model"), result.quant_configs["g3"], world=world, device="g3")
+    return plan_on_gaudi(ServeOptions(str(GOLDEN / "model"), result.quant_configs["g3"], world, "g3"))
 
 
 def snapshot_results(directory: Path) -> dict[str, bytes]:
