@@ -150,6 +150,7 @@ def _quantize_worlds(run: Run, worlds: Iterable[int]) -> None:
         for rank_set in (rank_set for world in worlds for rank_set in target.ranges[world]):
             weights = partial(run.plan.read_rank_weight, rank=rank_set.rank, topology=run.topology(rank_set.world))
             nodes = select_nodes(rank_set, target.quant_config)
-            scales = compute_scales(nodes, method, scales_device, weights=weights)
+            hp_dtype = target.quant_config.hp_dtype
+            scales = compute_scales(nodes, method, scales_device, weights=weights, hp_dtype=hp_dtype)
             written = write_rank_set(run.staging / target.device.name, scales, method=method.file_tag)
             run.record_scales(target, scales, written)

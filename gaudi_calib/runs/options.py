@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaudi_calib.errors import UsageError
-from gaudi_calib.fp8 import DEVICES
+from gaudi_calib.fp8 import DEVICES, HP_DTYPES
 from gaudi_calib.layout import RunLayout
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # What some fields of `RunOptions` may be.
 CHOICES = {
     "engine": ("auto", "torch", "vllm"),
-    "dtype": ("bfloat16", "float16", "float32"),
+    "dtype": tuple(HP_DTYPES),
     "compute_dtype": ("float32", "bfloat16"),
     "cold_experts": ("fill", "ignore", "error"),
 }
