@@ -14,6 +14,7 @@ from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_set
+from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.run import Run, RunResult, Target
 from gaudi_calib.runs.torch_steps import derive_ranks, derive_target, measure_model
@@ -112,6 +113,7 @@ def _load_ranges(run: Run) -> None:
                     "that are there: `gaudi-calib unify DIR -r N`, `gaudi-calib expand DIR -w N`",
                 )
             derive_target(run, read_channel_ranges(placed.channel_file), target, world)
+    warn_of_limits(run)
 
 
 def _shares_as_wanted(run: Run, target: Target, ranks: list[RankSet[Node]]) -> bool:

@@ -36,7 +36,7 @@ class RunOptions:
         platform: what measures now, `hpu`, `cuda` or `cpu`.
         engine_options: how the `vllm` engine runs, or None for its defaults.
         batch_size: sequences that run together, at most.
-        dtype: what the model is served in.
+        dtype: what the model is served in; None: as it was measured, else bfloat16.
         expert_parallel: whether ranks hold whole experts (-u); None: as the family is served.
         vllm: version of the vLLM that will serve, or None for a current one.
         cold_experts: what to do with experts that see fewer than `min_expert_tokens` tokens:
@@ -57,7 +57,7 @@ class RunOptions:
     platform: str = "cpu"
     engine_options: "EngineOptions | None" = None
     batch_size: int = 32
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     compute_dtype: str = "float32"
     expert_parallel: bool | None = None
     vllm: str | None = None
@@ -81,7 +81,7 @@ def check_options(options: RunOptions) -> None:
     from gaudi_calib.ranges.derive import parse_vllm_version
 
     for name, choices in CHOICES.items():
-        if getattr(options, name) not in choices:
+        if getattr(options, name) not in (*choices, getattr(RunOptions, name)):
             raise UsageError(f"unknown {name} {getattr(options, name)!r}", fix=f"choose one of {', '.join(choices)}")
     if options.world < 1 or options.world % (options.unified_world or 1):
         raise UsageError(

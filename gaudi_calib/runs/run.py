@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from gaudi_calib.config.file import read_quant_config, write_quant_config
 from gaudi_calib.config.model import (
     QuantConfig,
+    describe_dtype,
     describe_scaling,
     find_idle_patterns,
     get_scales_device,
@@ -25,9 +26,9 @@ from gaudi_calib.config.model import (
 from gaudi_calib.config.presets import measure_config, quant_config
 from gaudi_calib.data.prompts import Prompts
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import ConfigError, ModelError
+from gaudi_calib.errors import ConfigError, ModelError, UsageError
 from gaudi_calib.files import REPLACED_NAME, hash_file, set_aside, stage_files
-from gaudi_calib.fp8 import Device, get_device
+from gaudi_calib.fp8 import HP_DTYPES, Device, get_device
 from gaudi_calib.layout import DeviceLayout, RankFile, list_rank_files
 from gaudi_calib.manifest import DatasetFacts, ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
 from gaudi_calib.models.fingerprint import fingerprint_model
@@ -106,11 +107,16 @@ class Run:
         check_options(options)
         self.warnings: list[str] = []
         self.options, self.layout, self.serves, self.fresh = options, options.layout, serves, fresh
-        self.plan: ModelPlan = plan_model(download_model(options.model), options.dtype, options.vllm)
+        self.plan: ModelPlan = plan_model(download_model(options.model), self.dtype, options.vllm)
         if self.plan.head and (told := self.plan.head.describe(self.plan.checkpoint)):
             self.warn(told)
         if options.expert_parallel and not self.plan.experts:
             self.warn("-u/--expert-parallel has no effect: the model has no experts")
+        if self.dtype != "bfloat16":
+            self.warn(
+                f"--dtype {self.dtype}: vllm-gaudi serves every model in bfloat16, and INC would convert to "
+                f"{self.dtype}; leave --dtype out unless another vLLM serves"
+            )
         for world in options.worlds:
             self.plan.require_topology(self.topology(world))
         self.targets = [self._make_target(get_device(name)) for name in options.devices]
@@ -121,6 +127,31 @@ class Run:
         self.staging = Path()
         self.prompts: Prompts | None = None
         self.channels: ChannelRanges | None = None
+
+    @cached_property
+    def dtype(self) -> str:
+        """What the model is served in: as measured, else as asked for."""
+        manifests = (CalibrationDir(self.layout.device(name).directory).manifest for name in self.options.devices)
+        known = () if self.fresh else (manifest.dtype for manifest in manifests if manifest and manifest.dtype)
+        measured, asked = next(iter(known), None), self.options.dtype
+        if measured and asked and measured != asked:
+            raise UsageError(
+                f"--dtype {asked}, and the ranges were measured for {measured}",
+                where=self.layout.root,
+                why="weights were rounded to it before they were measured",
+                fix=f"leave --dtype out, or run `gaudi-calib calibrate` with --dtype {asked}",
+            )
+        return measured or asked or "bfloat16"
+
+    def _require_dtype(self, config: QuantConfig, path: Path) -> None:
+        """Raise ConfigError where a user's config is for a model that is served in another type."""
+        if config.dtype != self.dtype:
+            raise ConfigError(
+                f"hp_dtype is {config.hp_dtype}, and the model is served in {self.dtype}",
+                where=path,
+                why="INC converts to and from hp_dtype; it is to be the type of the model (--dtype)",
+                fix=f"give --dtype {config.dtype}, or make it hp_dtype {HP_DTYPES[self.dtype]} in the file",
+            )
 
     @cached_property
     def expert_parallel(self) -> bool:
@@ -179,6 +210,7 @@ class Run:
         with ExitStack() as stack:
             for target in self.targets:
                 made = {"device": target.device.name, "platform": self.options.platform, "engine": self.options.engine}
+                made["dtype"] = self.dtype
                 facts = made if self.fresh else {}
                 recorded = record_run(target.layout.manifest, fresh=self.fresh, model=model, **facts)
                 target.record = stack.enter_context(recorded)
@@ -264,8 +296,9 @@ class Run:
 
     def _measure_config(self, layout: DeviceLayout) -> QuantConfig:
         if self.options.measure_config is None:
-            return measure_config(self.plan.family, layout.dump_stats_path)
+            return measure_config(self.plan.family, layout.dump_stats_path, **describe_dtype(self.dtype))
         config = read_quant_config(self.options.measure_config)
+        self._require_dtype(config, self.options.measure_config)
         if config.mode != "MEASURE" or config.measure_exclude != "OUTPUT":
             raise ConfigError(
                 "not usable as a MEASURE config here",
@@ -278,7 +311,8 @@ class Run:
 
     def _quant_config(self, layout: DeviceLayout, device: Device) -> QuantConfig:
         if self.options.quant_config is None:
-            return quant_config(self.plan.family, layout.dump_stats_path, self.options.scale_method or "maxabs_hw")
+            method = self.options.scale_method or "maxabs_hw"
+            return quant_config(self.plan.family, layout.dump_stats_path, method, **describe_dtype(self.dtype))
         config = with_dump_stats_path(read_quant_config(self.options.quant_config), layout.dump_stats_path)
         if config.mode not in ("QUANTIZE", "LOAD") or config.fp8_config != "E4M3":
             raise ConfigError(
@@ -288,6 +322,7 @@ class Run:
                 fix="set mode to QUANTIZE, and fp8_config to E4M3, for which scales are computed",
             )
         get_scales_device(config, device)
+        self._require_dtype(config, self.options.quant_config)
         return config
 
     def _require_blocked(self, config: QuantConfig) -> None:

@@ -143,7 +143,6 @@ def plan_phase(
     limit = given if isinstance(given, int) else min(default, deployed.context or default)
     _require_length(prompts, limit)
     settings = plan_settings(platform, config, quant_config, deployed).with_args(
-        dtype="bfloat16",
         max_model_len=limit,
         max_num_seqs=options.batch_size,
         enforce_eager=options.enforce_eager or platform != "hpu",
