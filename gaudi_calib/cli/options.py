@@ -108,7 +108,9 @@ target_options = bundle(
         count_option("-r", "--rank", "unified_world", help="Also write the files for this many ranks; must divide -t."),
         experts_option(found="as measured; as the family is served"),
         device_option("Device that will serve: Gaudi 2, Gaudi 3, or files for both.", takes_all=True),
-        choice_option("--dtype", "What the model is served in; weights are rounded to it first."),
+        choice_option(
+            "--dtype", "What the model is served in; weights are rounded to it first.  [as measured; bfloat16]"
+        ),
         vllm_option(found="a current one"),
         section="What will serve",
     ),

@@ -23,6 +23,7 @@ from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.unify import gather_world, unify_ranks
 from gaudi_calib.rankfiles.store import read_scales, write_rank_sets
+from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.run import Run, Target
 from gaudi_calib.staging import scratch_directory
@@ -69,6 +70,12 @@ def settle_engine(options: RunOptions) -> RunOptions:
             why="ranges measured on a Gaudi are those of its own arithmetic",
             fix=f"leave --device out, or give --engine torch, which measures for both ({name} included)",
         )
+    if options.dtype not in (None, "bfloat16"):
+        raise UsageError(
+            f"--dtype {options.dtype}: vllm-gaudi measures in bfloat16",
+            why="it replaces any other type, and INC would convert to and from that one",
+            fix="leave --dtype out, or give --engine torch",
+        )
     if options.devices != (name,):
         _log.warning("Measured on %s: only its files are written. --engine torch writes those of both", name)
     return replace(settled, devices=(name,))
@@ -111,6 +118,7 @@ def measure_ranks(run: Run) -> None:
         for size in run.options.worlds:
             write_rank_sets(run.staging / target.device.name, target.ranges[size])
         run.stage_config(target.layout.measure_config, target.measure_config)
+    warn_of_limits(run)
 
 
 def quantize_ranks(run: Run) -> None:
