@@ -7,10 +7,9 @@ The table is what step 2 takes as -d; `gaudi-calib prepare` writes the same as J
 import argparse
 import io
 import sys
-from pathlib import Path
 
 from gaudi_calib.cli.main import report_errors
-from gaudi_calib.files import write_bytes
+from gaudi_calib.files import expand_path, write_bytes
 
 
 def main() -> None:
@@ -25,11 +24,11 @@ def main() -> None:
         dataset=options.dataset,
         limit=options.max_dataset_samples or None,
         max_tokens=options.max_model_length,
-        chat_template=Path(options.chat_template) if options.chat_template else None,
+        chat_template=options.chat_template if options.chat_template else None,
     )
     content = io.BytesIO()
     pd.DataFrame({"prompt_token_ids": [list(ids) for ids in prompts.token_ids]}).to_pickle(content)
-    target = Path(f"{options.output_name}-calibration-dataset.pkl")
+    target = expand_path(f"{options.output_name}-calibration-dataset.pkl")
     write_bytes(target, content.getvalue())
     print(f"{len(prompts)} prompts, {prompts.token_count} tokens: {target}")
 

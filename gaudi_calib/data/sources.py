@@ -27,6 +27,7 @@ from typing import IO, Any
 from gaudi_calib.data.pickles import read_pickle
 from gaudi_calib.data.rows import COLUMNS, Row, make_rows
 from gaudi_calib.errors import DataError
+from gaudi_calib.files import expand_path
 
 BUILTIN = "builtin"
 Record = dict[str, Any]
@@ -53,7 +54,7 @@ def read_rows(dataset: str, *, columns: Mapping[str, str] | None = None) -> list
         UsageError: `columns` names an unknown column.
     """
     columns = columns or {}
-    path = Path(dataset).expanduser()
+    path = expand_path(dataset)
     if dataset == BUILTIN:
         with resources.as_file(resources.files(__package__) / "builtin.jsonl") as builtin:
             records = _read_file(builtin, BUILTIN)
@@ -235,7 +236,7 @@ def _data_files(path: Path) -> Iterator[Path]:
 def _read_hub(name: str, columns: Mapping[str, str]) -> list[Record]:
     suffixes = {suffix.lower() for suffix in Path(name).suffixes}
     if suffixes & {*_READERS, *_DECOMPRESSORS} or not _HUB_NAME.fullmatch(name):
-        raise DataError("no such dataset file", where=Path(name).expanduser().absolute(), fix="check the path of -d")
+        raise DataError("no such dataset file", where=expand_path(name).absolute(), fix="check the path of -d")
     import datasets
 
     hub_id, _, config = name.partition(":")

@@ -1,11 +1,13 @@
 """What to calibrate, and how: the options of a run, and which of them go together."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaudi_calib.errors import UsageError
+from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import RunLayout
 
@@ -23,7 +25,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What to calibrate, and how. Relative paths count from the caller's directory.
+    """What to calibrate, and how. Relative paths count from the caller's directory, `~` is a home.
 
     Attributes:
         model: directory or hub name of the checkpoint.
@@ -67,9 +69,15 @@ class RunOptions:
     measure_config: Path | None = None
     quant_config: Path | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", os.path.expanduser(self.model))
+        for name in ("out", "measure_config", "quant_config"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, expand_path(getattr(self, name)))
+
     @property
     def layout(self) -> RunLayout:
-        return RunLayout(self.out.expanduser().resolve(), self.model)
+        return RunLayout(self.out.resolve(), self.model)
 
     @property
     def worlds(self) -> tuple[int, ...]:

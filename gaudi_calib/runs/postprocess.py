@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.files import expand_path
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.rankfiles.store import read_world_files, write_rank_sets
 from gaudi_calib.staging import stage_files
@@ -20,6 +21,7 @@ def postprocess_dir(directory: Path, out: Path) -> list[Path]:
     Raises:
         FileError: no ranges in `directory`, or one is malformed; nothing is written.
     """
+    directory, out = expand_path(directory), expand_path(out)
     worlds = CalibrationDir(directory).require_worlds().values()
     rank_sets = [apply_kv_cache(rank_set) for ranks in worlds for rank_set in read_world_files(list(ranks.values()))]
     with stage_files(out) as staging:

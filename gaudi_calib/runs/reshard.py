@@ -7,6 +7,7 @@ from pathlib import Path
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, TopologyError
+from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES, get_device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout
 from gaudi_calib.ranges.channels import ChannelRanges
@@ -43,9 +44,9 @@ def reshard_dir(
         FileError: no channel ranges, or they are damaged.
         TopologyError: the model does not divide over the ranks, or it is not known how they share experts.
     """
-    run, devices = _find_run(run, devices)
-    channels = read_channel_ranges(run / CHANNEL_RANGES_NAME)
+    run, devices = _find_run(expand_path(run), devices)
     sources = [CalibrationDir(run / name) for name in devices]
+    channels = read_channel_ranges(run / CHANNEL_RANGES_NAME)
     results = []
     for source, name in zip(sources, devices, strict=True):
         topology = Topology(world, _choose_sharing(source, channels, world, expert_parallel))
@@ -58,7 +59,7 @@ def reshard_dir(
     written: list[Path] = []
     for source, (topology, ranks) in zip(sources, results, strict=True):
         split = topology.expert_parallel if channels.has_experts else None
-        target = (out or run) / source.path.name
+        target = (expand_path(out) if out else run) / source.path.name
         written += write_world(source, target, ranks, expert_parallel=split, is_bounded=is_bounded)
     return written
 
