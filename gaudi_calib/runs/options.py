@@ -21,6 +21,23 @@ CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
     "cold_experts": ("fill", "ignore", "error"),
 }
+# Options that one engine alone obeys, with their flags: fields of `RunOptions` for torch, of `EngineOptions` for vllm.
+# (Not `enforce_eager`: the torch engine does what it asks for. Not `batch_size`, `trust_remote_code`: both obey.)
+OPTIONS_OF = {
+    "torch": {
+        "compute_dtype": "--compute-dtype",
+        "min_expert_tokens": "--min-expert-tokens",
+        "vllm": "--vllm",
+    },
+    "vllm": {
+        "max_new_tokens": "--max-new-tokens",
+        "max_model_len": "--max-model-len",
+        "gpu_memory_utilization": "--gpu-memory-utilization",
+        "executor": "--executor",
+        "args": "--engine-arg",
+        "env": "--env",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,15 @@ class RunOptions:
     @property
     def worlds(self) -> tuple[int, ...]:
         return tuple(sorted({self.world, self.unified_world or self.world}))
+
+    def list_ignored(self, engine: str) -> list[str]:
+        """Return the flags of options that `engine` ignores and that are not as they are by default."""
+        from gaudi_calib.engines.vllm_runner.phases import EngineOptions
+
+        (other,) = OPTIONS_OF.keys() - {engine}
+        given, defaults = (self, RunOptions("", Path())) if other == "torch" else (self.engine_options, EngineOptions())
+        flags = OPTIONS_OF[other].items() if given is not None else ()
+        return [flag for name, flag in flags if getattr(given, name) != getattr(defaults, name)]
 
 
 def check_options(options: RunOptions) -> None:
