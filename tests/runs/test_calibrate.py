@@ -381,6 +381,25 @@ def test_each_required_flag_is_asked_for(flag: str, dataset: Path, capsys: pytes
     assert f"'{flag}'" in capsys.readouterr().err
 
 
+def test_a_dry_run_prints_json(dataset: Path, capsys: pytest.CaptureFixture[str]):
+    """What programs read is what people read, and nothing is written."""
+    words = [
+        "calibrate",
+        "-m",
+        str(GOLDEN / "model"),
+        "-d",
+        str(dataset),
+        "-o",
+        str(dataset.parent / "out"),
+        "--dry-run",
+    ]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"files": lines} and len(lines) > 10
+    assert not (dataset.parent / "out").exists()
+
+
 def test_full_disk_keeps_the_last_result(dataset: Path):
     """A file that cannot be written to its end is an error; the result of the run before is untouched."""
     import resource
