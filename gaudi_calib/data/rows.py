@@ -14,6 +14,7 @@ column named there wins over every other.
 """
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -159,7 +160,7 @@ def _token_ids(cell: Any, field: str, where: str) -> tuple[int, ...]:
     for position, value in enumerate(values):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise DataError(
-                f"column {field!r} holds {value!r} at position {position}, expected a token id",
+                f"column {field!r} holds {reprlib.repr(value)} at position {position}, expected a token id",
                 where=where,
                 fix="store whole numbers from 0 up, or give text in a column `prompt` instead",
             )
@@ -180,7 +181,7 @@ def _message(turn: Any, where: str, field: str) -> Message:
         raise DataError(
             f"column {field!r} needs messages with 'role' and 'content'",
             where=where,
-            why=f"got {turn!r:.80}",
+            why=f"got {reprlib.repr(turn):.80}",
             fix='store each message as {"role": "user", "content": "..."}',
         )
     content = turn["content"]
