@@ -203,7 +203,7 @@ def test_a_small_pickle_takes_little(tmp_path, name):
     path = tmp_path / "bomb.pkl"
     path.write_bytes(hostile.finish(opcodes))
     result = run_limited(READ, path)
-    assert message in result.stdout, result
+    assert message in result.stdout and "MemoryError" not in result.stdout, result
     assert str(path) in result.stdout and "fix:" in result.stdout
 
 

@@ -184,17 +184,21 @@ def test_a_small_npz_takes_little(tmp_path: Path, name: str):
     assert str(path.with_suffix(".npz")) in result.stdout and "fix:" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("compression", "message"),
-    [(zipfile.ZIP_DEFLATED, "unpacks to more than"), (zipfile.ZIP_LZMA, "compressed in a way")],
-    ids=["deflate", "lzma"],
-)
-def test_an_npz_that_unpacks_to_gigabytes_is_refused(tmp_path: Path, compression: int, message: str):
-    """It is given up long before, whatever it is compressed with."""
+def test_an_npz_that_unpacks_to_gigabytes_is_refused(tmp_path: Path):
+    """It is given up long before."""
     path = _copy_rank(tmp_path)
-    _write_npz(path, bytes(300 << 20), compression=compression)
+    _write_npz(path, bytes(300 << 20), compression=zipfile.ZIP_DEFLATED)
     assert path.with_suffix(".npz").stat().st_size < 1 << 20
-    with pytest.raises(FileError, match=message):
+    with pytest.raises(FileError, match="unpacks to more than"):
+        read_ranges(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_npz_compressed_as_numpy_never_does_is_refused(tmp_path: Path, compression: int):
+    """zipfile unpacks these whole, whatever they unpack to."""
+    path = _copy_rank(tmp_path)
+    _write_npz(path, b"", compression=compression)
+    with pytest.raises(FileError, match="compressed in a way"):
         read_ranges(path)
 
 
@@ -327,7 +331,7 @@ def test_files_of_another_layout_are_read(tmp_path: Path):
 @pytest.mark.parametrize("core", ["core", "_core"])
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_numbers_come_out_of_an_npz_as_they_went_in(tmp_path: Path, protocol: int, core: str):
-    """Of every kind, order and protocol, as np.load has them; under the names that NumPy 1 and 2 write."""
+    """Of every kind, order and protocol, under the names that NumPy 1 and 2 write."""
     order = np.arange(6, dtype="f8").reshape(2, 3)
     value = {
         "arrays": [np.float32([[1.5]]), np.asfortranarray(order), order[:, ::2], np.array(0.5), np.zeros((2, 0), "f4")],
@@ -341,9 +345,8 @@ def test_numbers_come_out_of_an_npz_as_they_went_in(tmp_path: Path, protocol: in
     pickled = pickletools.optimize(pickled)  # cuts it into frames anew
     _write_npz(tmp_path / "a.json", pickled)
     loaded = load_value(read_pickle(tmp_path / "a.npz"), tmp_path / "a.npz")
-    expected = np.load(tmp_path / "a.npz", allow_pickle=True)["arr_0"].item()
-    assert repr(_describe(loaded)) == repr(_describe(expected))
-    assert [*map(type, loaded["scalars"])] == [*map(type, expected["scalars"])]
+    assert repr(_describe(loaded)) == repr(_describe(value))
+    assert [*map(type, loaded["scalars"])] == [*map(type, value["scalars"])]
 
 
 @pytest.mark.parametrize("numbers", [np.complex64(1), np.array(["x"]), np.array([b"x"]), np.array([None]), {1}, b"x"])
