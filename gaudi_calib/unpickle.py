@@ -29,7 +29,8 @@ NUMPY_NAMES = {
     "numpy._core.multiarray": {"_reconstruct", "scalar"},
     "numpy.core.numeric": {"_frombuffer"},
     "numpy._core.numeric": {"_frombuffer"},
-    "_codecs": {"encode"},
+    "_codecs": {"encode"},  # bytes of protocols 0 to 2; empty ones are a call
+    "__builtin__": {"bytes"},
 }
 ARRAYS = frozenset({"_reconstruct", "_frombuffer"})
 _BYTES = frozenset({"bytes", "bytearray", "encode", "py_buffer"})
@@ -38,6 +39,7 @@ _SCALARS = frozenset({int, str, float, bool, bytes, bytearray, type(None)})
 _OBJECTS_PER_BYTE, _LEAST_OBJECTS = 8, 10_000_000
 _CONTAINER = 4  # a list takes the memory of so many numbers
 _DEEPEST = 1000
+_MOST_AXES = 64  # of a NumPy array
 # Opcodes of numbers, None and booleans: they can be left to the unpickler in C, and lists of token ids are long.
 _NUMBERS = re.compile(rb"(?:J....|M..|K.|G........|[N\x88\x89])++", re.DOTALL)
 
@@ -102,9 +104,10 @@ def count_array_cells(recorder: Recorder) -> int:
     """Return how many cells a recorded NumPy array has, or bytes recorded bytes; 0 for others."""
     if recorder.name in ARRAYS:
         shape = recorder.args[2] if recorder.name == "_frombuffer" else recorder.state[1]
-        return prod(max(length, 1) for length in shape)  # an array of shape (n, 0) is a list of n lists
-    is_bytes = recorder.name in _BYTES or recorder.name == "scalar"
-    return sum(len(part) for part in recorder.args if isinstance(part, str | bytes | bytearray)) if is_bytes else 0
+        return prod(max(length, 1) for length in shape[:_MOST_AXES])  # an array of shape (n, 0) is a list of n lists
+    if recorder.name in _BYTES or recorder.name == "scalar":
+        return sum(len(part) for part in recorder.args[:2] if isinstance(part, str | bytes | bytearray))
+    return 0
 
 
 def read_array(array: Recorder, decode: Callable[[Any], Any]) -> np.ndarray:
@@ -204,7 +207,7 @@ def _require_keys(keys: Iterable[Any]) -> None:
     for key in keys:
         is_quick = key.bit_length() <= 64 if type(key) is int else type(key) in _SCALARS or isinstance(key, Recorder)
         if not is_quick:
-            raise pickle.UnpicklingError(f"a {type(key).__name__} as a key")
+            raise pickle.UnpicklingError(f"a key of type {type(key).__name__}")
 
 
 class _Machine(pickle._Unpickler):

@@ -24,6 +24,7 @@ its question; consecutive turns of one speaker are one turn, with a blank line b
 """
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -201,7 +202,7 @@ def _token_ids(cell: Any, field: str, where: str) -> tuple[int, ...]:
     for position, value in enumerate(values):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
             raise RowError(
-                f"column {field!r} holds {value!r} at position {position}, expected a token id",
+                f"column {field!r} holds {reprlib.repr(value)} at position {position}, expected a token id",
                 where=where,
                 fix="store whole numbers from 0 up, or give text in a column `prompt` instead",
             )
@@ -243,7 +244,7 @@ def _message(turn: Any, where: str, field: str) -> Message:
         raise RowError(
             f"column {field!r} needs messages with 'role' and 'content'",
             where=where,
-            why=f"got {turn!r:.80}",
+            why=f"got {reprlib.repr(turn):.80}",
             fix='store each message as {"role": "user", "content": "..."}',
         )
     content = turn["content"]

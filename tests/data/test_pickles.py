@@ -15,7 +15,8 @@ import pytest
 from gaudi_calib.data.pickles import read_pickle
 from gaudi_calib.data.sources import read_rows
 from gaudi_calib.errors import CalibrationError, DataError, FileError
-from tests.support import paths
+from tests.support import hostile, paths
+from tests.support.processes import run_limited
 
 PICKLES = paths.GOLDEN / "pickles"
 TABLES = sorted(path.name for path in PICKLES.glob("*.pkl*"))
@@ -181,3 +182,50 @@ def test_damaged_files(name):
     for damaged in cut + flipped:
         with contextlib.suppress(DataError, FileError):
             read_pickle(io.BytesIO(damaged), name=name)
+
+
+BOMBS = hostile.BOMBS | hostile.TABLE_BOMBS
+READ = """
+import sys
+from gaudi_calib.data.sources import read_rows
+from gaudi_calib.errors import CalibrationError
+try:
+    read_rows(sys.argv[1])
+except CalibrationError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_pickle_takes_little(tmp_path, name):
+    """What a small file claims or repeats takes neither gigabytes nor minutes, and the error says what it is."""
+    opcodes, message = BOMBS[name]
+    path = tmp_path / "bomb.pkl"
+    path.write_bytes(hostile.finish(opcodes))
+    result = run_limited(READ, path)
+    assert message in result.stdout and "MemoryError" not in result.stdout, result
+    assert str(path) in result.stdout and "fix:" in result.stdout
+
+
+def test_nine_bytes_do_not_take_gigabytes(tmp_path):
+    """An object remembered under number 4 294 967 295 takes no more memory than one under number 0."""
+    path = tmp_path / "bomb.pkl"
+    path.write_bytes(b"\x80\x04Nr\xff\xff\xff\xff.")
+    assert "the dataset holds NoneType" in run_limited(READ, path).stdout
+
+
+def test_rows_may_be_repeated():
+    """The same row a thousand times is a dataset, though its file holds the row once."""
+    row = {"prompt_token_ids": list(range(5000))}
+    content = pickle.dumps([row] * 1000)
+    assert len(content) < 20_000
+    assert read_pickle(io.BytesIO(content), name="rows") == [row] * 1000
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_numbers_of_every_opcode(protocol):
+    """Long lists of numbers, which are read at once, are what they were, whatever stands among them."""
+    mixed = [0, 255, 256, 65535, 65536, -1, 2**31, -(2**31), 2**63, 2**70, 0.5, True, False, None, "(", [7], "K"]
+    value = [mixed * 200, list(range(70_000)), {"a": [1.5] * 2000, 1: [], None: [[]]}]
+    loaded = read_pickle(io.BytesIO(pickle.dumps(value, protocol)), name="numbers")
+    assert repr(loaded) == repr(value)

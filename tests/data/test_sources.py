@@ -9,7 +9,7 @@ import pytest
 
 from gaudi_calib.data.rows import Row
 from gaudi_calib.data.sources import read_rows
-from gaudi_calib.errors import DataError, UsageError
+from gaudi_calib.errors import DataError, FileError, UsageError
 
 RECORDS = [
     {"system_prompt": "Be brief.", "question": "Hi, there", "score": 1},
@@ -335,6 +335,26 @@ def test_not_utf8(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
+        read_rows(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".jsonl"])
+def test_a_dataset_that_unpacks_to_gigabytes_is_refused(tmp_path, suffix):
+    """It is given up long before, with a fix."""
+    path = tmp_path / f"data{suffix}.gz"
+    path.write_bytes(gzip.compress(bytes(300 << 20), compresslevel=1))
+    with pytest.raises(FileError, match="unpacks to more than") as caught:
+        read_rows(str(path))
+    assert caught.value.where == str(path)
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    """Damage in the middle of the compressed bytes is an error of this package."""
+    path = tmp_path / "data.jsonl.gz"
+    content = bytearray(gzip.compress(b"".join(b'{"prompt": "%d"}\n' % (n * n) for n in range(1000))))
+    content[100:200] = b"\xff" * 100
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot read the dataset"):
         read_rows(str(path))
 
 

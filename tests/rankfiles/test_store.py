@@ -20,6 +20,7 @@ from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
 from gaudi_calib.rankfiles.background import BackgroundWriter
 from gaudi_calib.rankfiles.nested import Head, encode_node, encode_rank
+from gaudi_calib.rankfiles.npz import load_value, read_pickle
 from gaudi_calib.rankfiles.store import (
     _Renderer,
     read_node_names,
@@ -28,7 +29,8 @@ from gaudi_calib.rankfiles.store import (
     render_nested,
     write_rank_set,
 )
-from tests.support import paths
+from tests.support import hostile, paths
+from tests.support.processes import run_limited
 
 GOLDEN = paths.GOLDEN / "llama-tiny"
 RUNS = [GOLDEN / run for run in ("tp1/g2", "tp1/g3", "tp2/g2", "tp1pcs/g2")]
@@ -140,6 +142,74 @@ def test_a_pickle_in_an_npz_runs_no_code(tmp_path: Path, monkeypatch: pytest.Mon
         read_ranges(path)
     assert not (tmp_path / "exploded").exists()
     assert pickle.dumps(_Bomb())
+
+
+READ = """
+import sys
+from pathlib import Path
+from gaudi_calib.errors import FileError
+from gaudi_calib.rankfiles.store import read_ranges
+try:
+    read_ranges(Path(sys.argv[1]))
+except FileError as error:
+    print(error)
+"""
+
+
+def _write_npz(path: Path, pickled: bytes, *, shape: tuple[int, ...] = (), compression: int = zipfile.ZIP_STORED):
+    """Write `pickled` as the object array of an npz beside the json `path`."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|O", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path.with_suffix(".npz"), "w", compression) as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + pickled)
+
+
+def test_a_pickle_in_an_npz_chooses_no_memory(tmp_path: Path):
+    """An array of objects whose dtype says that they are plain bytes would be read as addresses."""
+    path = _copy_rank(tmp_path)
+    _write_npz(path, hostile.finish(hostile.array("O8", b")", b"C\x08AAAAAAAA")))
+    result = run_limited(READ, path)
+    assert result.returncode == 0, result
+    assert "holds more than numbers and their names" in result.stdout
+
+
+@pytest.mark.parametrize("name", hostile.BOMBS)
+def test_a_small_npz_takes_little(tmp_path: Path, name: str):
+    """What a small file claims or repeats takes neither gigabytes nor minutes, and the error says what it is."""
+    opcodes, message = hostile.BOMBS[name]
+    path = _copy_rank(tmp_path)
+    _write_npz(path, hostile.finish(opcodes))
+    result = run_limited(READ, path)
+    assert message in result.stdout, result
+    assert str(path.with_suffix(".npz")) in result.stdout and "fix:" in result.stdout
+
+
+def test_an_npz_that_unpacks_to_gigabytes_is_refused(tmp_path: Path):
+    """It is given up long before."""
+    path = _copy_rank(tmp_path)
+    _write_npz(path, bytes(300 << 20), compression=zipfile.ZIP_DEFLATED)
+    assert path.with_suffix(".npz").stat().st_size < 1 << 20
+    with pytest.raises(FileError, match="unpacks to more than"):
+        read_ranges(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_npz_compressed_as_numpy_never_does_is_refused(tmp_path: Path, compression: int):
+    """zipfile unpacks these whole, whatever they unpack to."""
+    path = _copy_rank(tmp_path)
+    _write_npz(path, b"", compression=compression)
+    with pytest.raises(FileError, match="compressed in a way"):
+        read_ranges(path)
+
+
+@pytest.mark.parametrize("shape", [(1,), (10**12,), (10**12, 0)], ids=str)
+def test_an_npz_holds_one_object(tmp_path: Path, shape: tuple[int, ...]):
+    """A header that claims an array of them is refused, however large."""
+    path = _copy_rank(tmp_path)
+    _write_npz(path, pickle.dumps(np.array({}, dtype=object)), shape=shape)
+    with pytest.raises(FileError, match="no pickled dict") as caught:
+        read_ranges(path)
+    assert str(shape) in caught.value.why
 
 
 def test_scales_are_not_taken_for_ranges():
@@ -256,6 +326,35 @@ def test_files_of_another_layout_are_read(tmp_path: Path):
     with zipfile.ZipFile(path.with_suffix(".npz"), "w") as archive:
         archive.writestr("arr_0.npy", buffer.getvalue() + pickle.dumps(np.array(value, dtype=object), protocol=2))
     assert repr(read_ranges(path)) == repr(expected)
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_numbers_come_out_of_an_npz_as_they_went_in(tmp_path: Path, protocol: int, core: str):
+    """Of every kind, order and protocol, under the names that NumPy 1 and 2 write."""
+    order = np.arange(6, dtype="f8").reshape(2, 3)
+    value = {
+        "arrays": [np.float32([[1.5]]), np.asfortranarray(order), order[:, ::2], np.array(0.5), np.zeros((2, 0), "f4")],
+        "scalars": (np.float32(0.25), np.float64(-1), np.int64(2**40), 0.1, 3, None, True, "x"),
+        0: {1: np.arange(3), 2: np.arange(3, dtype=np.uint8)},
+    }
+    pickled = pickle.dumps(np.array(value, dtype=object), protocol)
+    for length, name in ((22, b"multiarray"), (19, b"numeric")):  # the length stands before a name since protocol 4
+        old, new = (f"numpy.{core}.".encode() + name for core in ("_core", core))
+        pickled = pickled.replace(bytes([length]) + old, bytes([len(new)]) + new).replace(old, new)
+    pickled = pickletools.optimize(pickled)  # cuts it into frames anew
+    _write_npz(tmp_path / "a.json", pickled)
+    loaded = load_value(read_pickle(tmp_path / "a.npz"), tmp_path / "a.npz")
+    assert repr(_describe(loaded)) == repr(_describe(value))
+    assert [*map(type, loaded["scalars"])] == [*map(type, value["scalars"])]
+
+
+@pytest.mark.parametrize("numbers", [np.complex64(1), np.array(["x"]), np.array([b"x"]), np.array([None]), {1}, b"x"])
+def test_nothing_but_numbers_and_their_names_comes_out_of_an_npz(tmp_path: Path, numbers):
+    """Arrays of text, bytes, objects or complex numbers are no ranges."""
+    _write_npz(tmp_path / "a.json", pickle.dumps({"Nodes": {"n": {"inputs": [numbers]}}}))
+    with pytest.raises(FileError, match="more than numbers"):
+        load_value(read_pickle(tmp_path / "a.npz"), tmp_path / "a.npz")
 
 
 def test_names_of_any_alphabet_survive(tmp_path: Path):

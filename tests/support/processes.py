@@ -1,9 +1,13 @@
 """`gaudi-calib` in a process of its own, as a user starts it."""
 
+import os
+import resource
 import signal
 import subprocess
 import sys
 from typing import Any
+
+from tests.support import paths
 
 COMMAND = (sys.executable, "-m", "gaudi_calib")
 
@@ -30,3 +34,21 @@ def start_cli(*words: object, **options: Any) -> subprocess.Popen:
 
 def _hear_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_limited(code: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run Python `code` with arguments in 2 GiB of memory and 30 s of a processor."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=paths.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        preexec_fn=_limit,
+    )
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
