@@ -52,7 +52,7 @@ demo: $(MODEL)/config.json ## calibrate SmolLM2-135M-Instruct, show what to run 
 	    -l 128 -- --max-tokens 512
 	@echo; echo "The model is in $(MODEL), its calibration in demo/out/ ($$(find demo/out -type f | wc -l) files)."
 	@echo "Copy both to the same paths on a Gaudi and run the lines above for it; under other paths,"
-	@echo "change dump_stats_path in maxabs_quant_*.json as well. FP8 costs this model quality:"
+	@echo "run gaudi-calib relocate DIR there first, with DIR the run's. FP8 costs this model quality:"
 	@echo "make demo-serve shows its BF16 and FP8 answers side by side."
 
 demo-serve: $(SERVED) $(VENV)/test.stamp ## chat with what `make demo` made, on this CPU, in BF16 and in FP8

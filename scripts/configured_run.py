@@ -21,9 +21,9 @@ from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.detect import detect_platform, require_gaudi
 from gaudi_calib.errors import UsageError
-from gaudi_calib.files import stage_files
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import DUMP_NAME, RunLayout
+from gaudi_calib.staging import stage_files
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,11 @@ from gaudi_calib.checkpoints.writer import ConversionPlan, describe_plan, plan_c
 from gaudi_calib.errors import FileError, ModelError
 from gaudi_calib.files import read_json
 from gaudi_calib.models.headers import Header, Span, read_header
-from gaudi_calib.models.source import list_quantizations
+from gaudi_calib.models.source import GAUDI2_RECORD, HALVED_ENV, list_quantizations
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 # vllm-gaudi reads this key of compressed-tensors configs: values that fit Gaudi 2 are not halved again while loading.
 _FLAVOR_KEY, _FLAVOR = "fp8_dtype_flavor", "float8_e4m3fnuz"
-_FLAVORED_METHOD = "compressed-tensors"
 # What is counted: tensors halved, tensors doubled, FP8 values halved, those of them that lost their last bit.
 _COUNTS = ("weights", "scales", "values", "rounded")
 
@@ -51,7 +50,7 @@ class Gaudi2Converter:
         doubled: names of their scales, and of the static scales of what they multiply and of caches.
     """
 
-    record_name: ClassVar[str] = "gaudi2_conversion.json"
+    record_name: ClassVar[str] = GAUDI2_RECORD
     checkpoint: Checkpoint
     halved: frozenset[str]
     doubled: frozenset[str]
@@ -59,7 +58,7 @@ class Gaudi2Converter:
     @property
     def is_flavored(self) -> bool:
         """Whether config.json gets the mark by which vllm-gaudi knows that the values fit Gaudi 2."""
-        return self.checkpoint.source.method == _FLAVORED_METHOD
+        return self.checkpoint.source.is_flavored
 
     def plan_header(self, header: Header) -> Header:
         return header
@@ -217,5 +216,5 @@ def describe_result(plan: ConversionPlan[Gaudi2Converter], counts: Counter[str])
 
 def dump_result(plan: ConversionPlan[Gaudi2Converter], counts: Counter[str]) -> str:
     """Return the same as JSON."""
-    env = {} if plan.converter.is_flavored else {"VLLM_SCALE_ADJUSTMENT": "0"}
+    env = {} if plan.converter.is_flavored else HALVED_ENV
     return json.dumps({"model": str(plan.out), "env": env, **{name: counts[name] for name in _COUNTS}}, indent=2)

@@ -93,11 +93,14 @@ def vllm_option(*, found: str) -> Function:
     return option("--vllm", metavar="VERSION", help=text)
 
 
-# Which run is meant: model, out, world, unified_world, expert_parallel, device, dtype, vllm, as_json.
+# Which run is meant: model, out, name, world, unified_world, expert_parallel, device, dtype, vllm, as_json.
 target_options = bundle(
     bundle(
         model_option(),
         output_option("Root of the runs; files go to OUT/<model>/.", required=True),
+        option(
+            "--name", metavar="NAME", help="The run's directory in OUT.  [last part of the model's name, lower-case]"
+        ),
         section="Model and output",
     ),
     bundle(
@@ -105,7 +108,9 @@ target_options = bundle(
         count_option("-r", "--rank", "unified_world", help="Also write the files for this many ranks; must divide -t."),
         experts_option(found="as measured; as the family is served"),
         device_option("Device that will serve: Gaudi 2, Gaudi 3, or files for both.", takes_all=True),
-        choice_option("--dtype", "What the model is served in; weights are rounded to it first."),
+        choice_option(
+            "--dtype", "What the model is served in; weights are rounded to it first.  [as measured; bfloat16]"
+        ),
         vllm_option(found="a current one"),
         section="What will serve",
     ),

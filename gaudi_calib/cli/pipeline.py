@@ -70,11 +70,12 @@ def print_result(result: "RunResult", options: "RunOptions", *, as_json: bool) -
     if as_json:
         click.echo(json.dumps(asdict(result), indent=2, default=str))
         return
-    from gaudi_calib.serve.command import plan_on_gaudi
+    from gaudi_calib.serve.command import ServeOptions, plan_on_gaudi
 
     click.echo(f"{len(result.files)} files in {result.root}")
     for device, path in result.quant_configs.items():
         for world in result.worlds or (options.world,):
             click.echo(f"\nOn Gaudi {device[1]}, {world} card{'s' * (world > 1)}:")
-            for line in plan_on_gaudi(options.model, path, world=world, device=device).lines:
-                click.echo(f"  {line}")
+            click.echo(str(plan_on_gaudi(ServeOptions(options.model, path, world, device))))
+    if result.quant_configs:
+        click.echo("\nThe configs name this place. If the run moves, run `gaudi-calib relocate DIR` where it is then.")

@@ -39,17 +39,14 @@ def serve(only_print: bool, **arguments: Any) -> None:
     Checks the files behind the config first. On a Gaudi INC quantizes; elsewhere this
     package's vLLM plugin computes what the Gaudi would.
     """
-    from gaudi_calib.engines.detect import Platform, detect_apart
-    from gaudi_calib.fp8 import get_device
-    from gaudi_calib.serve.command import ServeOptions, plan_serve, run_serve
+    from gaudi_calib.engines.detect import detect_apart
+    from gaudi_calib.serve.command import ServeOptions, plan_on_gaudi, plan_serve, run_serve
 
     options = ServeOptions(**arguments)
-    if only_print and options.device:
-        platform = Platform("hpu", get_device(options.device))
-    else:
-        platform = detect_apart()
-    command = plan_serve(options, platform)
+    command = plan_on_gaudi(options) if only_print and options.device else plan_serve(options, detect_apart())
     _log.info("%s", command.note)
+    for warning in command.warnings:
+        _log.warning("%s", warning)
     if only_print:
         click.echo(str(command))
         return

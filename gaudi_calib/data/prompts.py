@@ -315,7 +315,7 @@ def _check_number(prompts: Prompts, limit: int | None, min_tokens: int | None) -
 def _read_template(path: Path) -> str:
     fix = "give --chat-template a readable file with a Jinja template in UTF-8"
     with explained("cannot read the chat template", OSError, ValueError, where=path, fix=fix):
-        return path.expanduser().read_text()
+        return path.expanduser().read_text(encoding="utf-8")
 
 
 def write_prompts(path: Path, prompts: Prompts) -> None:

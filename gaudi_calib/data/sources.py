@@ -18,6 +18,7 @@ import json
 import lzma
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
@@ -28,6 +29,7 @@ from gaudi_calib.data.bad_rows import BadRows, RowError
 from gaudi_calib.data.pickles import read_pickle
 from gaudi_calib.data.rows import COLUMNS, Record, Row, make_rows
 from gaudi_calib.errors import DataError
+from gaudi_calib.files import unpack
 
 BUILTIN = "builtin"
 Records = list[Record | RowError]
@@ -52,7 +54,7 @@ def read_rows(dataset: str, *, columns: Mapping[str, str] | None = None, bad_row
     Raises:
         DataError: it does not exist, cannot be read, is empty or has no usable column.
         RowError: too many rows cannot be used; says which row or line.
-        FileError: a pickle that asks for more than tables.
+        FileError: a pickle that asks for more than tables, or a compressed file that unpacks to far more than its size.
         UsageError: `columns` names an unknown column.
     """
     columns = columns or {}
@@ -80,11 +82,11 @@ def _read_file(path: Path, source: str) -> Records:
         )
     fix = "check that you may read it; if it is compressed, copy or download it again"
     with (
-        explained("cannot read the dataset", OSError, EOFError, lzma.LZMAError, where=path, fix=fix),
+        explained("cannot read the dataset", OSError, EOFError, lzma.LZMAError, zlib.error, where=path, fix=fix),
         explained("the dataset is not UTF-8 text", UnicodeDecodeError, where=path, fix="convert it to UTF-8"),
         path.open("rb") as raw,
     ):
-        return _READERS[suffix](_DECOMPRESSORS[compression](raw) if compression else raw, source)
+        return _READERS[suffix](unpack(_DECOMPRESSORS[compression](raw), path) if compression else raw, source)
 
 
 @contextmanager

@@ -19,6 +19,10 @@ from gaudi_calib.models.families import Family, find_family
 
 _log = logging.getLogger(__name__)
 
+# What `convert-weights` leaves beside weights that it halved for Gaudi 2, and what keeps vllm-gaudi from halving again.
+GAUDI2_RECORD = "gaudi2_conversion.json"
+HALVED_ENV = {"VLLM_SCALE_ADJUSTMENT": "0"}
+
 _CONFIG_NAME = "config.json"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
@@ -54,9 +58,10 @@ class ModelSource:
         """
         found = self.config.get("model_type")
         if not isinstance(found, str):
-            where = self.name if self.directory is None else self.directory / _CONFIG_NAME
             raise ModelError(
-                "config.json names no model_type", where=where, fix="use the checkpoint's original config.json"
+                "config.json names no model_type",
+                where=self._config_path,
+                fix="use the checkpoint's original config.json",
             )
         return found
 
@@ -110,6 +115,20 @@ class ModelSource:
         return self.method is None or self.method in _FP8_METHODS
 
     @property
+    def is_flavored(self) -> bool:
+        """Whether config.json has room for the mark by which vllm-gaudi knows weights that fit Gaudi 2."""
+        return self.method == "compressed-tensors"
+
+    @property
+    def required_env(self) -> dict[str, str]:
+        """Environment without which a Gaudi serves other weights.
+
+        vllm-gaudi halves FP8 weights on Gaudi 2 while loading; those that are halved already must stay.
+        """
+        is_halved = self.directory is not None and (self.directory / GAUDI2_RECORD).is_file()
+        return HALVED_ENV if is_halved and not self.is_flavored else {}
+
+    @property
     def expert_count(self) -> int | None:
         """Routed experts per layer, None where config.json states none."""
         return self._find_count(_EXPERT_KEYS)
@@ -124,9 +143,36 @@ class ModelSource:
         """Most positions of a sequence, None where config.json states none."""
         return self._find_count(_CONTEXT_KEYS)
 
+    @property
+    def draft_layers(self) -> int:
+        """Layers stored behind the decoder's, which predict further tokens; nobody runs them here."""
+        return self._find_count(("num_nextn_predict_layers",)) or 0
+
+    def require_count(self, key: str, default: int | None = None) -> int:
+        """Return the whole number above 0 that config.json has under `key`; `default` where it is absent or null.
+
+        Raises:
+            ModelError: it is something else, or absent without a default.
+        """
+        found = self.text_config.get(key)
+        if found is None and default is not None:
+            return default
+        if type(found) is not int or found < 1:
+            raise ModelError(
+                f"config.json has no usable {key}",
+                where=self._config_path,
+                why="it is missing" if found is None else f"it is {str(found)[:40]!r}, not a whole number above 0",
+                fix="restore the checkpoint's original config.json",
+            )
+        return found
+
+    @property
+    def _config_path(self) -> Path | str:
+        return self.name if self.directory is None else self.directory / _CONFIG_NAME
+
     def _find_count(self, keys: tuple[str, ...]) -> int | None:
         values = map(self.text_config.get, keys)
-        return next((value for value in values if isinstance(value, int) and value > 0), None)
+        return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def list_quantizations(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaudi_calib.errors import UsageError
-from gaudi_calib.fp8 import DEVICES
+from gaudi_calib.fp8 import DEVICES, HP_DTYPES
 from gaudi_calib.layout import RunLayout
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # What some fields of `RunOptions` may be.
 CHOICES = {
     "engine": ("auto", "torch", "vllm"),
-    "dtype": ("bfloat16", "float16", "float32"),
+    "dtype": tuple(HP_DTYPES),
     "compute_dtype": ("float32", "bfloat16"),
     "cold_experts": ("fill", "ignore", "error"),
 }
@@ -36,7 +36,7 @@ class RunOptions:
         platform: what measures now, `hpu`, `cuda` or `cpu`.
         engine_options: how the `vllm` engine runs, or None for its defaults.
         batch_size: sequences that run together, at most.
-        dtype: what the model is served in.
+        dtype: what the model is served in; None: as it was measured, else bfloat16.
         expert_parallel: whether ranks hold whole experts (-u); None: as the family is served.
         vllm: version of the vLLM that will serve, or None for a current one.
         cold_experts: what to do with experts that see fewer than `min_expert_tokens` tokens:
@@ -45,6 +45,7 @@ class RunOptions:
         scale_method: a published method, in any case; None for maxabs_hw, or what
             `quant_config` says.
         measure_config, quant_config: QUANT_CONFIG files in place of the family's presets.
+        name: of the run's directory in `out`; None to call it as the model.
     """
 
     model: str
@@ -57,7 +58,7 @@ class RunOptions:
     platform: str = "cpu"
     engine_options: "EngineOptions | None" = None
     batch_size: int = 32
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     compute_dtype: str = "float32"
     expert_parallel: bool | None = None
     vllm: str | None = None
@@ -66,10 +67,11 @@ class RunOptions:
     scale_method: str | None = None
     measure_config: Path | None = None
     quant_config: Path | None = None
+    name: str | None = None
 
     @property
     def layout(self) -> RunLayout:
-        return RunLayout(self.out.expanduser().resolve(), self.model)
+        return RunLayout(self.out.expanduser().resolve(), self.model, self.name)
 
     @property
     def worlds(self) -> tuple[int, ...]:
@@ -82,8 +84,10 @@ def check_options(options: RunOptions) -> None:
     from gaudi_calib.ranges.derive import parse_vllm_version
 
     for name, choices in CHOICES.items():
-        if getattr(options, name) not in choices:
+        if getattr(options, name) not in (*choices, getattr(RunOptions, name)):
             raise UsageError(f"unknown {name} {getattr(options, name)!r}", fix=f"choose one of {', '.join(choices)}")
+    if options.name is not None and (options.name in ("", "..") or Path(options.name).name != options.name):
+        raise UsageError(f"--name {options.name!r} is no name of a directory", fix="give the root of the runs with -o")
     if options.world < 1 or options.world % (options.unified_world or 1):
         raise UsageError(
             f"cannot unify {options.world} ranks into {options.unified_world}",

@@ -2,7 +2,6 @@
 
 import logging
 
-from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.errors import RangeError
 from gaudi_calib.layout import CHANNEL_RANGES_NAME
 from gaudi_calib.ranges.channels import ChannelRanges
@@ -10,6 +9,7 @@ from gaudi_calib.ranges.coverage import count_coverage, describe_coverage, list_
 from gaudi_calib.ranges.derive import derive_world
 from gaudi_calib.rankfiles.channel_file import write_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_sets
+from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.reshard import describe_bounds
 from gaudi_calib.runs.run import Run, Target
 
@@ -37,7 +37,8 @@ def measure_model(run: Run) -> None:
             worlds=DEFAULT_WORLDS,
             required=[run.topology(world) for world in run.options.worlds],
             cold=ColdPolicy(run.options.min_expert_tokens, fill=run.options.cold_experts == "fill"),
-            dtype=run.options.dtype,
+            dtype=run.dtype,
+            vllm=run.options.vllm,
             compute_dtype=run.options.compute_dtype,
             batch_size=run.options.batch_size,
             on_progress=show,
@@ -77,10 +78,11 @@ def derive_ranks(run: Run) -> None:
     """Derive the ranges of every rank."""
     assert run.channels is not None
     for target in run.targets:
-        write_quant_config(run.staging / target.layout.measure_config.name, target.measure_config)
+        run.stage_config(target.layout.measure_config, target.measure_config)
         run.warn_idle_patterns(target.measure_config)
         for world in run.options.worlds:
             derive_target(run, run.channels, target, world)
+    warn_of_limits(run)
 
 
 def derive_target(run: Run, channels: ChannelRanges, target: Target, world: int) -> None:

@@ -18,14 +18,15 @@ from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.config.model import QuantConfig, with_dump_stats_path
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import CalibrationError, FileError, RangeError, UsageError
-from gaudi_calib.files import scratch_directory
 from gaudi_calib.layout import DUMP_NAME, RankFile
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.unify import gather_world, unify_ranks
 from gaudi_calib.rankfiles.store import read_scales, write_rank_sets
+from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.run import Run, Target
+from gaudi_calib.staging import scratch_directory
 
 if TYPE_CHECKING:
     from gaudi_calib.engines.vllm_runner.phases import PhaseName
@@ -69,6 +70,12 @@ def settle_engine(options: RunOptions) -> RunOptions:
             why="ranges measured on a Gaudi are those of its own arithmetic",
             fix=f"leave --device out, or give --engine torch, which measures for both ({name} included)",
         )
+    if options.dtype not in (None, "bfloat16"):
+        raise UsageError(
+            f"--dtype {options.dtype}: vllm-gaudi measures in bfloat16",
+            why="it replaces any other type, and INC would convert to and from that one",
+            fix="leave --dtype out, or give --engine torch",
+        )
     if options.devices != (name,):
         _log.warning("Measured on %s: only its files are written. --engine torch writes those of both", name)
     return replace(settled, devices=(name,))
@@ -110,7 +117,8 @@ def measure_ranks(run: Run) -> None:
             target.ranges[unified] = joined
         for size in run.options.worlds:
             write_rank_sets(run.staging / target.device.name, target.ranges[size])
-        write_quant_config(run.staging / target.layout.measure_config.name, target.measure_config)
+        run.stage_config(target.layout.measure_config, target.measure_config)
+    warn_of_limits(run)
 
 
 def quantize_ranks(run: Run) -> None:
@@ -176,6 +184,7 @@ def _describe_model(run: Run) -> "Deployment":
         quantization=source.quantization,
         modules=run.plan.node_names,
         context=source.context,
+        env=source.required_env,
     )
 
 

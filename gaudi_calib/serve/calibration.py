@@ -1,36 +1,49 @@
 """Whether a QUANT_CONFIG, and the files behind it, can serve a model on a device with so many ranks."""
 
+import contextlib
 import logging
+import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from gaudi_calib.advice import Advice
 from gaudi_calib.config.file import read_quant_config
-from gaudi_calib.config.model import QuantConfig, describe_scaling, get_scales_device
+from gaudi_calib.config.model import (
+    QuantConfig,
+    describe_scaling,
+    find_idle_patterns,
+    get_scales_device,
+    with_dump_stats_path,
+)
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import ConfigError, FileError, ModelError, TopologyError
-from gaudi_calib.files import read_json
+from gaudi_calib.errors import CalibrationError, ConfigError, FileError, ModelError, TopologyError
+from gaudi_calib.files import read_json, write_json
 from gaudi_calib.fp8 import Device
 from gaudi_calib.layout import MANIFEST_NAME, RankFile
 from gaudi_calib.models.families import Family, find_family
 from gaudi_calib.models.fingerprint import fingerprint_model
 from gaudi_calib.models.source import ModelSource
+from gaudi_calib.moved import advise_relocation, find_beside
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A QUANT_CONFIG that quantizes, and what lies where its `dump_stats_path` points.
+    """A QUANT_CONFIG that quantizes, and the ranges and scales that belong to it.
 
     Attributes:
         path: the file.
-        config: its content.
+        config: its content; where the run has moved, with the `dump_stats_path` it should have.
         placed: ranges and scales.
+        old_place: where the file says that they are, if the run has moved.
     """
 
     path: Path
     config: QuantConfig
     placed: CalibrationDir
+    old_place: Path | None = None
 
     @property
     def family(self) -> Family | None:
@@ -61,13 +74,16 @@ def open_calibration(path: Path) -> Calibration:
             where=path,
             fix="give the config that calibration wrote for serving, OUT/<model>/maxabs_quant_<device>.json",
         )
-    placed = CalibrationDir.named_by(config, path)
+    beside = find_beside(path, config.dump_stats_path) if config.uses_stats_files else None
+    old_place = Path(config.dump_stats_path).parent if beside else None
+    placed = CalibrationDir.named_by(with_dump_stats_path(config, beside) if beside else config, path)
     if config.uses_stats_files and not placed.path.is_dir():
         raise FileError(
             f"the directory of ranges and scales that {path.name} names is not there",
             where=placed.path,
-            why="dump_stats_path is absolute, and the run was made elsewhere or moved",
-            fix=f"copy the run to that path, or correct dump_stats_path in {path}",
+            why="dump_stats_path is absolute, the run was made elsewhere or moved, and no such directory is beside "
+            f"{path.name}",
+            fix=f"copy {placed.path.name} beside {path}, or the run to that path",
         )
     newest = placed.newest_manifest
     if newest is not None and newest.good is None:
@@ -77,7 +93,37 @@ def open_calibration(path: Path) -> Calibration:
             why=f"its status is {newest.status}" + (f": {newest.error}" if newest.error else ""),
             fix="run `gaudi-calib calibrate` again",
         )
-    return Calibration(path, config, placed)
+    return Calibration(path, with_dump_stats_path(config, beside) if beside else config, placed, old_place)
+
+
+def place_config(calibration: Calibration) -> Path:
+    """Return the file that QUANT_CONFIG must be: the one given; where the run has moved, a copy that names its place.
+
+    The copy outlives this process, and ranks of all nodes read it, so it is a hidden file beside the one given.
+    There is one for each place from which a run is served.
+
+    Raises:
+        FileError: it can be written neither there nor to the user's cache.
+    """
+    if calibration.old_place is None:
+        return calibration.path
+    path, dump = calibration.path.absolute(), calibration.config.dump_stats_path
+    content = {**read_json(path), "dump_stats_path": dump}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gaudi-calib").absolute()
+    for directory, mark in ((path.parent, dump), (cache, f"{path}:{dump}")):
+        copy = directory / f".{zlib.crc32(mark.encode()):08x}-{path.name}"
+        with contextlib.suppress(FileError):
+            if copy.is_file() and read_json(copy) == content:
+                return copy
+        with contextlib.suppress(FileError):
+            write_json(copy, content)
+            return copy
+    raise FileError(
+        "the run has moved, and no copy of its config can be written that says so",
+        where=path,
+        why=f"neither {path.parent} nor {cache} can be written",
+        fix=f"set XDG_CACHE_HOME to a directory that can, or run `{advise_relocation(path.parent)}` as its owner",
+    )
 
 
 def require_fit(
@@ -99,17 +145,18 @@ def require_fit(
         ModelError: another checkpoint was measured. TopologyError: experts are shared otherwise.
         ConfigError: the device cannot serve with this config.
     """
-    _require_device(calibration, device)
+    _require_device(calibration, model, world, device)
     if not calibration.config.uses_stats_files:
-        served_so = model.family is not None and model.family.expert_parallel
+        manifest = calibration.placed.manifest
+        served_so = manifest.expert_parallel if manifest else model.family is not None and model.family.expert_parallel
         return served_so if expert_parallel is None else expert_parallel
     _require_files(calibration, model, world)
     _require_fresh(calibration, model, world)
     _require_model(calibration, model)
-    return _choose_sharing(calibration, world, expert_parallel)
+    return _choose_sharing(calibration, model, world, expert_parallel)
 
 
-def _require_device(calibration: Calibration, device: Device | None) -> None:
+def _require_device(calibration: Calibration, model: ModelSource, world: int, device: Device | None) -> None:
     made_for = calibration.placed.device
     if device is None or not calibration.config.uses_stats_files:
         return
@@ -118,44 +165,44 @@ def _require_device(calibration: Calibration, device: Device | None) -> None:
             f"these files are for {made_for.name}, and {device.name} would serve",
             where=calibration.path,
             why="FP8 range and free scales differ between the devices",
-            fix=f"give maxabs_quant_{device.name}.json; if the run has none, `gaudi-calib quantize -m MODEL -o OUT "
-            f"--device {device.name}` makes it from channel_ranges.safetensors",
+            fix=_advise(calibration, model).make_for(device, world),
         )
     get_scales_device(calibration.config, device)
 
 
 def _require_files(calibration: Calibration, model: ModelSource, world: int) -> None:
-    tag = calibration.config.method_table.file_tag
+    tag, advice = calibration.config.method_table.file_tag, _advise(calibration, model)
     for method, what in ((None, "ranges"), (tag, "scales")):
         missing = calibration.placed.list_missing(world, method=method)
+        if not missing:
+            files = [calibration.placed.name_file(rank, world, method=method) for rank in range(world)]
+            calibration.placed.require_recorded(files, advice)
+            continue
         if len(missing) == world and method is None:
             raise _no_world(calibration, model, world)
-        if missing:
-            more = f" (nor {len(missing) - 1} more)" * (len(missing) > 1)
-            raise FileError(
-                f"the {what} of a rank are missing: {missing[0].name}{more}",
-                where=calibration.placed.path,
-                why=f"each of the {world} ranks reads its own file",
-                fix=f"copy the whole directory again, or make them: {_quantize(calibration, model, world)}",
-            )
+        more = f" (nor {len(missing) - 1} more)" * (len(missing) > 1)
+        mend = advice.compute_scales(world) if method else advice.derive(world)
+        raise FileError(
+            f"the {what} of a rank are missing: {missing[0].name}{more}",
+            where=calibration.placed.path,
+            why=f"each of the {world} ranks reads its own file",
+            fix="copy the whole directory again" + (f", or make them: {mend}" if mend else ""),
+        )
 
 
-def _quantize(calibration: Calibration, model: ModelSource, world: int) -> str:
-    """The command that makes scales for `world` ranks."""
-    return f"gaudi-calib quantize -m {model.name} -o {calibration.path.parent.parent} -t {world}"
+def _advise(calibration: Calibration, model: ModelSource) -> Advice:
+    return calibration.placed.advise(model.name, calibration.path)
 
 
 def _no_world(calibration: Calibration, model: ModelSource, world: int) -> FileError:
-    placed = calibration.placed
-    found = {file.position[1] for file in placed.files.values() if file.is_ranges}
-    worlds = sorted(size for size in found if not placed.list_missing(size))
-    served = " or ".join(f"-t {size}" for size in worlds)
+    advice = _advise(calibration, model)
+    worlds = [str(size) for size in advice.worlds]
+    ways = [advice.derive(world), "serve with " + " or ".join(f"-t {size}" for size in worlds) if worlds else None]
     return FileError(
         f"no files for {world} ranks",
-        where=placed.name_file(0, world),
-        why=f"there are files for {', '.join(map(str, worlds)) or 'no'} ranks; scales depend on what a rank holds",
-        fix=f"gaudi-calib reshard {calibration.path.parent} -t {world} && {_quantize(calibration, model, world)}"
-        + (f"; or serve with {served}" if worlds else ""),
+        where=calibration.placed.name_file(0, world),
+        why=f"there are files for {', '.join(worlds) or 'no'} ranks; scales depend on what a rank holds",
+        fix="; or ".join(filter(None, ways)) or "copy the whole directory again",
     )
 
 
@@ -167,9 +214,8 @@ def _require_fresh(calibration: Calibration, model: ModelSource, world: int) -> 
     settings = describe_scaling(calibration.config, placed.device) if placed.device else None
     served = placed.list_scales(world, calibration.config.method_table.file_tag)
     for stale in placed.find_stale(served, settings=settings):
-        raise FileError(
-            f"{stale.path.name} is stale", where=stale.path, why=stale.why, fix=_quantize(calibration, model, world)
-        )
+        mend = _advise(calibration, model).compute_scales(world)
+        raise FileError(f"{stale.path.name} is stale", where=stale.path, why=stale.why, fix=mend)
 
 
 def _require_model(calibration: Calibration, model: ModelSource) -> None:
@@ -187,18 +233,35 @@ def _require_model(calibration: Calibration, model: ModelSource) -> None:
         )
 
 
-def _choose_sharing(calibration: Calibration, world: int, asked: bool | None) -> bool:
+def _choose_sharing(calibration: Calibration, model: ModelSource, world: int, asked: bool | None) -> bool:
     """Return whether ranks hold whole experts in the files of `world`, or complain when otherwise is asked."""
+    if asked and model.config and model.expert_count is None:
+        _log.warning("-u/--expert-parallel has no effect: the model has no experts")
+        return False
     manifest = calibration.placed.manifest
     if manifest is None:
         return bool(asked)
     made = manifest.shares_experts(world)
     if asked is not None and asked is not made and world > 1:
         flag = "-u" if asked else "--no-expert-parallel"
+        others = _advise(calibration, model).derive(world, flag=flag)
         raise TopologyError(
             f"the files of {world} ranks are for {'whole' if made else 'slices of'} experts on each rank",
             where=calibration.placed.path / MANIFEST_NAME,
-            fix=f"leave {flag} out, or make others: gaudi-calib reshard {calibration.path.parent} -t {world} "
-            f"{flag}, then gaudi-calib quantize",
+            fix=f"leave {flag} out" + (f", or make others: {others}" if others else ""),
         )
     return made
+
+
+def find_idle(calibration: Calibration, model: ModelSource, world: int) -> tuple[str, ...]:
+    """Return a sentence for every pattern of the config's lists that matches no node, where the nodes are known."""
+    if model.directory is None or not (calibration.config.allowlist.names or calibration.config.blocklist.names):
+        return ()
+    from gaudi_calib.checkpoints.plan import plan_model
+
+    try:
+        nodes = plan_model(model.directory).node_names
+    except CalibrationError:  # for example of a family that nobody described
+        return ()
+    found = find_idle_patterns(calibration.config, [*nodes, *calibration.list_modules(world)])
+    return tuple(f"{finding.what} ({finding.where} in {calibration.path})" for finding in found)

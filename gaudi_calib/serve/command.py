@@ -1,15 +1,14 @@
 """The command that serves a model, and its environment."""
 
 import os
-import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from gaudi_calib.engines import QUANTIZATION
 from gaudi_calib.engines.detect import Platform
@@ -26,17 +25,9 @@ from gaudi_calib.errors import CalibrationError, ModelError, UsageError
 from gaudi_calib.fp8 import get_device
 from gaudi_calib.manifest import read_versions
 from gaudi_calib.models.source import ModelSource, find_model
-from gaudi_calib.serve.calibration import Calibration, open_calibration, require_fit
-
-_METHOD_FLAGS = ("--quantization", "-q")
-# Flags of `vllm serve` that have an option here, where what they say is checked.
-_OWN_FLAGS = {
-    "--tensor-parallel-size": "-t",
-    "-tp": "-t",
-    "--port": "--port",
-    "--enable-expert-parallel": "-u",
-    "-ep": "-u",
-}
+from gaudi_calib.moved import advise_relocation
+from gaudi_calib.serve.arguments import Asked, read_words, require_agreement
+from gaudi_calib.serve.calibration import Calibration, find_idle, open_calibration, place_config, require_fit
 
 
 @dataclass(frozen=True)
@@ -65,11 +56,6 @@ class ServeOptions:
     port: int = 8000
     extra: tuple[str, ...] = ()
 
-    @property
-    def names_method(self) -> bool:
-        """Whether `extra` names a quantization method."""
-        return any(word.partition("=")[0] in _METHOD_FLAGS for word in self.extra)
-
 
 @dataclass(frozen=True)
 class ServeCommand:
@@ -79,23 +65,36 @@ class ServeCommand:
         argv: its words.
         env: what is set beside the caller's environment.
         note: what the user should know about it.
+        warnings: what is odd about the calibration.
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
     note: str
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return to_shell(self.argv, self.env)
 
-    @property
-    def lines(self) -> list[str]:
-        """The same for a shell, a line for every variable."""
-        return [*(f"export {name}={shlex.quote(value)}" for name, value in self.env.items()), shlex.join(self.argv)]
+
+class EnginePlan(NamedTuple):
+    """How an engine is started.
+
+    Attributes:
+        settings: engine arguments and environment.
+        note: what the user should know about it.
+        warnings: what is odd about the calibration.
+    """
+
+    settings: Settings
+    note: str
+    warnings: tuple[str, ...] = ()
 
 
 def plan_serve(options: ServeOptions, platform: Platform) -> ServeCommand:
     """Check everything that can be checked before vLLM starts, and return the command.
+
+    Where the run has moved, this writes a copy of its config (see `place_config`).
 
     Args:
         platform: what will serve.
@@ -104,15 +103,14 @@ def plan_serve(options: ServeOptions, platform: Platform) -> ServeCommand:
         CalibrationError: see `open_calibration` and `require_fit`; UsageError: options that
             contradict each other.
     """
-    _refuse_own_flags(options.extra)
-    settings, note = plan_engine(options, platform)
+    settings, note, warnings = plan_engine(options, platform, read_words(options.extra))
     argv = [*_name_program(platform), options.model, *settings.flags, "--port", str(options.port), *options.extra]
-    return ServeCommand(tuple(argv), settings.env, note)
+    return ServeCommand(tuple(argv), settings.env, note, warnings)
 
 
-def plan_on_gaudi(model: str, quant_config: Path, *, world: int, device: str) -> ServeCommand:
-    """Return the command that serves a calibration on `world` cards of a Gaudi (`g2`, `g3`); see `plan_serve`."""
-    return plan_serve(ServeOptions(model, quant_config, world), Platform("hpu", get_device(device)))
+def plan_on_gaudi(options: ServeOptions) -> ServeCommand:
+    """Return the command for the Gaudi that `options.device` names; see `plan_serve`."""
+    return plan_serve(options, Platform("hpu", get_device(options.device or "")))
 
 
 def _name_program(platform: Platform) -> list[str]:
@@ -124,32 +122,34 @@ def _name_program(platform: Platform) -> list[str]:
     return ["vllm", "serve"]
 
 
-def plan_engine(options: ServeOptions, platform: Platform) -> tuple[Settings, str]:
-    """Return how an engine is started for `options`, in Python, too, and what the user should know about it."""
+def plan_engine(options: ServeOptions, platform: Platform, asked: Sequence[Asked] = ()) -> EnginePlan:
+    """Return how an engine is started for `options`, in Python, too.
+
+    Args:
+        asked: engine arguments that the user gives beside `options`.
+
+    Raises:
+        CalibrationError: see `plan_serve`.
+    """
     model = find_model(options.model)
     if options.quant_config is None:
-        settings, note = _plan_own_method(options, model)
+        plan = _plan_own_method(options, model, platform, {given.name for given in asked})
     else:
-        settings, note = _plan_calibrated(options, model, options.quant_config, platform)
-    settings = Settings(settings.args, {**_plan_environment(options, platform), **settings.env})
+        plan = _plan_calibrated(options, model, options.quant_config, platform)
+    settings = Settings(plan.settings.args, {**_plan_environment(options, platform), **plan.settings.env})
     if platform.name == "hpu" and options.world > NODE_CARDS:
         settings = forward_to_ray(settings.with_args(distributed_executor_backend="ray"))
-    return settings, note
+    decided = {**settings.args, "model": options.model, "port": options.port}
+    require_agreement(asked, decided, is_calibrated=options.quant_config is not None)
+    return plan._replace(settings=settings)
 
 
-def _refuse_own_flags(extra: tuple[str, ...]) -> None:
-    for word in extra:
-        flag = word.partition("=")[0]
-        if flag in _OWN_FLAGS:
-            raise UsageError(
-                f"{flag} after --", why="it decides which files are read", fix=f"give {_OWN_FLAGS[flag]} before --"
-            )
-
-
-def _plan_own_method(options: ServeOptions, model: ModelSource) -> tuple[Settings, str]:
-    """Settings of a checkpoint that needs no QUANT_CONFIG, because it, or the caller, names a method."""
-    asked = options.names_method
-    if model.config and model.method is None and not asked:
+def _plan_own_method(
+    options: ServeOptions, model: ModelSource, platform: Platform, asked: Container[str]
+) -> EnginePlan:
+    """How to start a checkpoint that needs no QUANT_CONFIG, because it, or the caller, names a method."""
+    is_asked = "quantization" in asked
+    if model.config and model.method is None and not is_asked:
         raise UsageError(
             "no --quant-config, and the checkpoint is not quantized",
             where=model.directory or model.name,
@@ -159,17 +159,12 @@ def _plan_own_method(options: ServeOptions, model: ModelSource) -> tuple[Setting
     args: dict[str, object] = {"tensor_parallel_size": options.world}
     if options.expert_parallel and options.world > 1:
         args["enable_expert_parallel"] = True
-    method = "the one asked for" if asked else model.method or "its own, if it has one"
-    return Settings(args), f"no QUANT_CONFIG is used; quantization method: {method}"
+    method = "the one asked for" if is_asked else model.method or "its own, if it has one"
+    env = model.required_env if platform.name == "hpu" else {}
+    return EnginePlan(Settings(args, env), f"no QUANT_CONFIG is used; quantization method: {method}")
 
 
-def _plan_calibrated(
-    options: ServeOptions, model: ModelSource, quant_config: Path, platform: Platform
-) -> tuple[Settings, str]:
-    if options.names_method:
-        raise UsageError(
-            "--quantization after --, and --quant-config", why="both name a method", fix="give one of them"
-        )
+def _plan_calibrated(options: ServeOptions, model: ModelSource, quant_config: Path, platform: Platform) -> EnginePlan:
     calibration = open_calibration(quant_config)
     _require_method(model, platform)
     shares = require_fit(
@@ -186,9 +181,17 @@ def _plan_calibrated(
         expert_parallel=shares,
         quantization=model.quantization,
         modules=calibration.list_modules(options.world),
+        env=model.required_env,
     )
-    settings = plan_settings(platform.name, calibration.config, calibration.path, deployed)
-    return settings, _describe(calibration, platform)
+    served = place_config(calibration)
+    settings = plan_settings(platform.name, calibration.config, served, deployed)
+    note = _describe(calibration, platform)
+    if served != calibration.path:
+        note += (
+            f"\n{calibration.path} names {calibration.old_place}; the run beside it is served, through {served}. "
+            f"`{advise_relocation(calibration.placed.path.parent)}` has it name its own place"
+        )
+    return EnginePlan(settings, note, find_idle(calibration, model, options.world))
 
 
 def _require_method(model: ModelSource, platform: Platform) -> None:

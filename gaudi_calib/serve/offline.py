@@ -9,6 +9,7 @@ from typing import Any
 
 from gaudi_calib.engines.detect import detect_apart
 from gaudi_calib.engines.vllm_runner.child import open_engine
+from gaudi_calib.serve.arguments import Asked
 from gaudi_calib.serve.command import ServeOptions, plan_engine
 
 _log = logging.getLogger(__name__)
@@ -36,10 +37,11 @@ def open_llm(
         tensor_parallel_size: number of ranks.
         device: `g2` or `g3`, where the files must be that one's.
         expert_parallel: ranks hold whole experts; None: as the files were made.
-        engine_args: further arguments of `LLM`; they win.
+        engine_args: further arguments of `LLM`.
 
     Raises:
         CalibrationError: the calibration does not fit; see `require_fit`.
+        UsageError: one of `engine_args` contradicts the calibration.
 
     Example:
         with gaudi_calib.open_llm("llama", quant_config="out/llama/maxabs_quant_g3.json") as llm:
@@ -48,8 +50,11 @@ def open_llm(
     options = ServeOptions(
         str(model), None if quant_config is None else Path(quant_config), tensor_parallel_size, device, expert_parallel
     )
-    settings, note = plan_engine(options, detect_apart())
+    asked = [Asked(f"{name}={value!r}", name, value) for name, value in engine_args.items()]
+    settings, note, warnings = plan_engine(options, detect_apart(), asked)
     _log.info("%s", note)
+    for warning in warnings:
+        _log.warning("%s", warning)
     with _environment(settings.env), open_engine(options.model, {**settings.args, **engine_args}) as llm:
         yield llm
 

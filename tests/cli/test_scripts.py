@@ -271,7 +271,10 @@ def test_steps_2_to_6_honour_quant_config_in_the_layout_of_a_run(tiny: Path, tmp
     assert result.returncode == 0, result.stderr
 
     quantize = write_config(
-        tmp_path / "q.json", mode="QUANTIZE", scale_method="maxabs_pow2", **dump | {"blocklist": blocked("down_proj")}
+        tmp_path / "q.json",
+        mode="QUANTIZE",
+        scale_method="maxabs_pow2",
+        **dump | {"blocklist": blocked("lm_head", "down_proj")},
     )
     words = ["--model", tiny / "Model", "--tensor-parallel-size", 2]
     result = run_step("4-quantize-scales", words, tmp_path, QUANT_CONFIG=quantize)

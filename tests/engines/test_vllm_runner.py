@@ -249,6 +249,8 @@ def test_a_gaudi_measures_with_vllm_and_for_itself(on_gaudi3):
     assert settle_engine(RunOptions("m", Path("out"), engine="torch")).engine == "torch"
     with pytest.raises(UsageError, match=r"this is a g3.*g2"):
         settle_engine(RunOptions("m", Path("out"), devices=(GAUDI2.name,)))
+    with pytest.raises(UsageError, match="--dtype float16: vllm-gaudi measures in bfloat16"):
+        settle_engine(RunOptions("m", Path("out"), dtype="float16"))
 
 
 def test_without_a_gaudi_torch_measures(monkeypatch):

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gaudi_calib.cli.main import main
 from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import ModelError
+from gaudi_calib.errors import ConfigError, FileError, ModelError, UsageError
 from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file
 from gaudi_calib.manifest import read_manifest
 from gaudi_calib.rankfiles.store import read_ranges, read_scales
@@ -22,7 +23,7 @@ from gaudi_calib.runs.calibrate import calibrate, list_files, measure, quantize
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.postprocess import postprocess_dir
 from gaudi_calib.runs.unify import unify_dir
-from gaudi_calib.serve.command import plan_on_gaudi
+from gaudi_calib.serve.command import ServeOptions, plan_on_gaudi
 from tests.support import paths
 from tests.support.files import snapshot, write_prompts
 from tests.support.processes import run_cli, start_cli
@@ -53,7 +54,7 @@ def run(*words: object) -> int:
 
 def serve(result, *, world: int):
     """The command that serves what a run made, on a Gaudi 3."""
-    return plan_on_gaudi(str(GOLDEN / "model"), result.quant_configs["g3"], world=world, device="g3")
+    return plan_on_gaudi(ServeOptions(str(GOLDEN / "model"), result.quant_configs["g3"], world, "g3"))
 
 
 def snapshot_results(directory: Path) -> dict[str, bytes]:
@@ -149,6 +150,52 @@ def test_a_dry_run_refuses_what_is_no_weight(dataset: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == files
     assert run(*words, "-d", "builtin=none") == 2
     assert "the weight of dataset builtin is 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hp_dtype"), [(None, None), ("bfloat16", None), ("float16", "FP16"), ("float32", "FP32")]
+)
+def test_the_served_dtype_reaches_everything(dtype: str | None, hp_dtype: str | None, dataset: Path):
+    """Both configs, the manifest, the serve command, and what quantize makes later; bfloat16 is INC's default."""
+    result = calibrate(options(dataset, devices=("g3",), dtype=dtype))
+    made = (result.root / "maxabs_measure_g3.json", result.quant_configs["g3"])
+    assert [json.loads(path.read_text()).get("hp_dtype") for path in made] == [hp_dtype, hp_dtype]
+    manifest = read_manifest(result.root / "g3" / MANIFEST_NAME)
+    assert manifest.dtype == (dtype or "bfloat16")
+    assert {origin.settings["hp_dtype"] for origin in manifest.scales.values()} == {hp_dtype or "BF16"}
+    assert any("vllm-gaudi serves every model in bfloat16" in text for text in result.warnings) == bool(hp_dtype)
+    later = quantize(options(dataset, devices=("g3",), world=2))
+    assert json.loads(later.quant_configs["g3"].read_text()).get("hp_dtype") == hp_dtype
+    words = serve(later, world=2).argv
+    assert words[words.index("--dtype") + 1] == (dtype or "bfloat16")
+
+
+def test_dtypes_that_contradict_each_other_are_refused(dataset: Path, tmp_path: Path):
+    """An option against a user's config of either phase, and against what was measured; both are named."""
+    config = tmp_path / "quant.json"
+    config.write_text(json.dumps({"mode": "QUANTIZE", "hp_dtype": "fp16", "dump_stats_path": "x/inc"}))
+    with pytest.raises(ConfigError, match="hp_dtype is FP16, and the model is served in bfloat16"):
+        calibrate(options(dataset, quant_config=config))
+    config.write_text(json.dumps({"mode": "MEASURE", "dump_stats_path": "x/inc"}))
+    with pytest.raises(ConfigError, match="hp_dtype is BF16, and the model is served in float16"):
+        calibrate(options(dataset, measure_config=config, dtype="float16"))
+    measure(options(dataset, dtype="float16"))
+    with pytest.raises(UsageError, match="--dtype bfloat16, and the ranges were measured for float16"):
+        quantize(options(dataset, dtype="bfloat16"))
+
+
+def test_ranges_that_make_bad_scales_are_told_once(dataset: Path, tmp_path: Path):
+    """A weight of zeros for both devices alike; a weight beyond the largest free scale for Gaudi 2 alone."""
+    model = make_tiny_model("llama", tmp_path / "model", tokenizer=False)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"].zero_()
+    tensors["lm_head.weight"][0, 0] = 5000.0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    result = calibrate(options(dataset, model=str(model), world=2, unified_world=1))
+    zero, saturated = (text for text in result.warnings if text.startswith("ranges "))
+    node = "model.layers.1.self_attn.o_proj"
+    assert zero.startswith(f"ranges of 0: 2 ({node} outputs[0], {node} weight)")
+    assert saturated.startswith("ranges beyond 3840, the most that g2 scales at no cost: 1 (lm_head weight)")
 
 
 def test_quantize_adds_worlds_and_methods_later(dataset: Path):
@@ -375,6 +422,43 @@ def test_a_killed_run_keeps_the_last_result(stop: signal.Signals, dataset: Path)
     assert not list(out.rglob(".staging.*"))
 
 
+def test_a_directory_where_a_file_goes_keeps_the_last_result(dataset: Path):
+    """The files that come first in the alphabet are not replaced either, and nothing is set aside."""
+    calibrate(options(dataset))
+    root = dataset.parent / "out/model"
+    (root / "maxabs_quant_g3.json").unlink()
+    (root / "maxabs_quant_g3.json").mkdir()
+    before = snapshot_results(root)
+    with pytest.raises(FileError, match=r"a directory is where the file maxabs_quant_g3\.json goes"):
+        calibrate(options(dataset, world=2))
+    assert snapshot_results(root) == before
+    for device in ("g2", "g3"):
+        manifest = read_manifest(root / device / MANIFEST_NAME)
+        assert manifest.status == "failed" and manifest.good.worlds.keys() == {1}
+
+
+def test_a_second_run_into_the_same_directory_is_refused(dataset: Path):
+    """It fails at once, with who is there, and the first one's manifests and files are its own."""
+    out = dataset.parent / "out"
+    words = ["calibrate", "-m", GOLDEN / "model", "-d", dataset, "-o", out, "-t", 2]
+    child = start_cli(*words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while b"Step 2" not in child.stderr.readline():
+        assert child.poll() is None
+    child.send_signal(signal.SIGSTOP)
+    manifest = (out / "model/g3" / MANIFEST_NAME).read_bytes()
+    try:
+        for devices in (("g2", "g3"), ("g3",)):
+            with pytest.raises(FileError, match=f"another run is writing .*\n.*\n.*process {child.pid} "):
+                calibrate(options(dataset, devices=devices))
+        assert (out / "model/g3" / MANIFEST_NAME).read_bytes() == manifest
+    finally:
+        child.send_signal(signal.SIGCONT)
+        child.communicate()
+    assert child.returncode == 0
+    assert read_manifest(out / "model/g3" / MANIFEST_NAME).worlds.keys() == {2}
+    assert not list(out.rglob(".staging.*"))
+
+
 def test_paths_count_from_the_callers_directory(dataset: Path):
     """Relative -m, -d and -o are taken from where the command is run."""
     os.symlink(GOLDEN / "model", dataset.parent / "Llama-Tiny")
@@ -384,19 +468,3 @@ def test_paths_count_from_the_callers_directory(dataset: Path):
     assert result["root"] == str(dataset.parent.resolve() / "here/llama-tiny")
     assert all(Path(path).is_file() for path in result["files"])
     assert sum(parse_rank_file(Path(path).name) is not None for path in result["files"]) == 6
-
-
-def test_what_a_killed_process_of_the_same_number_left_is_removed(tmp_path: Path):
-    """In a container process numbers come back; their abandoned files must neither stay nor be in the way."""
-    from gaudi_calib.files import stage_files
-
-    abandoned = tmp_path / f".staging.partial-{os.getpid()}-0000-0"
-    abandoned.mkdir()
-    (abandoned / "half").write_text("x")
-    (tmp_path / f".notes.json.partial-{os.getpid()}-0000-1").write_text("x")
-    (tmp_path / ".notes.json.partial-4194305-0000-1").write_text("x")  # no process can have that number
-    with stage_files(tmp_path) as staging:
-        (staging / "whole").write_text("y")
-        with stage_files(tmp_path) as inner:
-            assert staging.is_dir() and inner != staging
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

@@ -19,7 +19,7 @@ from gaudi_calib.runs.calibrate import calibrate, measure, quantize
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.reshard import reshard_dir
 from gaudi_calib.runs.unify import unify_dir
-from gaudi_calib.serve.command import plan_on_gaudi
+from gaudi_calib.serve.command import ServeOptions, plan_on_gaudi
 from tests.support import paths
 from tests.support.files import write_prompts
 from tests.support.tiny import COLD_EXPERTS
@@ -50,7 +50,7 @@ def options(dataset: Path, tiny_model: Callable[[str], Path]) -> Callable[..., R
 
 def serve(result, model: str, world: int):
     """The command that serves what a run made, on a Gaudi 3."""
-    return plan_on_gaudi(model, result.quant_configs["g3"], world=world, device="g3")
+    return plan_on_gaudi(ServeOptions(model, result.quant_configs["g3"], world, "g3"))
 
 
 def find_manifest(root: Path):

@@ -74,6 +74,7 @@ class Deployment:
         modules: nodes of the model, or those that `_mod_list.json` lists; where no cache among them is
             quantized, they stay in BF16. Nothing where they are not known.
         context: tokens of a sequence the model can take, None where it does not say.
+        env: environment that the checkpoint needs on a Gaudi.
     """
 
     model: str
@@ -83,6 +84,7 @@ class Deployment:
     quantization: Mapping[str, object] | None = None
     modules: Sequence[str] = ()
     context: int | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_settings(platform: str, config: QuantConfig, quant_config: Path, deployed: Deployment) -> Settings:
@@ -93,11 +95,11 @@ def plan_settings(platform: str, config: QuantConfig, quant_config: Path, deploy
         quant_config: file of `config`; QUANT_CONFIG is set to it.
     """
     env = {"QUANT_CONFIG": str(quant_config.resolve())}
-    shared: dict[str, object] = {"tensor_parallel_size": deployed.world}
+    shared: dict[str, object] = {"dtype": config.dtype, "tensor_parallel_size": deployed.world}
     if deployed.expert_parallel and deployed.world > 1:
         shared["enable_expert_parallel"] = True
     if platform != "hpu":
-        return Settings({"quantization": QUANTIZATION, "enforce_eager": True, "dtype": "bfloat16", **shared}, env)
+        return Settings({"quantization": QUANTIZATION, "enforce_eager": True, **shared}, env)
     args: dict[str, object] = {} if deployed.quantization else {"quantization": "inc"}
     if deployed.quantization and deployed.quantization.get("weight_block_size"):
         env["VLLM_HPU_FORCE_CHANNEL_FP8"] = "0"
@@ -106,7 +108,7 @@ def plan_settings(platform: str, config: QuantConfig, quant_config: Path, deploy
     if deployed.world > 1:
         env["PT_HPU_ENABLE_LAZY_COLLECTIVES"] = "true"
     family_env = deployed.family.env if deployed.family else {}
-    return Settings({**args, **shared}, {**env, **family_env, **config.required_env})
+    return Settings({**args, **shared}, {**env, **family_env, **deployed.env, **config.required_env})
 
 
 def _quantizes_caches(config: QuantConfig, modules: Sequence[str]) -> bool:
