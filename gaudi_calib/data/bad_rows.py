@@ -37,7 +37,7 @@ class BadRows:
         except RowError as error:
             self._errors.append(error)
             if self.count <= self._allowed:
-                _log.warning("%s is left out: %s%s", error.where, error.what, f" ({error.why})" if error.why else "")
+                _log.warning("left out %s: %s%s", error.where, error.what, f" ({error.why})" if error.why else "")
 
     def require_few(self, *, usable: bool) -> None:
         """Raise the first error where more rows cannot be used than may be left out.
@@ -53,10 +53,10 @@ class BadRows:
         first, number = self._errors[0], f"{self.count} rows cannot be used"
         limit = f", and --skip-bad-rows allows {self._allowed}" if self._allowed else ""
         reasons = [first.why, number + limit if self.count > 1 else None]
-        advice = [first.fix, f"leave out what cannot be used with --skip-bad-rows {self.count}" if usable else None]
+        advice = [first.fix, f"--skip-bad-rows {self.count} leaves out what cannot be used" if usable else None]
         raise RowError(
             first.what,
             where=first.where,
             why="; ".join(filter(None, reasons)) or None,
-            fix=", or ".join(filter(None, advice)),
+            fix="; ".join(filter(None, advice)),
         ) from first

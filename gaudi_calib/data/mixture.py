@@ -7,6 +7,7 @@ What exists as a path is one, whatever it contains.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,22 +29,27 @@ class WeightedDataset:
     weight: float | None = None
 
     def __str__(self) -> str:
-        return self.name if self.weight is None else f"{self.name}={self.weight:g}"
+        return self.name if self.weight is None else f"{self.name}={self.weight:.9g}"
 
 
 def parse_datasets(given: str | Sequence[str]) -> list[WeightedDataset]:
     """Return the datasets that -d names, NAME or NAME=WEIGHT each; a single one needs no weight and has none.
 
     Raises:
-        UsageError: none is given, a weight is not a number above 0, or only some have one.
+        UsageError: none is given, or one twice, a weight is not a number above 0, or only some have one.
 
     >>> [str(dataset) for dataset in parse_datasets(["a.jsonl=3", "ORG/NAME:en=0.5"])]
     ['a.jsonl=3', 'ORG/NAME:en=0.5']
     """
     texts = [given] if isinstance(given, str) else list(given)
-    if not texts:
+    if not texts or "" in texts:
         raise UsageError("no dataset is given", fix="name one with -d, for example -d builtin")
     parsed = [_parse(text) for text in texts]
+    places = Counter(Path(dataset.name).expanduser().resolve() for dataset in parsed)
+    place, times = places.most_common(1)[0]
+    if times > 1:
+        fix = "give it once; weights (-d NAME=WEIGHT) say how much of each dataset to take"
+        raise UsageError(f"dataset {place.name} is given {times} times", fix=fix)
     if len(parsed) == 1:
         return [WeightedDataset(parsed[0].name)]
     bare = next((dataset.name for dataset in parsed if dataset.weight is None), None)

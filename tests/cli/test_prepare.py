@@ -55,12 +55,12 @@ def test_bad_rows_are_counted(model, data, tmp_path, capfd):
         file.write("not JSON\n")
     words = ["prepare", "-m", model, "-d", data, "--column", "prompt=title", "-o", str(tmp_path / "prompts.jsonl")]
     assert main(words) == 1
-    assert "--skip-bad-rows 1\n" in capfd.readouterr().err
+    assert "; --skip-bad-rows 1 leaves out" in capfd.readouterr().err
     assert main([*words, "--skip-bad-rows", "1"]) == 0
     captured = capfd.readouterr()
     assert "5 prompts of" in captured.out and "(6 rows)" in captured.out
     assert "skipped:   1" in captured.out
-    assert f"Warning: {data}, line 6 is left out: a line is not valid JSON (Expecting value" in captured.err
+    assert f"Warning: left out {data}, line 6: a line is not valid JSON (Expecting value" in captured.err
     assert main([*words, "--skip-bad-rows", "1", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["skipped"] == 1
 

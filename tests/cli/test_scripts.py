@@ -194,6 +194,24 @@ def test_step_1_writes_what_step_2_reads(tiny: Path, tmp_path: Path) -> None:
     assert [len(ids) for ids in table["prompt_token_ids"]] == [5, 5, 5]
 
 
+def test_steps_5_and_6_advise_flags_that_they_take(tmp_path: Path) -> None:
+    """Where experts are unclear, each step names its own flags, and takes those of the command that it has not."""
+    experts = paths.GOLDEN / "mixtral-tiny" / "tp1" / "g2"
+    expand = ["-m", experts, "-o", tmp_path / "many"]
+    result = run_step("6-expand-measurements", [*expand, "-w", 3], tmp_path)
+    assert result.returncode == 1
+    assert "divides the experts, or --tensor-parallel\n" in result.stderr
+    assert run_step("6-expand-measurements", [*expand, "-w", 2], tmp_path).returncode == 0
+    unify = ["-m", tmp_path / "many", "-r", 1, "-o", tmp_path / "one"]
+    (tmp_path / "many" / "calibration_manifest.json").unlink(missing_ok=True)
+    result = run_step("5-unify_measurements", unify, tmp_path)
+    assert result.returncode == 1
+    assert "give -u if each rank held experts of its own, --no-expert-parallel if" in result.stderr
+    for advised in ("-u", "--no-expert-parallel"):
+        result = run_step("5-unify_measurements", [*unify, advised, "-s"], tmp_path)
+        assert result.returncode == 0, result.stderr
+
+
 LONG, UNKNOWN = [1] * 2000, [10**6]
 
 

@@ -50,10 +50,10 @@ def test_a_bad_row_is_left_out_wherever_it_is_noticed(model, tmp_path, caplog, l
         prepare_prompts(model, data)
     assert caught.value.what.startswith(BAD[line])
     assert caught.value.where.startswith((f"{data}, row 2", f"{data}, line 2"))
-    assert caught.value.fix.endswith("leave out what cannot be used with --skip-bad-rows 1")
+    assert caught.value.fix.endswith("; --skip-bad-rows 1 leaves out what cannot be used")
     prompts = prepare_prompts(model, data, skip_bad_rows=1)
     assert (prompts.token_ids, prompts.rows, prompts.skipped) == ([[1], [1]], 3, 1)
-    assert f"{caught.value.where} is left out: {caught.value.what}" in caplog.text
+    assert f"left out {caught.value.where}: {caught.value.what}" in caplog.text
 
 
 def test_more_bad_rows_than_allowed(model, tmp_path):
@@ -65,7 +65,7 @@ def test_more_bad_rows_than_allowed(model, tmp_path):
     with pytest.raises(RowError, match="token id 300") as caught:
         prepare_prompts(model, late, skip_bad_rows=1)
     assert caught.value.why == "2 rows cannot be used, and --skip-bad-rows allows 1"
-    assert caught.value.fix.endswith("--skip-bad-rows 2")
+    assert caught.value.fix.endswith("--skip-bad-rows 2 leaves out what cannot be used")
     assert prepare_prompts(model, late, skip_bad_rows=2).skipped == 2
     with pytest.raises(RowError, match="no usable column"):  # noticed before any row is tokenized
         prepare_prompts(model, data)
@@ -75,7 +75,7 @@ def test_rows_keep_their_numbers(model, tmp_path, caplog):
     """A row after one that is left out is called by its place in the file."""
     data = write_lines(tmp_path / "d.jsonl", "{", GOOD, '{"prompt_token_ids": [300]}')
     prepare_prompts(model, data, skip_bad_rows=2)
-    assert f"{data}, line 1 is left out" in caplog.text and f"{data}, row 3 is left out" in caplog.text
+    assert f"left out {data}, line 1: " in caplog.text and f"left out {data}, row 3: " in caplog.text
 
 
 def test_a_bad_cell_of_a_csv(model, tmp_path):

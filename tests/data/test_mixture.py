@@ -133,6 +133,9 @@ def test_a_path_that_exists_is_a_path(tmp_path, monkeypatch):
     ("given", "message"),
     [
         ([], "no dataset is given"),
+        ([""], "no dataset is given"),
+        (["a", "b", "a"], "dataset a is given 2 times"),
+        (["a=1", "./a=2"], "dataset a is given 2 times"),
         (["a=1", "b"], "dataset b has no weight"),
         (["a=0", "b=1"], "the weight of dataset a is '0'"),
         (["a=1", "b=-2"], "the weight of dataset b is '-2'"),

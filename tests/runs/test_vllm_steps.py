@@ -100,10 +100,13 @@ def test_calibration_on_a_gaudi(cards, tmp_path):
     )
 
 
-def test_prompts_leave_room_for_a_new_token(cards, tmp_path):
+@pytest.mark.parametrize(
+    "asked", [{"max_model_len": 20}, {"args": {"max_model_len": 20}}], ids=["option", "engine arg"]
+)
+def test_prompts_leave_room_for_a_new_token(cards, tmp_path, asked):
     """A prompt that fills a sequence is refused before vLLM starts, with its row; what is advised works."""
     data = write_prompts(tmp_path / "long.jsonl", [[1, 2], [3] * 20])
-    wanted = options(tmp_path, dataset={"dataset": str(data)}, engine_options=EngineOptions(max_model_len=20))
+    wanted = options(tmp_path, dataset={"dataset": str(data)}, engine_options=EngineOptions(**asked))
     with pytest.raises(DataError, match="the prompt has 20 tokens, --max-model-len 20") as caught:
         measure(wanted)
     assert caught.value.where == f"{data}, row 2" and "--max-tokens 19" in caught.value.fix

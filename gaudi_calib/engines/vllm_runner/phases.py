@@ -114,7 +114,7 @@ def choose_executor(asked: object, world: int, platform: str) -> object:
 
 def get_asked_length(options: EngineOptions, facts: Mapping[str, object]) -> int | None:
     """Return the tokens of a sequence that are asked for, or that the family's engine arguments `facts` name."""
-    given = options.max_model_len or facts.get("max_model_len")
+    given = options.args.get("max_model_len") or options.max_model_len or facts.get("max_model_len")
     return given if isinstance(given, int) else None
 
 
