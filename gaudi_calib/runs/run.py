@@ -37,6 +37,7 @@ from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.topology import Topology
 from gaudi_calib.runs.options import RunOptions, check_options
+from gaudi_calib.scales.compute import require_precision
 
 if TYPE_CHECKING:
     from gaudi_calib.checkpoints.plan import ModelPlan
@@ -115,7 +116,7 @@ class Run:
         if self.dtype != "bfloat16":
             self.warn(
                 f"--dtype {self.dtype}: vllm-gaudi serves every model in bfloat16, and INC would convert to "
-                f"{self.dtype}; leave --dtype out unless another vLLM serves"
+                f"{self.dtype}; calibrate without --dtype unless another vLLM serves"
             )
         for world in options.worlds:
             self.plan.require_topology(self.topology(world))
@@ -123,6 +124,7 @@ class Run:
         for target in self.targets:
             self._require_blocked(target.measure_config)
             self._require_blocked(target.quant_config)
+            require_precision(target.quant_config.method_table, target.quant_config.hp_dtype)
         self.needs_ranges = not serves or any(target.quant_config.uses_stats_files for target in self.targets)
         self.staging = Path()
         self.prompts: Prompts | None = None
@@ -150,7 +152,7 @@ class Run:
                 f"hp_dtype is {config.hp_dtype}, and the model is served in {self.dtype}",
                 where=path,
                 why="INC converts to and from hp_dtype; it is to be the type of the model (--dtype)",
-                fix=f"give --dtype {config.dtype}, or make it hp_dtype {HP_DTYPES[self.dtype]} in the file",
+                fix=f"make it hp_dtype {HP_DTYPES[self.dtype]} in the file, or measure with --dtype {config.dtype}",
             )
 
     @cached_property
