@@ -90,7 +90,7 @@ def _settle_dtype(config: QuantConfig, dtype: str, given: Path | None) -> QuantC
         f"hp_dtype is {config.hp_dtype}, and the model is served in {dtype}",
         where=given,
         why="INC converts to and from hp_dtype; it is to be the type of the model (--dtype)",
-        fix=f"give --dtype {config.dtype}, or make it hp_dtype {HP_DTYPES[dtype]} in the file",
+        fix=f"make it hp_dtype {HP_DTYPES[dtype]} in the file, or measure with --dtype {config.dtype}",
     )
 
 

@@ -209,7 +209,7 @@ def _read_manifests(places: Sequence[CalibrationDir]) -> list[Manifest]:
     """Return the manifests there are, of the files in place.
 
     Raises:
-        ModelError: they are of different checkpoints or devices.
+        ModelError: they are of different checkpoints, devices or types of the model.
     """
     manifests = [place.manifest for place in places if place.manifest is not None]
     models = [manifest.model for manifest in manifests if manifest.model and manifest.model.fingerprint]
@@ -224,6 +224,14 @@ def _read_manifests(places: Sequence[CalibrationDir]) -> list[Manifest]:
     devices = {manifest.device for manifest in manifests if manifest.device}
     if len(devices) > 1:
         _refuse_devices(places[0].path, devices)
+    dtypes = {manifest.dtype for manifest in manifests if manifest.dtype}
+    if len(dtypes) > 1:
+        raise ModelError(
+            f"the runs are for different types of the model: {', '.join(sorted(dtypes))}",
+            where=", ".join(str(place.path) for place in places),
+            why="weights were rounded to the type before they were measured (--dtype)",
+            fix="merge only runs of one type",
+        )
     return manifests
 
 
@@ -276,7 +284,7 @@ def _gather_facts(manifests: Sequence[Manifest], sources: Sequence[Path], worlds
     }
     for name in ("model", "vllm"):
         facts[name] = next(filter(None, (getattr(manifest, name) for manifest in manifests)), None)
-    for name in ("device", "platform", "engine", "measured_world"):
+    for name in ("device", "platform", "engine", "dtype", "measured_world"):
         values = {getattr(manifest, name) for manifest in manifests}
         facts[name] = values.pop() if len(values) == 1 else None
     configs = [manifest.config["measure"] for manifest in manifests if "measure" in manifest.config]

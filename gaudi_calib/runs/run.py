@@ -46,6 +46,7 @@ from gaudi_calib.runs.configs import (
 )
 from gaudi_calib.runs.options import RunOptions, check_options
 from gaudi_calib.runs.sharing import find_evidence, settle_expert_parallel
+from gaudi_calib.scales.compute import require_precision
 from gaudi_calib.staging import REPLACED_NAME, claim_directory, set_aside, stage_files
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Run:
         if self.dtype != "bfloat16":
             self.warn(
                 f"--dtype {self.dtype}: vllm-gaudi serves every model in bfloat16, and INC would convert to "
-                f"{self.dtype}; leave --dtype out unless another vLLM serves"
+                f"{self.dtype}; calibrate without --dtype unless another vLLM serves"
             )
         for world in options.worlds:
             self.plan.require_topology(self.topology(world))
@@ -346,6 +347,7 @@ class Run:
         path = find_side_config(options) or layout.quant_config
         require_blocked(measuring, self.plan, layout.measure_config)
         require_blocked(serving, self.plan, path)
+        require_precision(serving.method_table, serving.hp_dtype)
         return Target(device, layout, measuring, serving, path)
 
     def stage_config(self, path: Path, config: QuantConfig) -> None:

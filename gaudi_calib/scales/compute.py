@@ -70,7 +70,8 @@ def compute_scales(
             `hp_dtype` than BF16.
     """
     table = MethodTable(get_scale_method(method)) if isinstance(method, str) else method
-    formats = _choose_formats(table, device, hp_dtype)
+    require_precision(table, hp_dtype)
+    formats = _Formats(device, PRECISIONS[hp_dtype])
     measured = tabulate_ranges(ranges.nodes)
     names, count = measured.inventory.names, len(measured.inventory.names)
     shapes = [ScaleShape(0, 0, False)] * count
@@ -108,7 +109,8 @@ class _Formats(NamedTuple):
     precision: Precision
 
 
-def _choose_formats(table: MethodTable, device: Device, hp_dtype: str) -> _Formats:
+def require_precision(table: MethodTable, hp_dtype: str) -> None:
+    """Raise ConfigError unless the scales of `table` can be computed in `hp_dtype`."""
     if hp_dtype != "BF16" and any(method.weight.scale_value_type == "OPT" for method in table.methods):
         raise ConfigError(
             f"{table.file_tag.lower()} is computed for bfloat16 only, and hp_dtype is {hp_dtype}",
@@ -116,7 +118,6 @@ def _choose_formats(table: MethodTable, device: Device, hp_dtype: str) -> _Forma
             why="it tries scales on every weight in the arithmetic of that type",
             fix="serve in bfloat16, or choose a method without OPT, such as maxabs_hw",
         )
-    return _Formats(device, PRECISIONS[hp_dtype])
 
 
 class _Class(NamedTuple):

@@ -179,6 +179,8 @@ def test_dtypes_that_contradict_each_other_are_refused(dataset: Path, tmp_path: 
     config.write_text(json.dumps({"mode": "MEASURE", "dump_stats_path": "x/inc"}))
     with pytest.raises(ConfigError, match="hp_dtype is BF16, and the model is served in float16"):
         calibrate(options(dataset, measure_config=config, dtype="float16"))
+    with pytest.raises(ConfigError, match="maxabs_hw_opt_weight is computed for bfloat16 only"):
+        calibrate(options(dataset, scale_method="maxabs_hw_opt_weight", dtype="float16", dataset={}))
     measure(options(dataset, dtype="float16"))
     with pytest.raises(UsageError, match="--dtype bfloat16, and the ranges were measured for float16"):
         quantize(options(dataset, dtype="bfloat16"))

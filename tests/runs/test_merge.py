@@ -314,7 +314,11 @@ def test_merging_in_place_moves_stale_scales_and_worlds_away(tmp_path: Path, cap
 
 
 def make_model_run(
-    root: Path, seed: int, devices: tuple[str, ...] = ("g2", "g3"), fingerprint: str = "sha256:1"
+    root: Path,
+    seed: int,
+    devices: tuple[str, ...] = ("g2", "g3"),
+    fingerprint: str = "sha256:1",
+    dtype: str | None = None,
 ) -> Path:
     """A run directory with channel ranges, device directories and their manifests."""
     write_channel_ranges_dir = root / CHANNEL_RANGES_NAME
@@ -325,8 +329,9 @@ def make_model_run(
         path = root / device / MANIFEST_NAME
         model = ModelFacts(name="model", fingerprint=fingerprint)
         placed = CalibrationDir(root / device)
-        facts = {"device": device, "model": model, "measurement": placed.identify(write_channel_ranges_dir)}
-        with record_run(path, command=["gaudi-calib", "measure", str(seed)], files=placed.hash_files(), **facts):
+        measurement, files = placed.identify(write_channel_ranges_dir), placed.hash_files()
+        facts = {"device": device, "model": model, "dtype": dtype, "measurement": measurement, "files": files}
+        with record_run(path, command=["gaudi-calib", "measure", str(seed)], **facts):
             pass
     return root
 
@@ -408,6 +413,16 @@ def test_bad_input_is_a_clear_error_and_nothing_is_written(case: str, tmp_path: 
     error = capsys.readouterr().err
     assert complaint in error and str(b) in error and "fix:" in error
     assert snapshot(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_runs_for_different_types_of_the_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Their weights were rounded differently; of one type, the result has it, too."""
+    a, b = (make_model_run(tmp_path / name, seed, dtype="float16") for seed, name in enumerate("ab"))
+    assert run(a, b, "-o", tmp_path / "out") == 0
+    assert read_manifest(tmp_path / "out" / "g2" / MANIFEST_NAME).dtype == "float16"
+    c = make_model_run(tmp_path / "c", 2, dtype="bfloat16")
+    assert run(a, c, "-o", tmp_path / "out") == 1
+    assert "different types of the model: bfloat16, float16" in capsys.readouterr().err
 
 
 def test_runs_of_different_checkpoints_or_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
