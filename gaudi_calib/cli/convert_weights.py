@@ -29,7 +29,7 @@ def convert_weights(model: str, out: Path, dry_run: bool, as_json: bool) -> None
     click.echo(gaudi2.describe_conversion(plan, is_full=dry_run), err=as_json)
     if dry_run:
         if as_json:
-            print_paths([plan.out / name for name in (*plan.shards, *plan.copies)], as_json=True)
+            print_paths([plan.out / name for name in (*map(Path, plan.shards), *plan.copies)], as_json=True)
         return
     counts = run_conversion(plan, on_file=lambda name: click.echo(f"  done: {name}", err=True))
     click.echo(gaudi2.dump_result(plan, counts) if as_json else gaudi2.describe_result(plan, counts))
