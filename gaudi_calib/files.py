@@ -29,14 +29,26 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
     (True, '~nobody-is-called-so/out')
     """
     text = os.path.expanduser(path)
-    try:
-        os.stat(text)
-    except (OSError, ValueError) as error:  # ValueError: NUL, or half a character
-        if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            shown = ascii(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!a}... ({len(text)} characters)"
-            why = getattr(error, "strerror", None) or str(error)
-            raise UsageError(f"no file can be at {shown}: {why}", fix="give another path") from error
+    why = explain_impossible(text)
+    if why is not None:
+        shown = ascii(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!a}... ({len(text)} characters)"
+        raise UsageError(f"no file can be at {shown}: {why}", fix="give another path")
     return Path(text)
+
+
+def explain_impossible(path: str) -> str | None:
+    """Return why no file can be at `path`, None where there is or could be one.
+
+    >>> explain_impossible("a\\0b"), explain_impossible("a/b")
+    ('embedded null byte', None)
+    """
+    try:
+        os.stat(path)
+    except ValueError as error:  # NUL, or half a character
+        return str(error)
+    except OSError as error:
+        return error.strerror if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else None
+    return None
 
 
 def make_directory(path: Path) -> None:
