@@ -26,20 +26,44 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
     """Return the path a user means: with a home in the place of `~` or `~user`, where there is one.
 
     Raises:
-        UsageError: no file can be called so.
+        UsageError: no file can be there.
 
     >>> expand_path("~/out") == Path.home() / "out", expand_path("~nobody-is-called-so/out").as_posix()
     (True, '~nobody-is-called-so/out')
     """
     text = os.path.expanduser(path)
-    try:
-        os.lstat(text)
-    except (OSError, ValueError) as error:  # ValueError: NUL, or half a character
-        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
-            shown = ascii(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!a}... ({len(text)} characters)"
-            why = getattr(error, "strerror", None) or str(error)
-            raise UsageError(f"no file can be called {shown}: {why}", fix="give another path") from error
+    why = explain_impossible(text)
+    if why is not None:
+        shown = ascii(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!a}... ({len(text)} characters)"
+        raise UsageError(f"no file can be at {shown}: {why}", fix="give another path")
     return Path(text)
+
+
+def explain_impossible(path: str) -> str | None:
+    """Return why no file can be at `path`, None where there is or could be one.
+
+    >>> explain_impossible("a\\0b"), explain_impossible("a/b")
+    ('embedded null byte', None)
+    """
+    try:
+        os.stat(path)
+    except ValueError as error:  # NUL, or half a character
+        return str(error)
+    except OSError as error:
+        return error.strerror if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else None
+    return None
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those it is in, where they are missing.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except RecursionError as error:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -50,7 +74,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{name_temporary()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         with temporary.open("xb") as file:
             lock_file(file)  # not abandoned, see `staging`
             file.write(content)
@@ -163,9 +187,10 @@ def unpack(compressed: IO[bytes], path: Path) -> io.BytesIO:
 
 def cannot_write(path: Path, error: OSError) -> FileError:
     """Return what to raise where the disk is full or `path` cannot be written."""
-    return FileError(
-        f"cannot write {path.name}",
-        where=path,
-        why=error.strerror or str(error),
-        fix="free disk space or choose another -o; nothing that was there before has changed",
-    )
+    kept = "choose another -o; nothing that was there before has changed"
+    what, fix = f"cannot write {path.name}", f"free disk space, or {kept}"
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return FileError(what, where=path, why="a file is where a directory goes", fix=f"move it away, or {kept}")
+    if isinstance(error, IsADirectoryError):
+        return FileError(what, where=path, why="a directory is where a file goes", fix=f"move it away, or {kept}")
+    return FileError(what, where=path, why=error.strerror or str(error), fix=fix)

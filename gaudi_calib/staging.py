@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import cannot_write, lock_file, name_temporary, read_json, write_json
+from gaudi_calib.files import cannot_write, lock_file, make_directory, name_temporary, read_json, write_json
 
 # Where files go that something new replaces.
 REPLACED_NAME = "replaced"
@@ -49,7 +49,7 @@ def claim_directory(directory: Path) -> Iterator[None]:
         yield
         return
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         file, is_locked = _open_lock(directory)
     except OSError as error:
         raise cannot_write(directory, error) from error
@@ -148,13 +148,8 @@ def _put_in_place(scratch: Path) -> None:
     moves: list[tuple[Path, Path]] = []
     for source, target in _list_moves(scratch):
         if target.is_dir():
-            raise FileError(
-                f"a directory is where the file {target.name} goes",
-                where=target,
-                why="nothing that was there before has changed",
-                fix="move the directory away, or choose another -o",
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
+            raise cannot_write(target, IsADirectoryError())
+        make_directory(target.parent)
         if os.path.lexists(target):
             moves.append((target, before / str(len(moves))))
         moves.append((source, target))

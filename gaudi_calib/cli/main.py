@@ -131,6 +131,11 @@ def report_errors(call: Callable[[], object], *, flags: Mapping[str, str] | None
         return error.exit_code
     except CalibrationError as error:
         return _fail(respell(str(error), flags or {}), exit_code=error.exit_code)
+    except OSError as error:  # of the machine: a full disk, a file that may not be read
+        logging.getLogger("gaudi_calib").debug("the traceback:", exc_info=error)
+        why = f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
+        fix = "make room, or see to it that you may read and write there"
+        return _fail(str(CalibrationError("cannot read or write", why=why, fix=fix)), exit_code=1)
     except Exception as error:
         logging.getLogger("gaudi_calib").debug("the traceback:", exc_info=error)
         return _fail(

@@ -12,6 +12,7 @@ from gaudi_calib.config.method_form import MethodForm
 from gaudi_calib.config.methods import SCALE_METHODS
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.errors import Finding
+from gaudi_calib.files import explain_impossible
 
 Rule = Callable[[QuantConfig], Iterator[Finding]]
 
@@ -97,12 +98,13 @@ def _check_path(config: QuantConfig) -> Iterator[Finding]:
             "INC puts the files of all ranks in the directory and starts their names with the prefix",
             "write a path such as /data/out/g3/inc_output",
         )
-    if "\0" in config.dump_stats_path:
+    impossible = explain_impossible(directory)
+    if impossible is not None:
         yield Finding(
             "dump_stats_path",
-            f"dump_stats_path {config.dump_stats_path!r} has a NUL character",
-            "no file can be called so",
-            "remove the character",
+            "no file can be at dump_stats_path",
+            impossible,
+            "write a path such as /data/out/g3/inc_output",
         )
 
 

@@ -45,7 +45,7 @@ def parse_datasets(given: str | Sequence[str]) -> list[WeightedDataset]:
     if not texts or "" in texts:
         raise UsageError("no dataset is given", fix="name one with -d, for example -d builtin")
     parsed = [_parse(text) for text in texts]
-    places = Counter(Path(dataset.name).expanduser().resolve() for dataset in parsed)
+    places = Counter(expand_path(dataset.name).resolve() for dataset in parsed)
     place, times = places.most_common(1)[0]
     if times > 1:
         fix = "give it once; weights (-d NAME=WEIGHT) say how much of each dataset to take"

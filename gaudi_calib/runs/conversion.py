@@ -86,6 +86,8 @@ def write_world(
                 _record_scales(record, staging, rank_sets, recipe)
             record.update(files=CalibrationDir(out).hash_files(staging, without=replaced))
             record.stage(staging)
+    if replaced:
+        _log.warning("%d scale files of earlier ranges were moved to %s", len(replaced), out / REPLACED_NAME)
     return [out / path.name for path in written]
 
 
@@ -146,5 +148,4 @@ def set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) ->
     if not changed or not old:
         return []
     set_aside(staging, old)
-    _log.warning("%d scale files of earlier ranges were moved to %s", len(old), out / REPLACED_NAME)
     return old

@@ -266,7 +266,10 @@ def _write(
                 with record_run(placed.path / MANIFEST_NAME, measurement=measurement, **facts) as record:
                     record.update(files=placed.hash_files())
         results = [out / path.relative_to(staging) for path in written]
-        _set_aside(out, staging, results, is_device_dir=runs[0].is_device_dir)
+        stale = _find_stale(out, results, is_device_dir=runs[0].is_device_dir)
+        set_aside(staging, stale)
+    for directory in sorted({path.parent for path in stale}):
+        _log.warning("files that the merged ranges make stale were moved to %s", directory / REPLACED_NAME)
     return results
 
 
@@ -300,12 +303,9 @@ def _join_worlds(told: Iterable[WorldFacts | None]) -> WorldFacts:
     return WorldFacts(expert_parallel=shared, is_bounded=any(facts.is_bounded for facts in known))
 
 
-def _set_aside(out: Path, staging: Path, written: Iterable[Path], *, is_device_dir: bool) -> None:
-    """Move what the merged ranges make stale out of their way."""
+def _find_stale(out: Path, written: Iterable[Path], *, is_device_dir: bool) -> list[Path]:
+    """Return what the merged ranges make stale."""
     old = [out / CHANNEL_RANGES_NAME]
     for directory in (out,) if is_device_dir else (out / device for device in DEVICES):
         old += list_rank_files(directory)
-    stale = [path for path in sorted(set(old) - set(written)) if path.is_file()]
-    set_aside(staging, stale)
-    for directory in sorted({path.parent for path in stale}):
-        _log.warning("files that the merged ranges make stale were moved to %s", directory / REPLACED_NAME)
+    return [path for path in sorted(set(old) - set(written)) if path.is_file()]

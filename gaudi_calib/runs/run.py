@@ -197,8 +197,9 @@ class Run:
                     for target in self.targets:
                         self.stage_config(target.quant_path, target.quant_config)
                 files = [path.relative_to(self.staging) for path in sorted(self.staging.rglob("*")) if path.is_file()]
-                self._record_files(self._set_aside(files))
-            self._warn_stale()
+                replaced = self._set_aside(files)
+                self._record_files(replaced)
+            self._warn_changed(replaced)
         return RunResult(
             self.layout.root,
             tuple(self.layout.root / path for path in files),
@@ -283,8 +284,13 @@ class Run:
                 target.record.update(dataset=_describe_dataset(self.prompts))
             target.record.stage(staging)
 
-    def _warn_stale(self) -> None:
+    def _warn_changed(self, replaced: Sequence[Path]) -> None:
+        """Warn of earlier files that the new ones make useless."""
         for target in self.targets:
+            directory = target.layout.directory
+            old = [path for path in replaced if path.parent == directory]
+            if old:
+                self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")
             for stale in CalibrationDir(target.layout.directory).find_stale():
                 self.warn(f"{stale.path} is stale: {stale.why}; `gaudi-calib quantize` computes it anew")
 
@@ -369,11 +375,8 @@ class Run:
         if self.channels is None and self.layout.channel_ranges.is_file():
             replaced.append(self.layout.channel_ranges)
         for target in self.targets:
-            directory = target.layout.directory
-            old = [path for path in list_rank_files(directory) if path.relative_to(self.layout.root) not in written]
-            replaced += old
-            if old:
-                self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")
+            old = list_rank_files(target.layout.directory)
+            replaced += [path for path in old if path.relative_to(self.layout.root) not in written]
         set_aside(self.staging, replaced)
         return replaced
 

@@ -136,3 +136,12 @@ def test_half_a_character_is_printed_as_an_escape(capsys: pytest.CaptureFixture[
 
     assert report_errors(fail) == 1
     assert "a \\ud800 b" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_output_that_cannot_be_written_is_an_error() -> None:
+    """A full disk behind `> FILE` is told as what it is."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run([*COMMAND, "detect"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr and "unexpected" not in done.stderr

@@ -419,3 +419,10 @@ def test_family_comes_from_config_json_or_its_name(tmp_path):
     for arguments in [(None, None), (model, "llama"), (None, "lama")]:
         with pytest.raises(UsageError):
             choose_family(*arguments)
+
+
+@pytest.mark.parametrize("directory", ["/data/a\0b", "/data/\ud800", "/" + "x" * 300], ids=["NUL", "half", "long"])
+def test_a_path_that_cannot_be_is_an_error(directory: str) -> None:
+    """No file of ranges can be there, so it is said before one is looked for."""
+    with pytest.raises(ConfigError, match="no file can be at dump_stats_path"):
+        parse(dump_stats_path=f"{directory}/inc_output")
