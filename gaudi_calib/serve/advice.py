@@ -1,6 +1,7 @@
 """The commands that mend what `serve` complains of, as they are typed."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +91,14 @@ class Advice:
     def _is_the_runs(self) -> bool:
         layout = self.placed.layout
         return layout is not None and self.config.resolve() == layout.quant_config
+
+
+def advise_repeating(command: Sequence[str]) -> str:
+    """What to do about a run that failed, given the command line that its manifest records."""
+    program, *words = command or [""]
+    if words and Path(program).name in ("gaudi-calib", "__main__.py"):
+        return f"run it again: {_spell(*words)}"
+    return "calibrate again"
 
 
 def _spell(*words: object) -> str:

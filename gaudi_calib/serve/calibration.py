@@ -23,7 +23,7 @@ from gaudi_calib.layout import MANIFEST_NAME, RankFile
 from gaudi_calib.models.families import Family, find_family
 from gaudi_calib.models.fingerprint import fingerprint_model
 from gaudi_calib.models.source import ModelSource
-from gaudi_calib.serve.advice import Advice
+from gaudi_calib.serve.advice import Advice, advise_repeating
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def open_calibration(path: Path) -> Calibration:
             "the calibration did not finish",
             where=placed.path / MANIFEST_NAME,
             why=f"its status is {newest.status}" + (f": {newest.error}" if newest.error else ""),
-            fix="run `gaudi-calib calibrate` again",
+            fix=advise_repeating(newest.command),
         )
     return Calibration(path, with_dump_stats_path(config, beside) if beside else config, placed, old_place)
 

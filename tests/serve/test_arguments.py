@@ -33,6 +33,7 @@ def run(tmp_path_factory) -> Calibrated:
         ("--port=8001", "port is 8000", "before vLLM starts"),
         ("--port 8001", "port is 8000", "before vLLM starts"),
         ("-q fp8", "quantization is inc", "QUANT_CONFIG names the method"),
+        ("-qfp8", "quantization is inc", "QUANT_CONFIG names the method"),
         ("--kv_cache_dtype auto", "kv_cache_dtype is fp8_inc", "the config does not block|QUANT_CONFIG does not block"),
         ("-ep", "enable_expert_parallel is false", "whole experts, or a slice"),
         ("--enable-expert", "enable_expert_parallel is false", "whole experts, or a slice"),

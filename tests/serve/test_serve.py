@@ -122,6 +122,21 @@ def test_experts_are_shared_as_the_files_were_made(tiny_model, tmp_path):
     assert "gaudi-calib reshard" in caught.value.fix and "--no-expert-parallel" in caught.value.fix
 
 
+def test_patterns_that_match_nothing(tiny_model, tmp_path, capsys):
+    """They are reported; one that blocked a module when it was measured is none of them."""
+    made = expert_run(tiny_model, "mixtral", tmp_path)
+    assert made.plan().warnings == ()
+    content = json.loads(made.config("g3").read_text())
+    content["blocklist"]["names"] += ["lm_haed", r"layers\.0\..*w2_list"]
+    made.config("g3").write_text(json.dumps(content))
+    words = ["serve", "-m", str(made.model), "--quant-config", str(made.config("g3")), "--print", "--device", "g3"]
+    assert main(words) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning")]
+    assert (
+        warning == f"Warning: pattern 'lm_haed' matches no node of the model (blocklist.names in {made.config('g3')})"
+    )
+
+
 def remove(pattern: str) -> Callable[[Calibrated], None]:
     def damage(run: Calibrated) -> None:
         for path in (run.root / "g3").glob(pattern):
@@ -151,7 +166,8 @@ def change_backoff(run: Calibrated) -> None:
 def fail_calibration(run: Calibrated) -> None:
     path = run.root / "g3" / "calibration_manifest.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "status": "failed", "error": "disk full", "last_good": None}))
+    path.write_text(json.dumps({**content, "status": "failed", "error": "disk full", "last_good": None,
+                                "command": ["/usr/bin/gaudi-calib", "calibrate", "-m", "a model"]}))  # fmt: skip
 
 
 def move_away(run: Calibrated) -> None:
@@ -168,7 +184,7 @@ def move_away(run: Calibrated) -> None:
         (change_backoff, FileError, "stale", "quantize"),
         (break_config, ConfigError, r"not valid JSON \(line 1, column 2\)", "correct that line"),
         (measuring_config, ConfigError, "its mode is MEASURE", "maxabs_quant_"),
-        (fail_calibration, FileError, "did not finish", "calibrate"),
+        (fail_calibration, FileError, "did not finish", "gaudi-calib calibrate -m 'a model'$"),
         (move_away, FileError, "directory of ranges and scales", "copy g3 beside .*maxabs_quant_g3.json"),
         (lambda run: run.config("g3").unlink(), ConfigError, "cannot read", "QUANT_CONFIG"),
     ],
