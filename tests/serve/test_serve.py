@@ -256,6 +256,24 @@ def test_quantized_checkpoints_keep_their_method(quantization, method, tmp_path)
     assert command.env == {} and method in command.note
 
 
+@pytest.mark.parametrize(
+    ("quantization", "env"),
+    [
+        ({"quant_method": "fp8"}, {"VLLM_SCALE_ADJUSTMENT": "0"}),
+        ({"quant_method": "compressed-tensors", "fp8_dtype_flavor": "float8_e4m3fnuz"}, {}),
+    ],
+    ids=["fp8", "flavored"],
+)
+def test_weights_that_were_halved_for_gaudi_2_stay(quantization, env, tmp_path):
+    """`convert-weights` left its record; vllm-gaudi would halve them again where config.json cannot say so."""
+    config = {"model_type": "llama", "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan_serve(ServeOptions(str(tmp_path)), HPU2).env == {}
+    (tmp_path / "gaudi2_conversion.json").write_text("{}")
+    assert plan_serve(ServeOptions(str(tmp_path)), HPU2).env == env
+    assert "VLLM_SCALE_ADJUSTMENT" not in plan_serve(ServeOptions(str(tmp_path)), CPU).env
+
+
 def test_what_quant_config_cannot_quantize(run, tmp_path):
     """AWQ weights are not quantized again; FP8 weights are, by INC alone, without `--quantization inc`."""
     model = ModelSource("m", None, {"quantization_config": {"quant_method": "awq"}})
