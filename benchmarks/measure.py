@@ -93,7 +93,7 @@ def run_task(name: str, directory: Path) -> None:
 
 def run_child(name: str, directory: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--task", name, "--keep", str(directory)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
     figures = json.loads(output.splitlines()[-1])
     print(f"{name:>18}: {figures['seconds']:8.1f} s   peak {figures['peak_bytes'] / 1e9:6.2f} GB", flush=True)
     return figures

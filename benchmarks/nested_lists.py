@@ -111,7 +111,7 @@ def slice_experts(nodes: Nodes, rank: int, world: int, *, slice_lists: bool) -> 
 def write_rank(path: Path, content: dict[str, Any], rank: int) -> None:
     """Write `content` as json and npz."""
     content["LocalRank"] = rank
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=4)
     nodes: Nodes = {}
     for name, node in content["Nodes"].items():
@@ -137,7 +137,7 @@ def unify(directory: Path, world: int, out: Path, *, expert_parallel: bool = Fal
             continue
         size = len(paths) // world
         for index in range(world):
-            contents = [json.loads(path.read_text()) for path in paths[index * size : (index + 1) * size]]
+            contents = [json.loads(path.read_bytes()) for path in paths[index * size : (index + 1) * size]]
             merge_groups([content["Nodes"] for content in contents], expert_parallel=expert_parallel)
             del contents[1:]
             write_rank(out / f"{start}_{index}_{world}.json", contents[0], index if world > 1 else -1)
@@ -150,7 +150,7 @@ def expand(directory: Path, world: int, out: Path, *, expert_parallel: bool = Fa
         if "_maxabs_" in start:
             continue
         for rank in range(world):
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_bytes())
             if expert_parallel:
                 content["Nodes"] = slice_experts(content["Nodes"], rank, world, slice_lists=slice_lists)
             write_rank(out / f"{start}_{rank}_{world}.json", content, rank)

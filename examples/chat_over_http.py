@@ -95,7 +95,7 @@ def run_server(command: list[str], port: int, log: Path) -> Iterator[str]:
     words = ["--host", "127.0.0.1", "--served-model-name", "demo", "--max-model-len", "512"]
     # vLLM would take half of the memory for a cache.
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         server = subprocess.Popen([*command, *words], stdout=output, stderr=output, env=env, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -131,7 +131,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> No
             return
         time.sleep(0.5)
     why = "is not ready" if server.poll() is None else f"ended with exit code {server.returncode}"
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
     raise SystemExit(f"{tail}\n\nError: the server {why}\n  where: {log}, which ends as above")
 
 

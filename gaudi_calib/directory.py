@@ -7,48 +7,31 @@ channel ranges. What is told, and by what, the weightiest first:
     sharing         manifest
     worlds          names of the rank files
     scaling         `../maxabs_quant_<device>.json`, where its method is that of the scale files
-    channel ranges  `../channel_ranges.safetensors`
+    channel ranges  `../channel_ranges.safetensors`, where the manifest says that they are of this measurement
 
-A `CalibrationDir` is what is there when it is asked first; files that are written later need a new one.
+A `CalibrationDir` is what is there when it is asked first; files that are written later need a new one. Files that
+a killed run left half in place are put back before.
 Manifest and config are imported when they are asked for: commands on bare rank files start faster.
 """
 
-import contextlib
-import logging
-import os
-import shlex
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache, cached_property
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from gaudi_calib.errors import FileError, UsageError
-from gaudi_calib.files import hash_file, read_json
+from gaudi_calib.advice import Advice
+from gaudi_calib.errors import ConfigError, FileError, UsageError
+from gaudi_calib.files import hash_bytes, hash_file
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout, RankFile, list_rank_files
+from gaudi_calib.provenance import StaleFile, find_changed, find_stale, hash_paths
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.store import read_world_files
+from gaudi_calib.staging import undo_unfinished
 
 if TYPE_CHECKING:
     from gaudi_calib.config.model import QuantConfig
     from gaudi_calib.manifest import Manifest, ScaleOrigin
-
-
-_log = logging.getLogger(__name__)
-
-_MOST_OF_A_CONFIG = 1 << 20  # bytes; what is larger is something else
-
-
-class StaleFile(NamedTuple):
-    """A scale file that does not fit the ranges in place.
-
-    Attributes:
-        path: the file.
-        why: what does not fit.
-    """
-
-    path: Path
-    why: str
 
 
 class CalibrationDir:
@@ -62,6 +45,8 @@ class CalibrationDir:
 
     def __init__(self, path: Path, *, dump: str | None = None, config_path: Path | None = None):
         self.path, self.dump, self.config_path = path, dump, config_path
+        for place in (path, path.resolve().parent):
+            undo_unfinished(place)
 
     @classmethod
     def named_by(cls, config: "QuantConfig", config_path: Path) -> "CalibrationDir":
@@ -127,6 +112,71 @@ class CalibrationDir:
         return self.path.resolve().parent / CHANNEL_RANGES_NAME
 
     @cached_property
+    def origin(self) -> "Manifest | None":
+        """The manifest of the measurement that ranges of this directory are of; None where none tells.
+
+        That is its own; where it has none yet, the one beside it that the channel ranges are of.
+
+        Raises:
+            FileError: the channel ranges are of none of the manifests beside them.
+        """
+        if self.manifest is not None or not self.channel_file.is_file():
+            return self.manifest
+        beside = [CalibrationDir(self.channel_file.parent / name).manifest for name in DEVICES]
+        told = [manifest for manifest in beside if manifest is not None]
+        owner = next((manifest for manifest in told if self._is_of(manifest)), None)
+        if told and owner is None:
+            raise self._refuse_channels()
+        return owner
+
+    def require_channels(self) -> Path:
+        """Return the path of the channel ranges, which are of this measurement as far as manifests tell.
+
+        Raises:
+            FileError: there are none, or they are of another measurement.
+        """
+        if not self.channel_file.is_file():
+            raise FileError(
+                f"no {CHANNEL_RANGES_NAME}",
+                where=self.channel_file.parent,
+                why="only the torch engine writes it; rank files alone cannot be resharded exactly",
+                fix=f"give the run directory (OUT/<model>), or take upper bounds: {self.advise().expand()}",
+            )
+        if self.origin is not None and not self._is_of(self.origin):
+            raise self._refuse_channels()
+        return self.channel_file
+
+    def _is_of(self, manifest: "Manifest") -> bool:
+        return manifest.measurement == self._channel_hash
+
+    @cached_property
+    def _channel_hash(self) -> str:
+        return hash_file(self.channel_file)
+
+    def identify(self, channels: Path | None) -> str:
+        """Return what a manifest calls the measurement in place.
+
+        Args:
+            channels: its channel ranges; None where all of it are the ranges of this directory.
+        """
+        if channels is not None:
+            return hash_file(channels)
+        ranges = hash_paths(path for path, file in self.files.items() if file.is_ranges and file.extension == "npz")
+        return hash_bytes("".join(ranges.values()).encode())
+
+    def _refuse_channels(self) -> FileError:
+        merged = [Path(path).parent for path in (self.manifest.merged if self.manifest else ())]
+        advice = self.advise()
+        return FileError(
+            f"{CHANNEL_RANGES_NAME} is of another measurement than {self.path.name}/",
+            where=self.channel_file,
+            why=f"its checksum is not the one in {MANIFEST_NAME}: "
+            + ("the merge left it out" if merged else "it was changed, or copied from another run"),
+            fix=(f"merge the whole runs: {advice.merge_whole(merged)}" if merged else "restore it, or measure again")
+            + f"; or take upper bounds: {advice.expand()}",
+        )
+
+    @cached_property
     def worlds(self) -> dict[int, dict[int, Path]]:
         """The `.json` files of ranges by world and rank.
 
@@ -151,14 +201,6 @@ class CalibrationDir:
                     fix="move one of the measurements to a directory of its own",
                 )
         return dict(sorted(worlds.items()))
-
-    def warn_of_move(self) -> None:
-        """Warn where configs of the run name another place, from which serving would take ranges and scales."""
-        run = self.path.resolve().parent
-        moved = [path.name for path in find_moved_configs(run)]
-        if moved:
-            _log.warning("The run in %s has moved: %s name another place; run `%s`",
-                         run, ", ".join(moved), advise_relocation(run))  # fmt: skip
 
     def list_methods(self, world: int) -> list[str]:
         """Return the methods, in upper case, that there are scale files of `world` for."""
@@ -210,7 +252,74 @@ class CalibrationDir:
                 why=f"the directory holds ranges of world size {', '.join(map(str, self.worlds))}",
                 fix=f"run `gaudi-calib measure -t {world}`, or name a world size that is there",
             )
-        return read_world_files([ranks[rank] for rank in range(world)])
+        return self.read_ranks([ranks[rank] for rank in range(world)])
+
+    def read_ranks(self, paths: Sequence[Path]) -> list[RankSet[Node]]:
+        """Read the ranges of some ranks of one world, each from its `.json` and the `.npz` beside it.
+
+        Raises:
+            FileError: a file is malformed, or not the one that the run wrote.
+        """
+        self.require_recorded(file for path in paths for file in (path, path.with_suffix(".npz")))
+        return read_world_files(paths)
+
+    def require_recorded(self, paths: Iterable[Path], advice: Advice | None = None) -> None:
+        """Check that rank files are those the manifest recorded; without a manifest nothing is known.
+
+        Args:
+            paths: files of this directory; those that are not there are passed over.
+            advice: how to make them anew; None: as the run is known to be made.
+
+        Raises:
+            FileError: a file was changed, or is another run's.
+        """
+        changed = find_changed(self.manifest.files if self.manifest else {}, paths)
+        if changed is not None:
+            file, advice = self.files[changed], advice or self.advise()
+            anew = advice.compute_scales(file.position[1]) if file.method else advice.derive(file.position[1])
+            raise FileError(
+                f"{changed.name} is not the file that the run wrote",
+                where=changed,
+                why=f"its checksum is not in {MANIFEST_NAME}: it was changed, cut short, or copied from another run",
+                fix="restore it" + (f", or make it anew: {anew}" if anew else ", or measure again"),
+            )
+
+    def refuse_uncovered(self, names: Sequence[str], config_path: Path, world: int) -> ConfigError:
+        """Return the error about modules that a QUANTIZE config quantizes and that have no ranges.
+
+        Args:
+            names: the modules.
+            config_path: file of the config.
+        """
+        measuring = self.layout.measure_config if self.layout else "the MEASURE config"
+        again = self.advise(config=config_path).derive(world) if self.channel_file.is_file() else None
+        more = f" (nor have {len(names) - 1} more)" if len(names) > 1 else ""
+        return ConfigError(
+            f"{names[0]} is not blocked and has no ranges{more}",
+            where=config_path,
+            why="INC fails where a module runs that it should quantize and has no ranges for",
+            fix=f"block them in {config_path}; or unblock them in {measuring}, then "
+            + (f"run: {again}" if again else "measure again"),
+        )
+
+    def advise(self, model: str | None = None, config: Path | None = None) -> Advice:
+        """Return what to run over this directory.
+
+        Args:
+            model: the checkpoint; None: the one that was measured.
+            config: the QUANT_CONFIG that serves; None: the run's own.
+        """
+        made = self.manifest
+        found = {file.position[1] for file in self.files.values() if file.is_ranges}
+        return Advice(
+            self.path.resolve(),
+            self.device,
+            sorted(world for world in found if not self.list_missing(world)),
+            self.channel_file.is_file(),
+            model or (made.model.name if made and made.model else "MODEL"),
+            made.dataset.name if made and made.dataset else "builtin",
+            config,
+        )
 
     @cached_property
     def quant_config(self) -> "QuantConfig | None":
@@ -224,7 +333,7 @@ class CalibrationDir:
 
     @cached_property
     def measure_config(self) -> "QuantConfig | None":
-        """The run's MEASURE config; where there is no file, what the manifest recorded; else None.
+        """The run's MEASURE config; where there is no file, what the measurement was made with; else None.
 
         Raises:
             ConfigError: it is invalid.
@@ -232,16 +341,22 @@ class CalibrationDir:
         path = self.layout and self.layout.measure_config
         if path and path.is_file():
             return _read_config(path)
-        recorded = self.manifest and self.manifest.config.get("measure")
+        recorded = self.origin and self.origin.config.get("measure")
         if not recorded:
             return None
         from gaudi_calib.config.check import parse_quant_config
 
         return parse_quant_config(recorded, where=self.path / MANIFEST_NAME)
 
-    def hash_files(self) -> dict[str, str]:
-        """Return the hash of every rank file by name."""
-        return {path.name: hash_file(path) for path in self.files}
+    def hash_files(self, staging: Path | None = None, *, without: Collection[Path] = ()) -> dict[str, str]:
+        """Return the hash of rank files by name, as they will be with those in `staging` and `without` others.
+
+        Of files that stay as they are, a manifest's word counts: those that it does not know are left out.
+        """
+        staged = hash_paths(list_rank_files(staging) if staging else ())
+        kept = [path for path in self.files if path not in without and path.name not in staged]
+        known = hash_paths(kept) if self.manifest is None else self.manifest.files
+        return dict(sorted(({path.name: known[path.name] for path in kept if path.name in known} | staged).items()))
 
     def find_stale(
         self,
@@ -264,76 +379,8 @@ class CalibrationDir:
         """
         if scales is None:
             scales = self.manifest.scales if self.manifest else {}
-        hash_once = cache(hash_file)
-        found = []
-        for path in [path for path, file in self.files.items() if file.method] if paths is None else paths:
-            why = self._explain_staleness(scales.get(path.name), settings, hash_once)
-            if why is not None:
-                found.append(StaleFile(path, why))
-        return found
-
-    def _explain_staleness(
-        self, origin: "ScaleOrigin | None", settings: Mapping[str, Any] | None, hash_once: Callable[[Path], str]
-    ) -> str | None:
-        if origin is None:
-            return "the manifest does not say what it was computed from"
-        for name, expected in origin.ranges.items():
-            path = self.path / name
-            if not path.is_file():
-                return f"its ranges {name} are gone"
-            if hash_once(path) != expected:
-                return f"its ranges {name} have changed since"
-        if settings is not None and dict(settings) != origin.settings:
-            keys = dict.fromkeys([*origin.settings, *settings])
-            changed = [key for key in keys if origin.settings.get(key) != settings.get(key)]
-            return "it was computed with other settings: " + ", ".join(changed)
-        return None
-
-
-def find_beside(config_path: Path, dump_stats_path: str) -> Path | None:
-    """Return what the `dump_stats_path` of a config would be where the config is now, None where it leads there.
-
-    A run that was copied, or is mounted elsewhere, names its old place, which may be there as well.
-    None, too, where no rank files lie beside the config: then the path alone tells where they are.
-    """
-    named = Path(os.path.abspath(dump_stats_path))
-    for parent in dict.fromkeys((config_path.absolute().parent, config_path.resolve().parent)):
-        for directory in (parent / named.parent.name, parent):
-            if directory.name == named.parent.name and CalibrationDir(directory, dump=named.name).is_filled:
-                place = directory.parent.resolve() / directory.name
-                return None if is_same_place(place, named.parent) else place / named.name
-    return None
-
-
-def is_same_place(directory: Path, other: Path) -> bool:
-    """Whether two paths lead to one directory that exists."""
-    try:
-        return directory.samefile(other)
-    except OSError:
-        return False
-
-
-def list_quant_configs(run: Path) -> dict[Path, str]:
-    """Return the `dump_stats_path` of every QUANT_CONFIG file directly in a run directory."""
-    found = {}
-    for path in sorted(run.glob("[!.]*.json")):
-        with contextlib.suppress(OSError, ValueError, RecursionError):  # anybody's JSON
-            content = read_json(path) if path.is_file() and path.stat().st_size <= _MOST_OF_A_CONFIG else None
-            if isinstance(content, dict) and isinstance(content.get("dump_stats_path"), str):
-                os.fsencode(content["dump_stats_path"])  # no path otherwise
-                found[path] = content["dump_stats_path"]
-    return found
-
-
-def find_moved_configs(run: Path) -> dict[Path, Path]:
-    """Return what the `dump_stats_path` of every QUANT_CONFIG of a run should be, where it leads elsewhere."""
-    beside = {path: find_beside(path, named) for path, named in list_quant_configs(run).items()}
-    return {path: dump for path, dump in beside.items() if dump is not None}
-
-
-def advise_relocation(run: Path) -> str:
-    """Return the command that has the configs of a run name the place where it is."""
-    return shlex.join(["gaudi-calib", "relocate", str(run)])
+        chosen = [path for path, file in self.files.items() if file.method] if paths is None else paths
+        return find_stale(chosen, scales, settings)
 
 
 def _read_config(path: Path) -> "QuantConfig":

@@ -1,24 +1,22 @@
-"""The only writer. Files appear complete or not at all.
-
-A run's files are prepared in a hidden directory beside their destination and
-renamed in together, so that a failed or killed run leaves the last good ones.
-"""
+"""The only writer of single files, which appear complete or not at all; `staging` writes many together."""
 
 import contextlib
+import fcntl
+import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from gaudi_calib.errors import FileError
 
-# Where files go that something new replaces.
-REPLACED_NAME = "replaced"
 # Tell temporary files apart: of processes (a number may come back after a kill), and of one process.
 _TOKEN = os.urandom(4).hex()
 _numbers = itertools.count()
+# A compressed file may unpack to so many bytes, or to so many times its size where that is more.
+_LEAST_UNPACKED_BYTES, _MOST_COMPRESSION = 1 << 28, 50
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -27,10 +25,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         FileError: the disk is full or the directory cannot be written; `path` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{_name_temporary()}")
+    temporary = path.with_name(f".{path.name}.{name_temporary()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
+            lock_file(file)  # not abandoned, see `staging`
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -38,7 +37,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,7 +60,7 @@ def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
         FileError: the file is missing, unreadable or not JSON; names line and column.
     """
     try:
-        return json.loads(path.read_text(), object_hook=object_hook)
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=object_hook)
     except OSError as error:
         raise FileError(
             f"cannot read {path.name}",
@@ -69,53 +68,14 @@ def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
             why=error.strerror or str(error),
             fix="check that the path exists and that you may read it",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(
             f"{path.name} is not valid JSON", where=path, why=str(error), fix="restore the file or make it again"
         ) from error
 
 
-@contextlib.contextmanager
-def scratch_directory(directory: Path) -> Iterator[Path]:
-    """Yield an empty hidden directory in `directory`; it is removed at the end, or after a kill by the next call.
-
-    Raises:
-        FileError: the disk is full or `directory` cannot be written.
-    """
-    scratch = directory / f".staging.{_name_temporary()}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(directory)
-        scratch.mkdir()
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
-    try:
-        yield scratch
-    finally:
-        _remove_tree(scratch)
-
-
-@contextlib.contextmanager
-def stage_files(directory: Path) -> Iterator[Path]:
-    """Yield an empty directory; when the block succeeds, rename its files into `directory`.
-
-    Nested directories are kept. When the block fails, nothing in `directory` changes.
-
-    Raises:
-        FileError: the disk is full or `directory` cannot be written.
-    """
-    with scratch_directory(directory) as staging:
-        yield staging
-        try:
-            for source in sorted(path for path in staging.rglob("*") if path.is_file()):
-                target = directory / source.relative_to(staging)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(source, target)
-        except OSError as error:
-            raise _cannot_write(directory, error) from error
-
-
-def _name_temporary() -> str:
+def name_temporary() -> str:
+    """Return the end of a name that no other process and no other call has."""
     return f"partial-{os.getpid()}-{_TOKEN}-{next(_numbers)}"
 
 
@@ -128,42 +88,15 @@ def is_temporary(name: str) -> bool:
     return name.startswith(".") and ".partial-" in name
 
 
-def _remove_abandoned(directory: Path) -> None:
-    """Delete what processes that were killed had not finished."""
-    for path in directory.glob(".*.partial-*-*-*"):
-        process, token = path.name.rpartition(".partial-")[2].split("-")[:2]
-        if process == str(os.getpid()) and token != _TOKEN:
-            _remove_tree(path)
-            continue
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            _remove_tree(path)
-        except (PermissionError, ValueError):
-            continue  # alive, and somebody else's
-
-
-def _remove_tree(path: Path) -> None:
-    with contextlib.suppress(OSError):  # empty after success: no need to load shutil
-        path.rmdir() if path.is_dir() else path.unlink()
-        return
-    import shutil
-
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def set_aside(paths: Iterable[Path]) -> None:
-    """Move files into a directory `replaced` beside each, over what is there of the same name.
-
-    Raises:
-        FileError: a directory cannot be written.
-    """
-    for path in paths:
-        try:
-            path.parent.joinpath(REPLACED_NAME).mkdir(exist_ok=True)
-            path.replace(path.parent / REPLACED_NAME / path.name)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
+def lock_file(file: IO[bytes]) -> bool | None:
+    """Lock an open file until it is closed: True. False where another has locked it, None where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def hash_file(path: Path) -> str:
@@ -174,44 +107,39 @@ def hash_file(path: Path) -> str:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_pickle(file: IO[bytes], *, find_class: Callable[[str, str], Any], name: str) -> Any:
-    """Unpickle `file` without letting it run code.
+def hash_bytes(content: bytes) -> str:
+    """Return `sha256:<hex digest>` of `content`."""
+    import hashlib
+
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def unpack(compressed: IO[bytes], path: Path) -> io.BytesIO:
+    """Return what `compressed` unpacks to.
 
     Args:
-        find_class: returns the object for (module, name), or raises LookupError to refuse it.
-        name: what to call the file in errors.
+        compressed: a part of `path`, or all of it, opened for unpacking.
 
     Raises:
-        FileError: the pickle refers to something `find_class` refuses, or is malformed.
+        FileError: it unpacks to far more than data of the size of `path` do.
     """
-    import pickle
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, qualname: str) -> Any:
-            try:
-                return find_class(module, qualname)
-            except LookupError:
-                raise FileError(
-                    f"refused to load {module}.{qualname} from a pickle",
-                    where=name,
-                    why="loading data never runs code; only known array and table types are allowed",
-                    fix="store the data as .jsonl or .parquet, or get the file from a source you trust",
-                ) from None
-
-    try:
-        return Unpickler(file).load()
-    except FileError:
-        raise
-    except Exception as error:  # a malformed pickle can raise anything
-        raise FileError(
-            "not a readable pickle",
-            where=name,
-            why=f"{type(error).__name__}: {error}",
-            fix="get it again from its source, or make it again",
-        ) from error
+    most_bytes = max(_LEAST_UNPACKED_BYTES, _MOST_COMPRESSION * path.stat().st_size)
+    unpacked = io.BytesIO()
+    while chunk := compressed.read(1 << 20):
+        unpacked.write(chunk)
+        if unpacked.tell() > most_bytes:
+            raise FileError(
+                f"{path.name} unpacks to more than {most_bytes} bytes",
+                where=path,
+                why=f"that is far more than data compressed to {path.stat().st_size} bytes hold",
+                fix="get it again from a source you trust; if it is right, store it without compression",
+            )
+    unpacked.seek(0)
+    return unpacked
 
 
-def _cannot_write(path: Path, error: OSError) -> FileError:
+def cannot_write(path: Path, error: OSError) -> FileError:
+    """Return what to raise where the disk is full or `path` cannot be written."""
     return FileError(
         f"cannot write {path.name}",
         where=path,

@@ -19,6 +19,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from gaudi_calib.errors import UsageError
+
 DUMP_NAME = "inc_output"
 MANIFEST_NAME = "calibration_manifest.json"
 CHANNEL_RANGES_NAME = "channel_ranges.safetensors"
@@ -158,8 +160,24 @@ class RunLayout:
 
     @property
     def root(self) -> Path:
-        """`OUT/<name>`, by default `OUT/<last path component of the model, lower-cased>`."""
-        return self.out / (self.name or self.model.rstrip("/").rpartition("/")[2].lower())
+        """`OUT/<name>`; without a name the last path component of the model, lower-cased.
+
+        `.` and `..` count as the directory they mean.
+
+        Raises:
+            UsageError: there is no such component.
+        """
+        if self.name:
+            return self.out / self.name
+        given = Path(self.model).expanduser()
+        name = given.name if given.name not in ("", "..") else given.resolve().name
+        if not (self.model and name):
+            raise UsageError(
+                f"a run cannot be called after the model {self.model!r}",
+                why="its files go to OUT/<last part of the path>, and there is none",
+                fix="give it a name (--name), or give the directory that holds config.json",
+            )
+        return self.out / name.lower()
 
     @property
     def channel_ranges(self) -> Path:

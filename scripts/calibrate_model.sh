@@ -10,7 +10,8 @@ Usage: calibrate_model.sh -m MODEL -d DATASET -o OUT [options] [-- options of ga
 Measures a model, computes its FP8 scales and prints the QUANT_CONFIG path and the serve command.
 
   -m MODEL    required: directory or Hugging Face name of the model
-  -d DATASET  required: dataset file, directory or Hugging Face name, or `builtin`
+  -d DATASET  required: dataset file, directory or Hugging Face name, or `builtin`;
+              repeatable, also as DATASET=WEIGHT
   -o OUT      required: directory to write OUT/<model>/ into
   -b SIZE     batch size of the measurement (default: 32)
   -l COUNT    number of samples taken from the dataset (default: all)
@@ -37,13 +38,13 @@ find_program() {
     return 1
 }
 
-model='' dataset='' out='' arguments=()
+model='' out='' datasets=() arguments=()
 # getopts knows no long options, and a path after `--` may be called --help.
 [[ ${1-} == --help ]] && { usage; exit 0; }
 while getopts ':m:d:o:b:l:t:r:ueh' flag; do
     case $flag in
         m) model=$OPTARG ;;
-        d) dataset=$OPTARG ;;
+        d) [[ $OPTARG ]] && datasets+=(-d "$OPTARG") ;;
         o) out=$OPTARG ;;
         b | l | t | r) arguments+=("-$flag" "$OPTARG") ;;
         u | e) arguments+=("-$flag") ;;
@@ -59,8 +60,8 @@ fi
 shift "$parsed"
 
 [[ $model ]] || fail "-m is missing" "give the directory or Hugging Face name of the model: -m MODEL"
-[[ $dataset ]] || fail "-d is missing" "give a dataset, or the one that is shipped: -d builtin"
+((${#datasets[@]})) || fail "-d is missing" "give a dataset, or the one that is shipped: -d builtin"
 [[ $out ]] || fail "-o is missing" "give the directory to write to: -o OUT"
 program=$(find_program) || fail "gaudi-calib is not installed" "pip install gaudi-calib, or run make venv in the repository"
 
-exec "$program" calibrate -m "$model" -d "$dataset" -o "$out" "${arguments[@]}" "$@"
+exec "$program" calibrate -m "$model" "${datasets[@]}" -o "$out" "${arguments[@]}" "$@"

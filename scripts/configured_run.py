@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.detect import detect_platform, require_gaudi
 from gaudi_calib.errors import UsageError
-from gaudi_calib.files import stage_files
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import DUMP_NAME, RunLayout
+from gaudi_calib.staging import stage_files
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,19 @@ class ConfiguredRun:
         out = self.dump.parent.parent.parent
         return self.dump == RunLayout(out, model).device(self.device).dump_stats_path
 
-    def execute(self, command: Sequence[str], model: str, *, reads_ranges: bool) -> int:
+    def execute(
+        self, command: Sequence[str], model: str, *, reads_ranges: bool, flags: Mapping[str, str] | None = None
+    ) -> int:
         """Run a `gaudi-calib` command on this run and return its exit code.
 
         Args:
             command: words of the command, without -m, -o and --device.
             model: what -m gets.
             reads_ranges: the command needs the rank files that are there already.
+            flags: flags of the command to those of the step, for what errors advise.
         """
         if self.is_layout_of(model):
-            return main(self._words(command, model, self.dump.parent.parent.parent))
+            return main(self._words(command, model, self.dump.parent.parent.parent), flags=flags)
         self.dump.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.dump.parent, prefix=".step-") as scratch:
             directory = RunLayout(Path(scratch), model).device(self.device).directory
@@ -62,7 +65,7 @@ class ConfiguredRun:
             if reads_ranges:
                 self._copy_in(directory)
             with contextlib.redirect_stdout(io.StringIO()):  # it names the scratch directory
-                exit_code = main(self._words(command, model, Path(scratch)))
+                exit_code = main(self._words(command, model, Path(scratch)), flags=flags)
             if exit_code == 0:
                 self._move_out(directory)
         return exit_code

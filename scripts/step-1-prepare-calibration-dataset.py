@@ -1,43 +1,61 @@
 #!/usr/bin/env python3
 """Step 1: dataset to NAME-calibration-dataset.pkl, a table with one row of token ids per prompt.
 
-The table is what step 2 takes as -d; `gaudi-calib prepare` writes the same as JSON lines.
+The table is what step 2 takes as -d; `gaudi-calib prepare` writes the same as JSON lines. Its options
+that the reference does not have are taken as well.
 """
 
 import argparse
+import contextlib
 import io
+import json
 import sys
+import tempfile
 from pathlib import Path
 
+from gaudi_calib.cli.main import main as run_command
 from gaudi_calib.cli.main import report_errors
 from gaudi_calib.files import write_bytes
 
+# Our flags -> the reference's.
+FLAGS = {"--max-tokens": "--max-model-length", "-l": "--max-dataset-samples"}
 
-def main() -> None:
-    """Prepare the prompts and store them as a pickled DataFrame."""
+
+def main() -> int:
+    """Prepare the prompts, store them as a pickled DataFrame, and return the exit code."""
     import pandas as pd
 
-    from gaudi_calib.data.prompts import prepare_prompts
-
-    options = parse_options()
-    prompts = prepare_prompts(
-        options.model,
-        dataset=options.dataset,
-        limit=options.max_dataset_samples or None,
-        max_tokens=options.max_model_length,
-        chat_template=Path(options.chat_template) if options.chat_template else None,
-    )
+    options, more = parse_options()
+    words = ["prepare", "-m", options.model, "--max-tokens", str(options.max_model_length), *more]
+    words += [word for dataset in options.dataset for word in ("-d", dataset)]
+    words += ["-l", str(options.max_dataset_samples)] if options.max_dataset_samples else []
+    words += ["--chat-template", options.chat_template] if options.chat_template else []
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "prompts.jsonl"
+        with contextlib.redirect_stdout(io.StringIO()) as summary:  # it names the scratch directory
+            exit_code = run_command([*words, "-o", str(path), "--json"], flags=FLAGS)
+        if exit_code:
+            return exit_code
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     content = io.BytesIO()
-    pd.DataFrame({"prompt_token_ids": [list(ids) for ids in prompts.token_ids]}).to_pickle(content)
+    pd.DataFrame(rows).to_pickle(content)
     target = Path(f"{options.output_name}-calibration-dataset.pkl")
     write_bytes(target, content.getvalue())
-    print(f"{len(prompts)} prompts, {prompts.token_count} tokens: {target}")
+    counts = json.loads(summary.getvalue())
+    print(f"{counts['prompts']} prompts, {counts['tokens']} tokens: {target}")
+    return 0
 
 
-def parse_options() -> argparse.Namespace:
-    """Return the reference's options."""
+def parse_options() -> tuple[argparse.Namespace, list[str]]:
+    """Return the reference's options, and the words that are none of them."""
     parser = argparse.ArgumentParser(description="Create a calibration dataset for a model.")
-    parser.add_argument("-d", "--dataset", required=True, help="dataset file, directory or name, or builtin")
+    parser.add_argument(
+        "-d",
+        "--dataset",
+        required=True,
+        action="append",
+        help="dataset file, directory or name, or builtin; repeatable",
+    )
     parser.add_argument("-m", "--model", required=True, help="directory or Hugging Face name of the model")
     parser.add_argument("-o", "--output_name", required=True, help="writes NAME-calibration-dataset.pkl")
     parser.add_argument(
@@ -45,7 +63,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--max-dataset-samples", type=int, default=0, help="number of samples (0: all)")
     parser.add_argument("--chat-template", default="", help="Jinja file in place of the model's chat template")
-    return parser.parse_args()
+    return parser.parse_known_args()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 
 The same as `gaudi-calib unify`. Ranges are merged and scales are not: a merged scale can be
 wrong for both ranks, so they are computed anew from the merged ranges. Without -u it is found
-out how experts were split; a wrong -u is refused.
+out how experts were split; a wrong -u is refused. Options of `gaudi-calib unify` that the
+reference does not have are taken as well.
 """
 
 import argparse
@@ -21,11 +22,11 @@ def main() -> int:
     parser.add_argument("-u", "--use_expert_paral", action="store_true", help="each rank holds experts of its own")
     parser.add_argument("-s", "--skip_unify_scales", action="store_true", help="leave out the scales")
     parser.add_argument("--device", choices=["g2", "g3"], help="device of the scales (default: found out)")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     words = ["unify", options.measurements, "-r", str(options.rank), "-o", options.out]
     words += ["--expert-parallel"] * options.use_expert_paral + ["--skip-scales"] * options.skip_unify_scales
     words += ["--device", options.device] if options.device else []
-    return run_command(words)
+    return run_command([*words, *more], flags={"--expert-parallel": "-u", "--skip-scales": "-s"})
 
 
 if __name__ == "__main__":

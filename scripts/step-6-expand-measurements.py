@@ -3,7 +3,8 @@
 
 The same as `gaudi-calib expand`. Scales, where there are any, are computed anew. How experts
 are split follows from the manifest; without one they are dealt out, as the reference always
-does, unless --tensor-parallel is given.
+does, unless --tensor-parallel is given. Options of `gaudi-calib expand` that the reference
+does not have are taken as well.
 """
 
 import argparse
@@ -22,14 +23,14 @@ def main() -> int:
     parser.add_argument("-w", "--target_world_size", type=int, required=True, help="ranks to expand to")
     parser.add_argument("--tensor-parallel", action="store_true", help="each rank gets a slice of every expert")
     parser.add_argument("--device", choices=["g2", "g3"], help="device of the scales (default: found out)")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     words = ["expand", options.measurements, "-w", str(options.target_world_size), "-o", options.out]
     if options.tensor_parallel:
         words.append("--no-expert-parallel")
     elif not (Path(options.measurements) / MANIFEST_NAME).is_file():
         words.append("--expert-parallel")
     words += ["--device", options.device] if options.device else []
-    return run_command(words)
+    return run_command([*words, *more], flags={"--no-expert-parallel": "--tensor-parallel"})
 
 
 if __name__ == "__main__":

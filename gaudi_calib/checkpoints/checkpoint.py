@@ -6,7 +6,7 @@ Weights that are stored as FP8 or MXFP4 are read as the bf16 values they stand f
 
 from collections.abc import Callable, Iterable
 from functools import cache, cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from gaudi_calib.models.source import open_model
 
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
+FOREIGN_CONFIG = "check that config.json belongs to these weights and that all shards are there"
 _DAMAGED = "the file is damaged or incomplete; download it again"
 
 
@@ -72,7 +73,7 @@ class Checkpoint:
     def _find_tensors(self) -> dict[str, str]:
         index = self.directory / _INDEX_NAME
         if index.is_file():
-            files = dict(read_json(index).get("weight_map", {}))
+            files = self._read_index(index)
             missing = sorted({name for name in files.values() if not (self.directory / name).is_file()})
             if missing:
                 raise ModelError(
@@ -93,11 +94,33 @@ class Checkpoint:
             )
         return dict.fromkeys(sorted(span.name for span in self._read_header(_SINGLE_NAME).spans), _SINGLE_NAME)
 
+    def _read_index(self, path: Path) -> dict[str, str]:
+        content = read_json(path)
+        files = content.get("weight_map") if isinstance(content, dict) else None
+        if not (isinstance(files, dict) and files and all(isinstance(name, str) for name in files.values())):
+            raise ModelError(
+                f"{path.name} does not say which file holds which tensor",
+                where=path,
+                why='it is to be an object whose "weight_map" has the name of a file for each tensor',
+                fix="download the checkpoint again",
+            )
+        outside = next((name for name in files.values() if _leaves(name)), None)
+        if outside is not None:
+            raise ModelError(
+                f"{path.name} names a file outside the model directory",
+                where=path,
+                why=f"it is {outside!r}; the files of a checkpoint are beside its index",
+                fix="get the checkpoint from a source you trust",
+            )
+        return files
+
     def _read_header(self, name: str) -> Header:
         try:
-            return read_header(self.directory / name)
+            header = read_header(self.directory / name)
         except FileError as error:
             raise ModelError(error.what, where=error.where, why=error.why, fix=_DAMAGED) from error
+        self._open(name)  # safetensors knows how many bytes each type takes
+        return header
 
     def _open(self, name: str) -> Any:
         try:
@@ -212,7 +235,7 @@ class Checkpoint:
                 f"the checkpoint has no tensor {name!r}",
                 where=self.directory,
                 why=why,
-                fix="check that config.json belongs to these weights and that all shards are there",
+                fix=FOREIGN_CONFIG,
             )
         return self.weights[name]
 
@@ -236,3 +259,9 @@ class Checkpoint:
             first = index // grid.blocks[0]
             scale = scale[first : first + 1]
         return dequantize(values, scale, grid)
+
+
+def _leaves(name: str) -> bool:
+    """Whether the path `name` could lead out of the directory it counts from."""
+    path = PurePath(name)
+    return path.is_absolute() or ".." in path.parts

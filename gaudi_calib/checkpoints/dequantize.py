@@ -111,8 +111,8 @@ def find_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     groups = quantization.get("config_groups")
     schemes = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
     for size in [quantization.get("weight_block_size"), *(scheme.get("block_structure") for scheme in schemes)]:
-        if isinstance(size, list | tuple) and len(size) == 2:
-            return int(size[0]), int(size[1])
+        if isinstance(size, list | tuple) and len(size) == 2 and all(type(part) is int and part > 0 for part in size):
+            return size[0], size[1]
     return None
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gaudi_calib.checkpoints.checkpoint import Checkpoint
+from gaudi_calib.checkpoints.checkpoint import FOREIGN_CONFIG, Checkpoint
+from gaudi_calib.checkpoints.fit import wrong_shape
 from gaudi_calib.errors import ModelError
 from gaudi_calib.models.modules import Experts
 
@@ -86,7 +87,7 @@ def find_expert_weights(
             "config.json does not say how many experts there are",
             where=checkpoint.directory,
             why=f"the checkpoint has a router, {router!r}",
-            fix="check that config.json belongs to these weights",
+            fix=FOREIGN_CONFIG,
         )
     is_stacked = not facts.each or any(f"{layer}.{name}" in checkpoint.weights for name in facts.stacked)
     each = [part.format(expert) for expert in range(count) for part in facts.each]
@@ -100,8 +101,32 @@ def find_expert_weights(
                 f"{name!r} is of {found} experts",
                 where=checkpoint.directory,
                 why=f"config.json calls for {count}",
-                fix="check that config.json belongs to these weights",
+                fix=FOREIGN_CONFIG,
             )
-    shape = checkpoint.shapes[names[0]]
-    channels = shape[2 if facts.transposed else 1] // 2 if is_stacked else shape[0]
+    channels = _require_shapes(checkpoint, facts, names, is_stacked=is_stacked)
     return ExpertWeights(checkpoint, node, facts, layer, is_stacked, count, channels, dtype)
+
+
+def _require_shapes(checkpoint: Checkpoint, facts: Experts, names: list[str], *, is_stacked: bool) -> int:
+    """Return the intermediate channels of an expert, after checking that all weights have them.
+
+    Args:
+        names: of gate and up stacked and down stacked, or of gate, up and down of one expert after the other.
+
+    Raises:
+        ModelError: a weight is of another shape.
+    """
+    hidden, shape = checkpoint.source.require_count("hidden_size"), checkpoint.shapes[names[0]]
+    if len(shape) != 2 + is_stacked:
+        raise wrong_shape(checkpoint, names[0], (*shape[:1], hidden))
+    if is_stacked:
+        channels = shape[2 if facts.transposed else 1] // 2
+        pairs = [(2 * channels, hidden), (hidden, channels)]
+        expected: list[tuple[int, ...]] = [(shape[0], *(pair[::-1] if facts.transposed else pair)) for pair in pairs]
+    else:
+        channels = shape[0]
+        expected = [(channels, hidden), (channels, hidden), (hidden, channels)] * (len(names) // 3)
+    for name, wanted in zip(names, expected, strict=True):
+        if checkpoint.shapes[name] != wanted:
+            raise wrong_shape(checkpoint, name, wanted)
+    return channels

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gaudi_calib.checkpoints.checkpoint import Checkpoint
+from gaudi_calib.checkpoints.checkpoint import FOREIGN_CONFIG, Checkpoint
 from gaudi_calib.checkpoints.expert_weights import ExpertWeights, find_expert_weights
+from gaudi_calib.checkpoints.fit import list_layers, read_heads, require_matrices
+from gaudi_calib.checkpoints.head import Head, find_head
 from gaudi_calib.checkpoints.weight_names import WeightNames
 from gaudi_calib.errors import ModelError, TopologyError
-from gaudi_calib.models.families import Family, count_kv_heads
+from gaudi_calib.models.families import Family
 from gaudi_calib.models.modules import Attention, Experts, Layout, Linear, Split, Unmeasured
+from gaudi_calib.ranges.derive import parse_vllm_version
 from gaudi_calib.ranges.experts import list_children
 from gaudi_calib.ranges.node import ATTENTION_OPS, LATENT_ATTENTION_OPS, Op
 from gaudi_calib.ranges.topology import Axis, Segment, Topology
@@ -75,6 +78,7 @@ class ModelPlan:
     experts: dict[str, ExpertWeights] = field(default_factory=dict)
     attention_layers: tuple[int, ...] = ()
     dtype: torch.dtype = torch.bfloat16
+    head: Head | None = None
 
     @property
     def layout(self) -> Layout:
@@ -109,6 +113,22 @@ class ModelPlan:
         suffixes = tuple(f".{module.name}" for module in self.layout.modules if isinstance(module, Unmeasured))
         layers = [name for name in self.node_names if suffixes and name.endswith(suffixes)]
         return [*self.layout.others, *layers]
+
+    @property
+    def ops(self) -> dict[str, Op]:
+        """What each node computes that runs: those that must have ranges, or be blocked.
+
+        An expert's own matmuls are left out: the fused op stands for them.
+        """
+        linears = {name: linear.op for name, linear in self.linears.items()}
+        experts = dict.fromkeys(self.experts, Op.DYNAMIC_MOE)
+        attention = {
+            self.attention_node(layer, name): op
+            for layer in self.attention_layers
+            for name, op in self.attention_ops.items()
+            if op is not Op.SOFTMAX  # that of naive prompt attention
+        }
+        return linears | experts | attention
 
     def divides(self, world: int) -> bool:
         """Whether every tensor outside the experts divides over `world` ranks."""
@@ -194,26 +214,27 @@ class ModelPlan:
         return experts.order_gate_up(experts.read_gate_up(expert))[:, channels].flatten(0, 1)
 
 
-def plan_model(model_dir: Path, dtype: str = "bfloat16") -> ModelPlan:
+def plan_model(model_dir: Path, dtype: str = "bfloat16", vllm: str | None = None) -> ModelPlan:
     """Work out a model's nodes without loading a weight.
 
     Args:
         dtype: what the model is served in (`--dtype` of vLLM).
+        vllm: version of the vLLM that serves; None for a current one.
 
     Raises:
-        ModelError: the checkpoint is incomplete, or of a family the torch engine does not run.
+        ModelError: the checkpoint is incomplete, contradicts its config.json, or is of a family the torch engine
+            does not run.
     """
     checkpoint = Checkpoint(model_dir)
     family = checkpoint.source.require_family()
     if family.layout.text_prefix:
         checkpoint.narrow(family.layout.text_prefix)
-    config = checkpoint.config
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    layers = tuple(f"{family.layout.layers}.{i}" for i in range(int(config["num_hidden_layers"])))
+    names, layers = WeightNames(checkpoint, family.layout), list_layers(checkpoint, family.layout)
+    heads, kv_heads, head_dim = read_heads(checkpoint)
+    head = find_head(checkpoint, family.layout, names, parse_vllm_version(vllm))
     served = getattr(torch, dtype)
-    plan = ModelPlan(checkpoint, family, heads, count_kv_heads(config), head_dim, layers, {}, (), dtype=served)
-    nodes = dict(_walk_nodes(plan))
+    plan = ModelPlan(checkpoint, family, heads, kv_heads, head_dim, layers, {}, (), dtype=served, head=head)
+    nodes = dict(_walk_nodes(plan, names))
     return replace(
         plan,
         linears={name: node for name, node in nodes.items() if isinstance(node, LinearPlan)},
@@ -225,17 +246,16 @@ def plan_model(model_dir: Path, dtype: str = "bfloat16") -> ModelPlan:
     )
 
 
-def _walk_nodes(plan: ModelPlan) -> Iterator[tuple[str, LinearPlan | ExpertWeights | None]]:
+def _walk_nodes(plan: ModelPlan, names: WeightNames) -> Iterator[tuple[str, LinearPlan | ExpertWeights | None]]:
     layout = plan.layout
-    names = WeightNames(plan.checkpoint, layout)
     yield from ((name, None) for name in layout.others)
     outer = [linear for linear in layout.outer if names.has(linear.parts[0] + ".weight")]
     for linear in outer:
         yield linear.name, _plan_linear(plan, linear, linear.name, "", names)
     for index, layer in enumerate(plan.layers):
         yield from _walk_layer(plan, index, layer, names)
-    if layout.vllm_lm_head is not None:
-        yield layout.vllm_lm_head, _plan_lm_head(plan, names)
+    if layout.vllm_lm_head is not None and plan.head is not None:
+        yield layout.vllm_lm_head, _plan_lm_head(plan, layout.vllm_lm_head, plan.head)
 
 
 def _walk_layer(
@@ -268,7 +288,7 @@ def _list_idle(plan: ModelPlan, index: int, module: Attention | Unmeasured, node
 def _plan_linear(plan: ModelPlan, linear: Linear, node: str, prefix: str, names: WeightNames) -> LinearPlan:
     modules = tuple(prefix + part for part in linear.parts)
     weights = tuple(names.find(f"{module}.weight") for module in modules)
-    shapes = [plan.checkpoint.shapes[name] for name in weights]
+    shapes = require_matrices(plan.checkpoint, weights)
     out_axis, in_axis = Axis(), Axis()
     if linear.split in (Split.QKV, Split.QKV_GROUPED, Split.QKV_INTERLEAVED):
         width, kv_width = plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim
@@ -276,8 +296,9 @@ def _plan_linear(plan: ModelPlan, linear: Linear, node: str, prefix: str, names:
         if rows != expected:
             raise ModelError(
                 f"{node} has {rows} output rows, the configuration calls for {expected}",
+                where=plan.checkpoint.directory,
                 why="num_attention_heads, num_key_value_heads or head_dim in config.json do not fit the weights",
-                fix="check that config.json belongs to these weights",
+                fix=FOREIGN_CONFIG,
             )
         kv_segment = Segment(kv_width, plan.kv_heads, replicates=True)
         out_axis = Axis((Segment(width, plan.heads), kv_segment, kv_segment))
@@ -298,12 +319,8 @@ def _column_segments(linear: Linear, shapes: list[tuple[int, ...]]) -> list[Segm
     return [Segment(shape[0], shape[0]) for shape in shapes]
 
 
-def _plan_lm_head(plan: ModelPlan, names: WeightNames) -> LinearPlan:
-    layout = plan.layout
-    assert layout.vllm_lm_head is not None
-    stored = [f"{name}.weight" for name in layout.lm_head if f"{name}.weight" in plan.checkpoint.weights]
-    weight = stored[0] if stored else names.find(f"{layout.embedding}.weight")  # tied to the embedding
-    rows = plan.checkpoint.shapes[weight][0]
+def _plan_lm_head(plan: ModelPlan, node: str, head: Head) -> LinearPlan:
+    rows = plan.checkpoint.shapes[head.weight][0]
     padding = -rows % _VOCABULARY_PADDING
     axis = Axis((Segment(rows + padding, rows + padding),))
-    return LinearPlan(layout.vllm_lm_head, (), (weight,), Split.COLUMN, axis, Axis(), padding)
+    return LinearPlan(node, (), (head.weight,), Split.COLUMN, axis, Axis(), padding)

@@ -23,8 +23,9 @@ from safetensors import safe_open
 
 from gaudi_calib.checkpoints.checkpoint import Checkpoint
 from gaudi_calib.errors import FileError, UsageError
-from gaudi_calib.files import is_temporary, read_json, stage_files, write_json
+from gaudi_calib.files import is_temporary, read_json, write_json
 from gaudi_calib.models.headers import Header, Span, read_header
+from gaudi_calib.staging import stage_files
 
 _log = logging.getLogger(__name__)
 

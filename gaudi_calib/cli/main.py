@@ -4,13 +4,20 @@ A command's module is imported when that command is asked for. Command modules l
 click alone at import (everything else inside the command), so that `--help` and a
 mistyped flag answer at once: no torch, transformers, datasets, pandas or vllm.
 
-Exit codes: 0 done, 1 failed or findings, 2 usage, 130 interrupted. The scripts/ share them
-through `report_errors`.
+Exit codes: 0 done, 1 failed or findings, 2 usage, 130 interrupted, 143 and 129 ended by SIGTERM
+and SIGHUP. The scripts/ share them through `report_errors`.
 """
 
+import codecs
+import io
 import logging
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -20,6 +27,8 @@ from gaudi_calib import __version__
 from gaudi_calib.errors import CalibrationError
 
 PROGRAM = "gaudi-calib"
+
+_COMMAND_OR_FLAG = re.compile(rf"`{PROGRAM} [^`]*`|(?<![\w/-])--?[a-z][a-z-]*")
 
 # In the order help lists them; each is a function of its name in a module of its name.
 COMMANDS = (
@@ -86,29 +95,42 @@ class _LogFormatter(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{record.levelname.capitalize()}: {text}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, flags: Mapping[str, str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
         arguments: words after the program's name; None takes them from `sys.argv`.
+        flags: see `report_errors`.
 
     >>> main(["no-such-command"])
     2
     """
-    return report_errors(lambda: cli.main(args=arguments, prog_name=PROGRAM, standalone_mode=False))
+    if arguments is None:
+        _use_utf8()
+    return report_errors(lambda: cli.main(args=arguments, prog_name=PROGRAM, standalone_mode=False), flags=flags)
 
 
-def report_errors(call: Callable[[], object]) -> int:
-    """Return the exit code of `call`, which returns one or None; print what it raises on stderr."""
+def report_errors(call: Callable[[], object], *, flags: Mapping[str, str] | None = None) -> int:
+    """Return the exit code of `call`, which returns one or None; print what it raises on stderr.
+
+    Args:
+        flags: our flags to those of the script that calls, for what errors advise.
+    """
+    _print_utf8()
     try:
-        result = call()
+        with _orderly_ends():
+            result = call()
+    except Ended as error:
+        return _fail(f"ended by {error}; files written before this run are as they were", exit_code=128 + error.number)
     except click.exceptions.Abort:
         return _fail("interrupted; files written before this run are as they were", exit_code=130)
     except click.ClickException as error:
+        if flags:
+            return _fail(respell(error.format_message(), flags), exit_code=error.exit_code)
         error.show()
         return error.exit_code
     except CalibrationError as error:
-        return _fail(str(error), exit_code=error.exit_code)
+        return _fail(respell(str(error), flags or {}), exit_code=error.exit_code)
     except Exception as error:
         logging.getLogger("gaudi_calib").debug("the traceback:", exc_info=error)
         return _fail(
@@ -117,6 +139,73 @@ def report_errors(call: Callable[[], object]) -> int:
             exit_code=1,
         )
     return result if isinstance(result, int) else 0
+
+
+class Ended(BaseException):
+    """A signal asks this process to end; as KeyboardInterrupt, it is for nobody but `finally` and the program."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def _orderly_ends() -> Iterator[None]:
+    """Raise `Ended` when SIGTERM or SIGHUP comes, unless it is ignored (nohup), so that manifests and children end.
+
+    What comes later is ignored: tidying up ends soon.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, _frame: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise Ended(number)
+
+    try:
+        for number in numbers:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _use_utf8() -> None:
+    """Start the program again in Python's UTF-8 mode where the locale is another: paths in configs are UTF-8."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
+
+
+def _print_utf8() -> None:
+    """Print UTF-8 whatever the locale, and names that are not as the bytes they are on disk."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=_UNENCODABLE)
+
+
+def _encode_rest(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Turn what a file name has beside UTF-8 into its bytes again, and any other half character into an escape."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+_UNENCODABLE = "gaudi_calib.unencodable"
+codecs.register_error(_UNENCODABLE, _encode_rest)
+
+
+def respell(text: str, flags: Mapping[str, str]) -> str:
+    """Return `text` with flags spelled as `flags` says, but for those of commands of this program.
+
+    >>> respell("pass --max-tokens 8 or -l 3, or run `gaudi-calib prepare -l 3`", {"-l": "--samples"})
+    'pass --max-tokens 8 or --samples 3, or run `gaudi-calib prepare -l 3`'
+    """
+    return _COMMAND_OR_FLAG.sub(lambda found: flags.get(found[0], found[0]), text)
 
 
 def _fail(message: str, *, exit_code: int) -> int:

@@ -13,6 +13,7 @@ import click
 
 from gaudi_calib.cli.sections import Function, bundle, option
 from gaudi_calib.data import DEFAULT_SEED
+from gaudi_calib.data.rows import COLUMNS
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.runs.options import CHOICES, RunOptions
 
@@ -114,15 +115,17 @@ target_options = bundle(
     json_option,
 )
 
-# Arguments of `data.prompts.prepare_prompts`: dataset, limit, seed, min_tokens, max_tokens, columns (dict),
-# chat_template (Path or None), trust_remote_code.
+# Arguments of `data.prompts.prepare_prompts`: dataset (tuple), limit, seed, min_tokens, max_tokens, columns (dict),
+# skip_bad_rows, chat_template (Path or None), trust_remote_code.
 dataset_options = bundle(
     option(
         "-d",
         "--dataset",
         required=True,
+        multiple=True,
         help="Dataset: a .pkl, .jsonl, .json, .parquet, .csv or .txt file (also .gz, .xz, .bz2), a dataset directory, "
-        "a Hugging Face dataset (ORG/NAME or ORG/NAME:CONFIG), or 'builtin'.",
+        "a Hugging Face dataset (ORG/NAME or ORG/NAME:CONFIG), or 'builtin'; repeatable, then each has the share of "
+        "its rows, or with -d NAME=WEIGHT that of its weight.",
     ),
     count_option("-l", "--limit", help="Number of prompts, sampled with --seed.  [all]"),
     option("--seed", type=int, metavar="N", default=DEFAULT_SEED, help="Seed of the sample of -l."),
@@ -134,8 +137,13 @@ dataset_options = bundle(
         form="NAME=FIELD",
         example="prompt=instruction",
         takes_empty=False,
-        help="Take column NAME (prompt_token_ids, messages, question, system_prompt, prompt, text, input) from the "
-        "dataset's FIELD; repeatable.",
+        help=f"Take column NAME ({', '.join(COLUMNS)}) from the dataset's FIELD; repeatable.",
+    ),
+    count_option(
+        "--skip-bad-rows",
+        least=0,
+        default=0,
+        help="Leave out rows that cannot be used, at most this many of all datasets together.",
     ),
     option("--chat-template", type=_FILE, help="Jinja file used in place of the model's chat template."),
     option("--trust-remote-code", is_flag=True, help="Let the tokenizer run code from the model's directory."),

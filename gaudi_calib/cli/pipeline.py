@@ -24,6 +24,7 @@ _DATASET_ARGUMENTS = (
     "min_tokens",
     "max_tokens",
     "columns",
+    "skip_bad_rows",
     "chat_template",
     "trust_remote_code",
 )

@@ -35,10 +35,13 @@ def prepare(model: str, out: Path, as_json: bool, **options: Any) -> None:
 def _describe(summary: dict[str, Any]) -> str:
     """Return the summary of prepared prompts as lines for people."""
     renderings = ", ".join(f"{count} {how}" for how, count in summary["renderings"].items())
+    parts = summary.get("parts", ())
     lines = [
         f"{summary['prompts']} prompts of {summary['dataset']} ({summary['rows']} rows), {summary['tokens']} tokens, "
         f"{summary['shortest']} to {summary['longest']} each",
+        *(f"  of which:  {part['prompts']} of {part['dataset']} ({part['rows']} rows)" for part in parts),
         f"  rendered:  {renderings}",
+        f"  skipped:   {summary['skipped']}",
         f"  too short: {summary['too_short']}",
         f"  truncated: {summary['truncated']}",
         f"  hash:      {summary['sha256']}",

@@ -8,7 +8,7 @@ from typing import Any
 
 from gaudi_calib.config.check import parse_quant_config
 from gaudi_calib.config.methods import SCALE_METHODS, get_scale_method
-from gaudi_calib.config.model import QuantConfig
+from gaudi_calib.config.model import QuantConfig, to_content
 from gaudi_calib.errors import UsageError
 from gaudi_calib.layout import RunLayout
 from gaudi_calib.models.families import FAMILIES, Family
@@ -72,6 +72,25 @@ def quant_config(
         "dump_stats_path": os.path.abspath(dump_stats_path),
     }
     return parse_quant_config({**content, **overrides}, where=f"quantize config of {family.name}")
+
+
+def change_method(config: QuantConfig, family: Family, scale_method: str) -> QuantConfig:
+    """Return a QUANTIZE config with another scale method; all else stays that does not follow from the old one.
+
+    Raises:
+        ConfigError: unknown method, or one that the other keys do not allow.
+    """
+    path, old = config.dump_stats_path, config.method_table.file_tag
+    before, after = (to_content(quant_config(family, path, name)) for name in (old, scale_method))
+    content = to_content(config)
+    for key in ("scale_format", "dynamic_quantization"):
+        if content.get(key) == before.get(key):
+            content[key] = after.get(key)
+    lists = content.get("blocklist", {"types": [], "names": []})
+    if lists["types"] == before["blocklist"]["types"]:
+        content["blocklist"] = {**lists, "types": after["blocklist"]["types"]}
+    kept = {key: value for key, value in content.items() if value is not None}
+    return parse_quant_config({**kept, "scale_method": after["scale_method"]}, where=f"--scale-method {scale_method}")
 
 
 def plan_configs(

@@ -1,10 +1,8 @@
 """Pickled tables, read without building a single object of theirs.
 
 Every class or function a pickle asks for must be on the list below, and is answered
-with a recorder: a class of this module that keeps its arguments and state and does
-nothing. The table is then read from what was recorded, so no code of pandas, NumPy
-or pyarrow runs on the pickle's behalf, and a table opens whatever pandas wrote it
-(1.x, 2.x and 3.x) and whatever pandas is installed, or none.
+with a recorder (`unpickle.py`). The table is then read from what was recorded, so it
+opens whatever pandas wrote it (1.x, 2.x and 3.x) and whatever pandas is installed, or none.
 
 What was recorded, for a DataFrame:
 
@@ -15,17 +13,25 @@ What was recorded, for a DataFrame:
       axes[0]: the column names; placement: which of them `values` holds
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import IO, Any
 
 import numpy as np
 
 from gaudi_calib.errors import DataError
-from gaudi_calib.files import load_pickle
+from gaudi_calib.unpickle import (
+    ARRAYS,
+    NUMPY_NAMES,
+    Recorder,
+    count_array_cells,
+    load_recorded,
+    read_array,
+    read_bytes,
+    read_scalar,
+    record,
+)
 
-_ARRAYS = ("_reconstruct", "_frombuffer")
 _EXTENSION_ARRAYS = (
     *("ArrowExtensionArray", "ArrowStringArray", "ArrowStringArrayNumpySemantics", "StringArray"),
     *("StringArrayNumpySemantics", "NumpyExtensionArray", "PandasArray", "Categorical", "DatetimeArray"),
@@ -44,15 +50,10 @@ _PANDAS = frozenset(
     )
 )
 _OTHERS = {
-    "numpy": {"ndarray", "dtype"},
-    "numpy.core.multiarray": {"_reconstruct", "scalar"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy.core.numeric": {"_frombuffer"},
-    "numpy._core.numeric": {"_frombuffer"},
+    **NUMPY_NAMES,
     "pyarrow.lib": {"_restore_array", "type_for_alias", "py_buffer", "chunked_array"},
     "copyreg": {"_reconstructor"},
-    "_codecs": {"encode"},
-    "builtins": {"object", "bytearray", "bytes"},
+    "builtins": {"object", "bytearray", "bytes", "slice"},
     "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
     "zoneinfo": {"ZoneInfo._unpickle"},
     "pytz": {"_UTC", "_p"},
@@ -60,23 +61,6 @@ _OTHERS = {
 }
 _PYTHON2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # protocols 0 to 2
 _PLAIN = {int, str, float, bool, type(None)}
-
-
-class _Recorder:
-    """What a pickle asked for: `name(*args)`, with `state` if it set one."""
-
-    name: str
-    args: tuple[Any, ...]
-    state: Any
-
-    def __new__(cls, *args: Any, **_: Any) -> "_Recorder":
-        recorder = super().__new__(cls)
-        recorder.args = args
-        recorder.state = None
-        return recorder
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
 
 
 def read_pickle(file: IO[bytes], *, name: str) -> Any:
@@ -94,7 +78,7 @@ def read_pickle(file: IO[bytes], *, name: str) -> Any:
         FileError: it refers to anything that is not part of a table, by name; or is malformed.
         DataError: a table in a form no known pandas writes.
     """
-    value = load_pickle(file, find_class=_recorders(), name=name)
+    value = load_recorded(file.read(), find_class=_find_class, count_cells=_count_cells, name=name)
     try:
         return _plain(value)
     except Exception as error:  # what was recorded can have any shape
@@ -106,44 +90,49 @@ def read_pickle(file: IO[bytes], *, name: str) -> Any:
         ) from error
 
 
-def _recorders() -> Callable[[str, str], Any]:
-    """Return a `find_class` with recorders of its own, so that no pickle can touch another's."""
-    made: dict[str, type] = {}
+def _find_class(module: str, name: str) -> Any:
+    module = _PYTHON2_MODULES.get(module, module)
+    if name == "NA" and module in ("pandas", "pandas._libs.missing"):
+        return None
+    if (module, name) == ("collections", "OrderedDict"):
+        return dict
+    is_pandas = module.partition(".")[0] == "pandas" and name in _PANDAS
+    if not is_pandas and name not in _OTHERS.get(module, ()):
+        raise LookupError(f"{module}.{name}")
+    return record(name)
 
-    def find_class(module: str, name: str) -> Any:
-        module = _PYTHON2_MODULES.get(module, module)
-        if name == "NA" and module in ("pandas", "pandas._libs.missing"):
-            return None
-        if module in ("builtins", "collections") and name in ("slice", "OrderedDict"):
-            return slice if name == "slice" else dict
-        is_pandas = module.partition(".")[0] == "pandas" and name in _PANDAS
-        if not is_pandas and name not in _OTHERS.get(module, ()):
-            raise LookupError(f"{module}.{name}")
-        return made.setdefault(name, type(name, (_Recorder,), {"name": name}))
 
-    return find_class
+def _count_cells(recorder: Recorder) -> int:
+    if recorder.name == "_restore_array":
+        length: int = recorder.args[0][1]
+        return length
+    return count_array_cells(recorder)
 
 
 def _plain(value: Any) -> Any:
     """Return `value` with every recorded array, scalar and table as Python values."""
     if isinstance(value, dict):
+        if _is_plain(value) and _is_plain(value.values()):
+            return value
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        is_plain = _PLAIN.issuperset(map(type, value))  # long lists of token ids: no call for each
-        return list(value) if is_plain else [_plain(item) for item in value]
-    if not isinstance(value, _Recorder):
+        return list(value) if _is_plain(value) else [_plain(item) for item in value]
+    if not isinstance(value, Recorder):
         return value
-    name = _kind(value)
-    if name == "DataFrame":
+    if _kind(value) == "DataFrame":
         return _columns(value)
-    if name == "scalar":
-        dtype, content = value.args
-        return _array_of(content, dtype).item()
-    if name in _ARRAYS:
-        return _array(value).tolist()
-    if name in ("bytes", "bytearray", "encode"):
-        return _bytes(value)
+    if value.name == "scalar":
+        return read_scalar(value, _plain).item()
+    if value.name in ARRAYS:
+        return read_array(value, _plain).tolist()
+    if value.name in ("bytes", "bytearray", "encode"):
+        return read_bytes(value)
     return value
+
+
+def _is_plain(values: Iterable[Any]) -> bool:
+    """Tell whether there is nothing to do for `values`: lists of token ids are long."""
+    return _PLAIN.issuperset(map(type, values))
 
 
 def _kind(value: Any) -> str:
@@ -153,7 +142,7 @@ def _kind(value: Any) -> str:
     return str(value.name)
 
 
-def _columns(frame: _Recorder) -> dict[Any, list[Any]]:
+def _columns(frame: Recorder) -> dict[Any, list[Any]]:
     """Return `{column: cells}` of a recorded DataFrame, in its order."""
     manager = frame.state["_mgr"] if "_mgr" in frame.state else frame.state["_data"]
     if manager.state is None:
@@ -166,32 +155,32 @@ def _columns(frame: _Recorder) -> dict[Any, list[Any]]:
     names = _index(axes[0])
     columns: dict[int, list[Any]] = {}
     for values, placement in blocks:
-        is_slice = isinstance(placement, slice)
-        positions = range(len(names))[placement] if is_slice else _array(placement).tolist()
+        is_slice = placement.name == "slice"
+        positions = range(len(names))[slice(*placement.args)] if is_slice else read_array(placement, _plain).tolist()
         columns.update(zip(positions, _block(values), strict=True))
     return {name: columns[position] for position, name in enumerate(names)}
 
 
-def _index(index: _Recorder) -> list[Any]:
-    """Return the labels of a recorded `_new_Index(class, {"data": …})`."""
+def _index(index: Recorder) -> Sequence[Any]:
+    """Return the labels of a recorded `_new_Index(class, {"data": …})`; a range of billions is as quick as any."""
     content = index.args[1]
     if "start" in content:
-        return list(range(content["start"], content["stop"], content["step"]))
+        return range(content["start"], content["stop"], content["step"])
     return _block(content["data"])[0]
 
 
-def _block(values: _Recorder) -> list[list[Any]]:
+def _block(values: Recorder) -> list[list[Any]]:
     """Return the columns of one block: an array of shape (columns, rows), or one extension array."""
     name = _kind(values)
-    if name in _ARRAYS:
-        array = _array(values)
+    if values.name in ARRAYS:
+        array = read_array(values, _plain)
         columns: list[list[Any]] = array.tolist()
         return columns if array.ndim == 2 else [columns]
     if name not in _EXTENSION_ARRAYS:
         raise ValueError(f"a column of type {name}")
     state = values.state if values.state is not None else values.args[2]
     if isinstance(state, tuple):  # NumPy-backed: (dtype, array, attributes)
-        content = next(part for part in state if isinstance(part, _Recorder) and part.name in _ARRAYS)
+        content = next(part for part in state if isinstance(part, Recorder) and part.name in ARRAYS)
         state = {"_dtype": state[0], "_codes" if name == "Categorical" else "_ndarray": content}
     if "_codes" in state:
         labels = _index(state["_dtype"].state["categories"])
@@ -204,56 +193,26 @@ def _block(values: _Recorder) -> list[list[Any]]:
     return [_arrow(state.get("_pa_array", state.get("_data")))]
 
 
-def _array(array: _Recorder) -> np.ndarray:
-    """Return a recorded array; elements of an object array are plain."""
-    if array.name == "_frombuffer":
-        content, recorded, shape, order = array.args
-    else:
-        _, shape, recorded, is_fortran, content = array.state
-        order = "F" if is_fortran else "C"
-    return _array_of(content, recorded).reshape(shape, order=order)
-
-
-def _array_of(content: Any, recorded: _Recorder) -> np.ndarray:
-    """Return the flat array that `content`, a list of objects or bytes, holds."""
-    dtype = _dtype(recorded)
-    if not dtype.hasobject:
-        return np.frombuffer(_bytes(content), dtype)
-    return np.fromiter(map(_plain, content), object, len(content))
-
-
-def _dtype(dtype: _Recorder) -> np.dtype:
-    """Return a recorded NumPy dtype; times are counted as integers."""
-    spec = dtype.args[0]
-    if not re.fullmatch(r"[biufcSUOMm]\d+", spec):
-        raise ValueError(f"an array of type {spec}")
-    order = dtype.state[1] if dtype.state else "="
-    return np.dtype("O" if spec[0] == "O" else order.replace("|", "=") + re.sub("[Mm]", "i", spec))
-
-
-def _bytes(value: Any) -> bytes:
-    """Return recorded bytes; protocols 0 to 2 write them as Latin-1 text."""
-    if isinstance(value, bytes | bytearray):
-        return bytes(value)
-    if isinstance(value, str):
-        return value.encode("latin-1")
-    if value.name not in ("bytes", "bytearray", "encode", "py_buffer"):
-        raise ValueError(f"{value.name} in place of bytes")
-    return _bytes(value.args[0]) if value.args else b""
-
-
-def _arrow(array: _Recorder) -> list[Any]:
+def _arrow(array: Recorder) -> list[Any]:
     """Return the cells of a recorded Arrow array of text; cells of other types are recorders."""
     if array.name == "chunked_array":
         return [cell for chunk in array.args[0] for cell in _arrow(chunk)]
+    if array.name != "_restore_array":
+        raise ValueError(f"{array.name} in place of an Arrow array")
     kind, length, _, start, buffers = array.args[0][:5]
     alias = kind.args[0]
     if alias not in ("string", "large_string"):
         return [kind] * length
-    offsets = np.frombuffer(_bytes(buffers[1]), "<i8" if alias == "large_string" else "<i4")[start : start + length + 1]
-    text = _bytes(buffers[2]) if buffers[2] is not None else b""
+    offsets = np.frombuffer(read_bytes(buffers[1]), "<i8" if alias == "large_string" else "<i4")[
+        start : start + length + 1
+    ]
+    text = read_bytes(buffers[2]) if buffers[2] is not None else b""
+    if np.any(np.diff(offsets) < 0) or offsets[0] < 0 or offsets[-1] > len(text):
+        raise ValueError("an Arrow array whose cells overlap")
     cells: list[Any] = [text[a:b].decode() for a, b in pairwise(offsets)]
     if buffers[0] is not None:
-        valid = np.unpackbits(np.frombuffer(_bytes(buffers[0]), np.uint8), bitorder="little")[start : start + length]
+        valid = np.unpackbits(np.frombuffer(read_bytes(buffers[0]), np.uint8), bitorder="little")[
+            start : start + length
+        ]
         cells = [cell if bit else None for cell, bit in zip(cells, valid, strict=True)]
     return cells

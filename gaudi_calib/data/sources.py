@@ -18,18 +18,21 @@ import json
 import lzma
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
+from gaudi_calib.data.bad_rows import BadRows, RowError
 from gaudi_calib.data.pickles import read_pickle
-from gaudi_calib.data.rows import COLUMNS, Row, make_rows
+from gaudi_calib.data.rows import COLUMNS, Record, Row, make_rows
 from gaudi_calib.errors import DataError
+from gaudi_calib.files import unpack
 
 BUILTIN = "builtin"
-Record = dict[str, Any]
+Records = list[Record | RowError]
 
 _DECOMPRESSORS: Mapping[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
@@ -40,16 +43,18 @@ _NOT_DATA = {"readme.txt", "dataset_infos.json"}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
-def read_rows(dataset: str, *, columns: Mapping[str, str] | None = None) -> list[Row]:
+def read_rows(dataset: str, *, columns: Mapping[str, str] | None = None, bad_rows: BadRows | None = None) -> list[Row]:
     """Return the rows of a dataset, in its order.
 
     Args:
         dataset: a path, a hub name, or `builtin`; see the module.
         columns: our column name -> the field that holds it; see `rows`.
+        bad_rows: takes the rows that are left out; without it there may be none.
 
     Raises:
-        DataError: it does not exist, cannot be read, is empty or has no usable column; says which row or line.
-        FileError: a pickle that asks for more than tables.
+        DataError: it does not exist, cannot be read, is empty or has no usable column.
+        RowError: too many rows cannot be used; says which row or line.
+        FileError: a pickle that asks for more than tables, or a compressed file that unpacks to far more than its size.
         UsageError: `columns` names an unknown column.
     """
     columns = columns or {}
@@ -63,10 +68,10 @@ def read_rows(dataset: str, *, columns: Mapping[str, str] | None = None) -> list
         records = _read_file(path, dataset)
     else:
         records = _read_hub(dataset, columns)
-    return make_rows(records, source=dataset, columns=columns)
+    return make_rows(records, source=dataset, columns=columns, bad_rows=bad_rows or BadRows())
 
 
-def _read_file(path: Path, source: str) -> list[Record]:
+def _read_file(path: Path, source: str) -> Records:
     compression = path.suffix.lower() if path.suffix.lower() in _DECOMPRESSORS else ""
     suffix = (path.with_suffix("") if compression else path).suffix.lower()
     if suffix not in _READERS:
@@ -77,11 +82,11 @@ def _read_file(path: Path, source: str) -> list[Record]:
         )
     fix = "check that you may read it; if it is compressed, copy or download it again"
     with (
-        explained("cannot read the dataset", OSError, EOFError, lzma.LZMAError, where=path, fix=fix),
+        explained("cannot read the dataset", OSError, EOFError, lzma.LZMAError, zlib.error, where=path, fix=fix),
         explained("the dataset is not UTF-8 text", UnicodeDecodeError, where=path, fix="convert it to UTF-8"),
         path.open("rb") as raw,
     ):
-        return _READERS[suffix](_DECOMPRESSORS[compression](raw) if compression else raw, source)
+        return _READERS[suffix](unpack(_DECOMPRESSORS[compression](raw), path) if compression else raw, source)
 
 
 @contextmanager
@@ -93,24 +98,25 @@ def explained(what: str, *errors: type[Exception], where: object, fix: str) -> I
         raise DataError(what, where=where, why=str(error), fix=fix) from error
 
 
-def _read_jsonl(file: IO[bytes], source: str) -> list[Record]:
-    records = []
-    fix = "correct or remove the line; .jsonl holds one JSON object per line"
-    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
-        if line.strip():
-            where = f"{source}, line {number}"
-            with explained("a line is not valid JSON", ValueError, where=where, fix=fix):
-                record = json.loads(line)
-            records.append(_as_record(record, where))
-    return records
+def _read_jsonl(file: IO[bytes], source: str) -> Records:
+    lines = enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1)
+    return [_parse_line(line, f"{source}, line {number}") for number, line in lines if line.strip()]
 
 
-def _read_json(file: IO[bytes], source: str) -> list[Record]:
+def _parse_line(line: str, where: str) -> Record | RowError:
+    try:
+        return _as_record(json.loads(line), where)
+    except (ValueError, RecursionError) as error:
+        fix = "correct or remove the line; .jsonl holds one JSON object per line"
+        return RowError("a line is not valid JSON", where=where, why=str(error), fix=fix)
+
+
+def _read_json(file: IO[bytes], source: str) -> Records:
     content = file.read()
     text = content.decode("utf-8-sig")
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if "Extra data" in str(error) and "\n" in text.strip():  # many .json files hold JSON lines
             return _read_jsonl(io.BytesIO(content), source)
         raise DataError(
@@ -122,7 +128,7 @@ def _read_json(file: IO[bytes], source: str) -> list[Record]:
     return _as_records(value, source)
 
 
-def _read_csv(file: IO[bytes], source: str) -> list[Record]:
+def _read_csv(file: IO[bytes], source: str) -> Records:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), restkey="", strict=True)
     try:
@@ -134,22 +140,22 @@ def _read_csv(file: IO[bytes], source: str) -> list[Record]:
             why=str(error),
             fix='correct or remove the line; a quote inside a quoted cell is written twice: "a ""b"" c"',
         ) from error
-    for number, record in enumerate(records, 1):
-        if isinstance(record.get(""), list):
-            raise DataError(
-                "the row has more cells than the header",
-                where=f"{source}, row {number}",
-                fix='put cells that contain commas or line breaks in double quotes: "a, b"',
-            )
-    return records
+    return [_require_width(record, f"{source}, row {number}") for number, record in enumerate(records, 1)]
 
 
-def _read_txt(file: IO[bytes], source: str) -> list[Record]:
+def _require_width(record: Record, where: str) -> Record | RowError:
+    if not isinstance(record.get(""), list):
+        return record
+    fix = 'put cells that contain commas or line breaks in double quotes: "a, b"'
+    return RowError("the row has more cells than the header", where=where, fix=fix)
+
+
+def _read_txt(file: IO[bytes], source: str) -> Records:
     lines = io.TextIOWrapper(file, encoding="utf-8-sig")
     return [{"prompt": line.strip()} for line in lines if line.strip()]
 
 
-def _read_parquet(file: IO[bytes], source: str) -> list[Record]:
+def _read_parquet(file: IO[bytes], source: str) -> Records:
     import pyarrow
     import pyarrow.parquet
 
@@ -158,11 +164,11 @@ def _read_parquet(file: IO[bytes], source: str) -> list[Record]:
         return pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
 
 
-def _read_pkl(file: IO[bytes], source: str) -> list[Record]:
+def _read_pkl(file: IO[bytes], source: str) -> Records:
     return _as_records(read_pickle(file, name=source), source)
 
 
-_READERS: Mapping[str, Callable[[IO[bytes], str], list[Record]]] = {
+_READERS: Mapping[str, Callable[[IO[bytes], str], Records]] = {
     ".pkl": _read_pkl,
     ".pickle": _read_pkl,
     ".jsonl": _read_jsonl,
@@ -173,19 +179,16 @@ _READERS: Mapping[str, Callable[[IO[bytes], str], list[Record]]] = {
 }
 
 
-def _as_record(value: Any, where: str) -> Record:
+def _as_record(value: Any, where: str) -> Record | RowError:
     if isinstance(value, str):
         return {"prompt": value}
-    if not isinstance(value, dict):
-        raise DataError(
-            f"a row is a {type(value).__name__}, expected an object with columns",
-            where=where,
-            fix='store each row as an object such as {"prompt": "..."}',
-        )
-    return value
+    if isinstance(value, dict):
+        return value
+    fix = 'store each row as an object such as {"prompt": "..."}'
+    return RowError(f"a row is a {type(value).__name__}, expected an object with columns", where=where, fix=fix)
 
 
-def _as_records(value: Any, source: str) -> list[Record]:
+def _as_records(value: Any, source: str) -> Records:
     """Return the records of a list of rows, or of a mapping from column to its cells."""
     if isinstance(value, list):
         return [_as_record(row, f"{source}, row {number}") for number, row in enumerate(value, 1)]
@@ -204,7 +207,7 @@ def _as_records(value: Any, source: str) -> list[Record]:
     return [dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True)]
 
 
-def _read_directory(path: Path, columns: Mapping[str, str]) -> list[Record]:
+def _read_directory(path: Path, columns: Mapping[str, str]) -> Records:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         import datasets
 
@@ -232,7 +235,7 @@ def _data_files(path: Path) -> Iterator[Path]:
             yield file
 
 
-def _read_hub(name: str, columns: Mapping[str, str]) -> list[Record]:
+def _read_hub(name: str, columns: Mapping[str, str]) -> Records:
     suffixes = {suffix.lower() for suffix in Path(name).suffixes}
     if suffixes & {*_READERS, *_DECOMPRESSORS} or not _HUB_NAME.fullmatch(name):
         raise DataError("no such dataset file", where=Path(name).expanduser().absolute(), fix="check the path of -d")
@@ -252,7 +255,7 @@ def _read_hub(name: str, columns: Mapping[str, str]) -> list[Record]:
     return _read_dataset(loaded, name, columns)
 
 
-def _read_dataset(loaded: Any, source: str, columns: Mapping[str, str]) -> list[Record]:
+def _read_dataset(loaded: Any, source: str, columns: Mapping[str, str]) -> Records:
     """Return the records of a `datasets.Dataset`, or of the right split of a `DatasetDict`."""
     if isinstance(loaded, dict):
         split = "train" if "train" in loaded else next(iter(loaded), "")
@@ -264,8 +267,9 @@ def _read_dataset(loaded: Any, source: str, columns: Mapping[str, str]) -> list[
                 fix="save the split you want with datasets' `save_to_disk` and give that directory to -d",
             )
         loaded = loaded[split]
-    wanted = {columns.get(name, name) for name in COLUMNS} | {"instruction"}
+    wanted = {columns.get(name, name) for name in COLUMNS}
     kept = [name for name in loaded.column_names if name in wanted]
     if not kept or not set(columns.values()) <= set(kept):
-        return [dict.fromkeys(loaded.column_names)][: len(loaded)]  # enough to say which columns there are
+        nothing: Records = [dict.fromkeys(loaded.column_names)]
+        return nothing[: len(loaded)]  # enough to say which columns there are
     return loaded.select_columns(kept).to_list()

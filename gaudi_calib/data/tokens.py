@@ -9,6 +9,7 @@ with BOS.
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from gaudi_calib.data.bad_rows import RowError
 from gaudi_calib.data.rows import Message, Row
 from gaudi_calib.errors import DataError
 from gaudi_calib.models.source import locate_model
@@ -66,7 +67,7 @@ def tokenize_row(
         chat_template: Jinja source that replaces the tokenizer's own.
 
     Raises:
-        DataError: the chat template refuses the conversation.
+        DataError: the chat template is not valid. RowError: it refuses the conversation.
     """
     if row.token_ids is not None:
         return list(row.token_ids), Rendering.TOKEN_IDS
@@ -76,7 +77,7 @@ def tokenize_row(
     messages = list(row.messages or ())
     if not (chat_template or _formats_chats(tokenizer)):
         return _tokenize_text("\n\n".join(turn["content"] for turn in messages), tokenizer), Rendering.TEXT
-    return _apply_template(messages, tokenizer, chat_template, f"row {row.number}")
+    return _apply_template(messages, tokenizer, chat_template, row.where)
 
 
 def _tokenize_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -114,7 +115,7 @@ def _apply_template(
             fix="correct the file given with --chat-template",
         ) from error
     except Exception as error:  # a template is a program: it can raise anything
-        raise DataError(
+        raise RowError(
             "the chat template refuses the conversation",
             where=where,
             why=str(error) or type(error).__name__,

@@ -52,7 +52,8 @@ def detect_apart() -> Platform:
     """
     if find_spec(_HABANA) is None:
         return detect_platform()
-    child = subprocess.run([sys.executable, "-m", "gaudi_calib", "detect", "--json"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "gaudi_calib", "detect", "--json"]
+    child = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     try:
         facts = json.loads(child.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):

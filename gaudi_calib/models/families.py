@@ -80,6 +80,7 @@ _OPT = _llama_like(
     Linear("fc2", ("fc2",), Split.ROW),
     layers="model.decoder.layers",
     embedding="model.decoder.embed_tokens",
+    ties_head=True,
     outer=(
         Linear("model.decoder.project_out", ("model.decoder.project_out",), Split.NONE),
         Linear("model.decoder.project_in", ("model.decoder.project_in",), Split.NONE),
@@ -113,6 +114,7 @@ _FALCON = _neox_like(
     Split.QKV_GROUPED,
     layers="transformer.h",
     embedding="transformer.word_embeddings",
+    ties_head=True,
     uses_attention_interface=False,
     packs=False,
 )
@@ -229,8 +231,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen2", ("qwen2",), _llama_like()),
     Family("qwen3", ("qwen3",), _llama_like()),
     Family("granite", ("granite",), _llama_like()),
-    Family("gemma2", ("gemma2",), _llama_like(vllm_lm_head=None)),
-    Family("gemma3", ("gemma3_text",), _llama_like()),
+    Family("gemma2", ("gemma2",), _llama_like(vllm_lm_head=None, ties_head=True)),
+    Family("gemma3", ("gemma3_text",), _llama_like(ties_head=True)),
     Family("phi3", ("phi3",), _PHI3),
     Family("opt", ("opt",), _OPT),
     Family("gpt_neox", ("gpt_neox",), _GPT_NEOX),
@@ -270,17 +272,18 @@ TEMPLATE_BLOCKLISTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def count_kv_heads(config: Mapping[str, Any]) -> int:
-    """Return the number of key/value heads that config.json describes.
+def find_kv_heads_key(config: Mapping[str, Any]) -> str | None:
+    """Return the key of config.json that states the number of key/value heads, None where there is one head.
 
-    >>> count_kv_heads({"num_attention_heads": 71, "multi_query": True, "new_decoder_architecture": False})
-    1
+    >>> find_kv_heads_key({"num_attention_heads": 71, "multi_query": True, "new_decoder_architecture": False})
+    >>> find_kv_heads_key({"num_attention_heads": 8, "num_key_value_heads": 2})
+    'num_key_value_heads'
     """
     if config.get("num_key_value_heads"):
-        return int(config["num_key_value_heads"])
-    if config.get("new_decoder_architecture"):
-        return int(config.get("num_kv_heads") or config["num_attention_heads"])
-    return 1 if config.get("multi_query") else int(config["num_attention_heads"])
+        return "num_key_value_heads"
+    if config.get("new_decoder_architecture") and config.get("num_kv_heads"):
+        return "num_kv_heads"
+    return None if config.get("multi_query") and not config.get("new_decoder_architecture") else "num_attention_heads"
 
 
 def find_family(model_type: str) -> Family:

@@ -109,6 +109,7 @@ class Layout:
         embedding: path of the token embedding, the same in both.
         renames: (part of Hugging Face's name, the same in checkpoints) where they differ.
         lm_head: names the output projection has in checkpoints.
+        ties_head: it is the embedding where config.json has no `tie_word_embeddings`.
         vllm_layers: vLLM's path of the layer list, where it differs.
         vllm_lm_head: vLLM's name of it, or None where vLLM projects with the
             embedding module, which INC does not measure.
@@ -126,6 +127,7 @@ class Layout:
     embedding: str
     renames: tuple[tuple[str, str], ...] = ()
     lm_head: tuple[str, ...] = ("lm_head",)
+    ties_head: bool = False
     vllm_lm_head: str | None = "lm_head"
     vllm_layers: str | None = None
     outer: tuple[Linear, ...] = ()

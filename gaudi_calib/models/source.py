@@ -58,9 +58,10 @@ class ModelSource:
         """
         found = self.config.get("model_type")
         if not isinstance(found, str):
-            where = self.name if self.directory is None else self.directory / _CONFIG_NAME
             raise ModelError(
-                "config.json names no model_type", where=where, fix="use the checkpoint's original config.json"
+                "config.json names no model_type",
+                where=self._config_path,
+                fix="use the checkpoint's original config.json",
             )
         return found
 
@@ -142,9 +143,36 @@ class ModelSource:
         """Most positions of a sequence, None where config.json states none."""
         return self._find_count(_CONTEXT_KEYS)
 
+    @property
+    def draft_layers(self) -> int:
+        """Layers stored behind the decoder's, which predict further tokens; nobody runs them here."""
+        return self._find_count(("num_nextn_predict_layers",)) or 0
+
+    def require_count(self, key: str, default: int | None = None) -> int:
+        """Return the whole number above 0 that config.json has under `key`; `default` where it is absent or null.
+
+        Raises:
+            ModelError: it is something else, or absent without a default.
+        """
+        found = self.text_config.get(key)
+        if found is None and default is not None:
+            return default
+        if type(found) is not int or found < 1:
+            raise ModelError(
+                f"config.json has no usable {key}",
+                where=self._config_path,
+                why="it is missing" if found is None else f"it is {str(found)[:40]!r}, not a whole number above 0",
+                fix="restore the checkpoint's original config.json",
+            )
+        return found
+
+    @property
+    def _config_path(self) -> Path | str:
+        return self.name if self.directory is None else self.directory / _CONFIG_NAME
+
     def _find_count(self, keys: tuple[str, ...]) -> int | None:
         values = map(self.text_config.get, keys)
-        return next((value for value in values if isinstance(value, int) and value > 0), None)
+        return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def list_quantizations(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What each rank of a topology sees of a model that was measured per channel."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,8 @@ from gaudi_calib.ranges.topology import Topology
 
 # First vLLM whose fused expert ops are called `...experts.routed_experts.moe_op`; before, `...experts.moe_op`.
 ROUTED_EXPERTS_SINCE = (0, 24)
+# What "a current one" is where no version is given.
+_CURRENT_VLLM = (0, 32)
 
 
 def derive_world(
@@ -48,22 +51,23 @@ def parse_vllm_version(vllm: str | None) -> tuple[int, ...]:
     (0, 11)
     """
     if vllm is None:
-        return ROUTED_EXPERTS_SINCE
+        return _CURRENT_VLLM
     parts = vllm.split(".")
     if len(parts) < 2 or not all(part.isdecimal() for part in parts[:2]):
         raise UsageError(f"{vllm!r} is not a version of vLLM", fix="give it as MAJOR.MINOR, for example 0.23")
     return tuple(int(part) for part in parts[:2])
 
 
+def _name_old(name: str) -> str:
+    """What vLLM before `ROUTED_EXPERTS_SINCE` calls a module."""
+    return name.replace(".routed_experts.moe_op", ".moe_op")
+
+
 def _rename_experts(rank_set: RankSet[Node]) -> RankSet[Node]:
     """Call fused expert ops as older vLLM does."""
-
-    def rename(name: str) -> str:
-        return name.replace(".routed_experts.moe_op", ".moe_op")
-
     table = tabulate_ranges(rank_set.nodes)
-    nodes = table.rename(tuple(map(rename, table)))
-    return replace(rank_set, nodes=nodes, modules=tuple(map(rename, rank_set.modules)))
+    nodes = table.rename(tuple(map(_name_old, table)))
+    return replace(rank_set, nodes=nodes, modules=tuple(map(_name_old, rank_set.modules)))
 
 
 def select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
@@ -77,6 +81,28 @@ def select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
 
     modules = tuple(filter(is_kept, rank_set.modules))
     return replace(rank_set, nodes=table.select([is_kept(name) for name in table]), modules=modules)
+
+
+def find_uncovered(
+    ops: Mapping[str, Op], rank_set: RankSet[Node], config: QuantConfig, measured_with: QuantConfig | None
+) -> list[str]:
+    """Return the modules that INC quantizes with `config` and that have no ranges; it fails when one of them runs.
+
+    Args:
+        ops: what each module of the model computes, by name.
+        rank_set: ranges of a rank.
+        measured_with: the MEASURE config, where it is known: a module that it did not block and that is
+            not among those INC patched is none that INC patches.
+    """
+    covered, patched = set(map(_name_old, rank_set.nodes)), set(map(_name_old, rank_set.modules))
+
+    def is_served(name: str, op: Op) -> bool:
+        layer_type = find_layer_type(name, op)
+        if config.is_blocked(name, layer_type):
+            return False
+        return measured_with is None or _name_old(name) in patched or measured_with.is_blocked(name, layer_type)
+
+    return [name for name, op in ops.items() if _name_old(name) not in covered and is_served(name, op)]
 
 
 def derive_rank(channels: ChannelRanges, rank: int, topology: Topology, device: Device) -> RankSet[Node]:

@@ -8,10 +8,21 @@ from typing import Any
 import numpy as np
 
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import load_pickle
+from gaudi_calib.files import unpack
+from gaudi_calib.unpickle import (
+    NUMPY_NAMES,
+    Recorder,
+    count_array_cells,
+    load_recorded,
+    read_array,
+    read_scalar,
+    record,
+)
 
 _MEMBER = "arr_0.npy"
 _HEADER = {"descr": "|O", "fortran_order": False, "shape": ()}
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+_NUMBERS = frozenset({"f4", "f8", *(f"{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8))})
 
 
 def pack_pickle(pickled: bytes) -> bytes:
@@ -37,46 +48,65 @@ def read_pickle(path: Path) -> bytes:
         FileError: the file is damaged, or holds something else than one object.
     """
     try:
-        # An entry compressed in a way that zipfile does not know is a NotImplementedError.
         with zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as member:
-            version = np.lib.format.read_magic(member)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            _, _, dtype = read_header(member)
-            if dtype != np.dtype(object):
-                why = f"arr_0 has dtype {dtype}"
-                raise FileError(f"{path.name} holds no pickled dict", where=path, why=why, fix="restore the file")
-            return member.read()
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, NotImplementedError) as error:
-        if isinstance(error, FileError):
-            raise
+            if archive.getinfo(_MEMBER).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("arr_0 is compressed in a way that NumPy does not use")  # and zipfile not by the piece
+            content = unpack(member, path)
+        version = np.lib.format.read_magic(content)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(content)
+    except FileError:
+        raise
+    except Exception as error:  # a malformed archive can raise anything
         raise FileError(
             f"{path.name} is damaged", where=path, why=str(error), fix="restore the file or measure again"
         ) from error
+    if (dtype, shape) != (np.dtype(object), ()):
+        why = f"arr_0 has dtype {dtype} and shape {shape}"
+        raise FileError(f"{path.name} holds no pickled dict", where=path, why=why, fix="restore the file")
+    return content.read()
 
 
 def load_value(pickled: bytes, path: Path) -> Any:
-    """Unpickle what `read_pickle` returned; only NumPy arrays and plain values, no code.
+    """Return the dict in what `read_pickle` returned, without running its code.
+
+    Returns:
+        Dicts, lists and tuples of text, numbers and arrays: float32, float64 or integers.
 
     Raises:
         FileError: the pickle refers to anything else, or is malformed.
     """
-    loaded = load_pickle(io.BytesIO(pickled), find_class=_find_numpy, name=str(path))
-    return loaded.item() if isinstance(loaded, np.ndarray) and loaded.ndim == 0 else loaded
+    value = load_recorded(pickled, find_class=_find_class, count_cells=count_array_cells, name=str(path))
+    try:
+        return _decode(value)
+    except Exception as error:  # what was recorded can have any shape
+        raise FileError(
+            f"{path.name} holds more than numbers and their names",
+            where=path,
+            why=f"{type(error).__name__}: {error}",
+            fix="restore the file or measure again",
+        ) from error
 
 
-def _find_numpy(module: str, name: str) -> Any:
-    import _codecs
+def _find_class(module: str, name: str) -> type[Recorder]:
+    if name not in NUMPY_NAMES.get(module, ()):
+        raise LookupError(f"{module}.{name}")
+    return record(name)
 
-    from numpy._core import multiarray
 
-    allowed = {
-        ("multiarray", "_reconstruct"): multiarray._reconstruct,
-        ("multiarray", "scalar"): multiarray.scalar,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _codecs.encode,
-    }
-    core = module.removeprefix("numpy.core.").removeprefix("numpy._core.")
-    return allowed[core, name]
+def _decode(value: Any) -> Any:
+    """Return `value` with every recorded array and scalar as what it is."""
+    if isinstance(value, dict):
+        return {_decode(key): _decode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_decode, value))
+    if not isinstance(value, Recorder):
+        if type(value) not in _PLAIN:
+            raise ValueError(f"an object of type {type(value).__name__}")
+        return value
+    array = read_scalar(value, _decode) if value.name == "scalar" else read_array(value, _decode)
+    if array.dtype == object and array.ndim == 0:
+        return array.item()
+    if array.dtype.str[1:] not in _NUMBERS:
+        raise ValueError(f"an array of type {array.dtype}")
+    return array[()] if value.name == "scalar" else array.astype(array.dtype.newbyteorder("="))

@@ -8,8 +8,9 @@ from pathlib import Path
 from gaudi_calib.config.model import get_scales_device
 from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import FileError
+from gaudi_calib.errors import FileError, TopologyError
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, RankFile
+from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
@@ -17,7 +18,7 @@ from gaudi_calib.rankfiles.store import write_rank_set
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.run import Run, RunResult, Target
 from gaudi_calib.runs.torch_steps import derive_ranks, derive_target, measure_model
-from gaudi_calib.runs.vllm_steps import computes_scales, measure_ranks, quantize_ranks, settle_engine
+from gaudi_calib.runs.vllm_steps import computes_scales, describe_room, measure_ranks, quantize_ranks, settle_engine
 from gaudi_calib.scales.compute import compute_scales
 
 _log = logging.getLogger(__name__)
@@ -55,7 +56,11 @@ def quantize(options: RunOptions) -> RunResult:
     Raises:
         FileError: no ranges of this world. RangeError: a range gives no usable scale.
     """
-    return Run(options, serves=True, fresh=False).execute([_load_ranges, _quantize])
+    run = Run(options, serves=True, fresh=False)
+    for target in run.targets if run.needs_ranges else ():
+        run.require_same_model(target)
+        _require_ranges(run, target)
+    return run.execute([_load_ranges, _quantize])
 
 
 def list_files(options: RunOptions) -> list[Path]:
@@ -68,7 +73,7 @@ def list_files(options: RunOptions) -> list[Path]:
     run = Run(options, serves=True)
     paths = [run.layout.channel_ranges] if run.needs_ranges and options.engine != "vllm" else []
     for target in run.targets:
-        paths.append(target.layout.quant_config)
+        paths.append(target.quant_path)
         if not run.needs_ranges:
             continue
         tag = target.quant_config.method_table.file_tag
@@ -88,31 +93,61 @@ def _choose_measuring(options: RunOptions) -> list[Callable[[Run], None]]:
 
 def _prepare(run: Run) -> None:
     """Prepare prompts."""
-    run.prompts = prepare_prompts(str(run.plan.checkpoint.directory), **run.options.dataset)
+    room = describe_room(run) if run.options.engine == "vllm" else {}
+    run.prompts = prepare_prompts(str(run.plan.checkpoint.directory), **{**room, **run.options.dataset})
     _log.info("%d prompts, %d tokens", len(run.prompts), run.prompts.token_count)
+
+
+def _require_ranges(run: Run, target: Target) -> None:
+    """Raise FileError where there is nothing to compute scales from, before a manifest says that anything runs."""
+    placed, advice = target.placed, target.placed.advise(run.options.model, target.quant_path)
+    for world in run.options.worlds:
+        if world not in (placed.worlds if placed.path.is_dir() else ()) and not placed.channel_file.is_file():
+            raise FileError(
+                f"no ranges for {world} ranks on {target.device.name}",
+                where=placed.path,
+                why=f"neither rank files nor {CHANNEL_RANGES_NAME}",
+                fix=f"run {advice.derive(world) or advice.measure(world)}",
+            )
 
 
 def _load_ranges(run: Run) -> None:
     """Read ranges."""
-    CalibrationDir(run.targets[0].layout.directory).warn_of_move()
+    warn_of_move(run.targets[0].placed)
     for target in run.targets:
-        run.require_same_model(target)
-        placed = CalibrationDir(target.layout.directory)
+        placed = target.placed
         for world in run.options.worlds:
             if world in placed.worlds:
                 ranks = placed.read_world(world)
                 if _shares_as_wanted(run, target, ranks):
                     target.ranges[world] = ranks
+                    _restore_npz(run, target, ranks)
                     continue
-            if not placed.channel_file.is_file():
-                raise FileError(
-                    f"no ranges for {world} ranks on {target.device.name}",
-                    where=placed.path,
-                    why=f"neither rank files (with experts shared as they are to be served) nor {CHANNEL_RANGES_NAME}",
-                    fix=f"run `gaudi-calib measure -m MODEL -d DATASET -o OUT -t {world}`, or make them of ranks "
-                    "that are there: `gaudi-calib unify DIR -r N`, `gaudi-calib expand DIR -w N`",
-                )
-            derive_target(run, read_channel_ranges(placed.channel_file), target, world)
+                if not placed.channel_file.is_file():
+                    raise _refuse_sharing(run, placed, world)
+            derive_target(run, read_channel_ranges(placed.require_channels()), target, world)
+        run.require_covered(target)
+
+
+def _restore_npz(run: Run, target: Target, ranks: list[RankSet[Node]]) -> None:
+    """Write the `.npz` of ranks that have only their `.json`: INC reads nothing else."""
+    for rank_set in ranks:
+        path = target.placed.name_file(rank_set.rank, rank_set.world)
+        if not path.is_file():
+            run.warn(f"{path.name} was missing; it is written from the .json beside it")
+            write_rank_set(run.staging / target.device.name, rank_set)
+
+
+def _refuse_sharing(run: Run, placed: CalibrationDir, world: int) -> TopologyError:
+    wanted, held, flag = "whole experts", "a slice of each expert", "--no-expert-parallel"
+    if not run.expert_parallel:
+        wanted, held, flag = held, wanted, "-u"
+    return TopologyError(
+        f"the ranges are of ranks that hold {held}, and {wanted} are to be served",
+        where=placed.path,
+        why=f"without {CHANNEL_RANGES_NAME} they cannot be derived for {world} ranks",
+        fix=f"give {flag}, which serves what was measured, or measure again",
+    )
 
 
 def _shares_as_wanted(run: Run, target: Target, ranks: list[RankSet[Node]]) -> bool:

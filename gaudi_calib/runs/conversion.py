@@ -1,4 +1,4 @@
-"""What unify, expand and reshard have in common: a directory of one world becomes one of another world.
+"""What commands over directories have in common: a directory of one world becomes one of another world.
 
 Ranges are merged or copied; scales never: they are computed anew (rescale.py).
 """
@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.files import REPLACED_NAME, hash_file, set_aside, stage_files
+from gaudi_calib.errors import FileError
+from gaudi_calib.files import hash_file
 from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
+from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.rankfiles.store import write_rank_sets
 from gaudi_calib.runs.rescale import Converted, Recipe, Rescaled, rescale
+from gaudi_calib.staging import REPLACED_NAME, set_aside, stage_files
 
 if TYPE_CHECKING:
     from gaudi_calib.manifest import Record
@@ -25,7 +28,7 @@ _log = logging.getLogger(__name__)
 # What the manifest of a result elsewhere takes over from that of its source.
 _INHERITED = (
     *("model", "dataset", "device", "platform", "engine", "config", "measured_world"),
-    *("expert_parallel", "vllm", "merged", "merged_datasets"),
+    *("expert_parallel", "vllm", "measurement", "merged", "merged_datasets"),
 )
 
 
@@ -47,7 +50,7 @@ class Conversion(NamedTuple):
 
 def write_converted(source: CalibrationDir, out: Path, converted: Converted, options: Conversion) -> list[Path]:
     """Write ranges, scales and manifest; everything that can fail for its content has been computed before."""
-    source.warn_of_move()
+    warn_of_move(source)
     scales = [] if options.skips_scales else rescale(source, converted, options.device)
     return write_world(source, out, converted.ranks, scales, expert_parallel=converted.expert_parallel)
 
@@ -72,34 +75,44 @@ def write_world(
         The files written.
     """
     world = len(ranks)
-    with _open_record(source, out) as record:
-        with stage_files(out) as staging:
-            written = write_rank_sets(staging, ranks)
-            for recipe, rank_sets in scales:
-                written += write_rank_sets(staging, rank_sets, method=recipe.tag)
-            _set_aside_scales(out, staging, world, {path.name for path in written})
+    with open_record(source, out) as record, stage_files(out) as staging:
+        written = write_rank_sets(staging, ranks)
+        for recipe, rank_sets in scales:
+            written += write_rank_sets(staging, rank_sets, method=recipe.tag)
+        replaced = set_aside_scales(out, staging, world, {path.name for path in written})
         if record is not None:
             _record_world(record, world, expert_parallel, is_bounded)
             for recipe, rank_sets in scales:
-                _record_scales(record, out, rank_sets, recipe)
-            record.update(files=CalibrationDir(out).hash_files())
+                _record_scales(record, staging, rank_sets, recipe)
+            record.update(files=CalibrationDir(out).hash_files(staging, without=replaced))
+            record.stage(staging)
     return [out / path.name for path in written]
 
 
-def _open_record(source: CalibrationDir, out: Path) -> "AbstractContextManager[Record | None]":
+def open_record(source: CalibrationDir, out: Path) -> "AbstractContextManager[Record | None]":
     """Keep the manifest of `out`; None where there is no manifest to keep.
 
     A result elsewhere inherits what the source's manifest says about model and data.
+
+    Raises:
+        FileError: `out` holds another measurement.
     """
-    target = out / MANIFEST_NAME
-    if not (source.path / MANIFEST_NAME).is_file() and not target.is_file():
+    there, made = CalibrationDir(out), source.manifest
+    if made is None and there.newest_manifest is None:
         return nullcontext()
     from gaudi_calib.manifest import record_run
 
     inherited: dict[str, Any] = {}
-    if source.manifest and not target.is_file():
-        inherited = {name: getattr(source.manifest, name) for name in _INHERITED} | {"history": source.manifest.steps}
-    return record_run(target, fresh=False, **inherited)
+    if there.manifest is None and made is not None:
+        inherited = {name: getattr(made, name) for name in _INHERITED} | {"history": made.steps}
+    elif there.manifest and (made is None or made.measurement != there.manifest.measurement):
+        raise FileError(
+            f"{out} holds another measurement than {source.path}",
+            where=out / MANIFEST_NAME,
+            why="one directory has the ranges of one measurement; `merge` joins several",
+            fix="give a new directory to -o, or leave -o out",
+        )
+    return record_run(out / MANIFEST_NAME, fresh=False, **inherited)
 
 
 def _record_world(record: "Record", world: int, expert_parallel: bool | None, is_bounded: bool) -> None:
@@ -111,19 +124,19 @@ def _record_world(record: "Record", world: int, expert_parallel: bool | None, is
         record.update(expert_parallel=expert_parallel)
 
 
-def _record_scales(record: "Record", out: Path, rank_sets: Iterable[RankSet[ScaleNode]], recipe: Recipe) -> None:
-    """Note which ranges the scale files in `out` were computed from."""
+def _record_scales(record: "Record", staging: Path, rank_sets: Iterable[RankSet[ScaleNode]], recipe: Recipe) -> None:
+    """Note which ranges the scale files in `staging` were computed from."""
     from gaudi_calib.manifest import ScaleOrigin
 
     for rank_set in rank_sets:
         ranges = RankFile(rank_set.dump, rank=rank_set.rank, world=rank_set.world, extension="npz")
         scales = replace(ranges, method=recipe.tag)
-        origin = ScaleOrigin(ranges={ranges.name: hash_file(out / ranges.name)}, settings=recipe.settings)
+        origin = ScaleOrigin(ranges={ranges.name: hash_file(staging / ranges.name)}, settings=recipe.settings)
         record.update(scales=dict.fromkeys((replace(scales, extension="json").name, scales.name), origin))
 
 
-def _set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -> None:
-    """Move scale files of ranges that are about to change out of INC's sight: it would go on using them."""
+def set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -> list[Path]:
+    """Move scale files of ranges that are about to change out of INC's sight, and return them: it would use them."""
     changed = any(
         not (out / name).is_file() or (out / name).read_bytes() != (staging / name).read_bytes()
         for name in written
@@ -131,6 +144,7 @@ def _set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -
     )
     old = [path for path in CalibrationDir(out).list_scales(world) if path.name not in written]
     if not changed or not old:
-        return
-    set_aside(old)
+        return []
+    set_aside(staging, old)
     _log.warning("%d scale files of earlier ranges were moved to %s", len(old), out / REPLACED_NAME)
+    return old

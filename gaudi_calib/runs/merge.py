@@ -7,22 +7,23 @@ one world may lie in different directories. Scales are never merged.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, ModelError, UsageError
-from gaudi_calib.files import REPLACED_NAME, set_aside, stage_files
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, RankFile, list_rank_files
 from gaudi_calib.manifest import Manifest, WorldFacts, record_run
+from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.merge import merge_channels, merge_ranks
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channel_ranges
-from gaudi_calib.rankfiles.store import read_ranges, write_rank_sets
+from gaudi_calib.rankfiles.store import write_rank_sets
+from gaudi_calib.staging import REPLACED_NAME, set_aside, stage_files
 
 _log = logging.getLogger(__name__)
 
@@ -66,9 +67,8 @@ def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
     if len(directories) < 2:
         raise UsageError("nothing to merge with", where=directories, fix="give the directories of two or more runs")
     runs = _find_runs(directories)
-    for run in runs:
-        for place in list(run.devices.values())[:1]:
-            place.warn_of_move()
+    for places in (list(run.devices.values()) for run in runs if run.devices):
+        warn_of_move(places[0])
     _check_kind(out, runs)
     manifests = {device: _read_manifests([run.devices[device] for run in runs]) for device in _shared_devices(runs)}
     channels = _merge_channel_files(runs)
@@ -80,8 +80,7 @@ def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
             why="; ".join(f"{run.path} has {_describe_worlds(run)}" for run in runs),
             fix="measure each run with the same -t, or bring all to one world first: `gaudi-calib unify DIR -r N`",
         )
-    written = _write(out, ranges, channels, manifests, [run.path for run in runs])
-    _set_aside(out, written, is_device_dir=runs[0].is_device_dir)
+    written = _write(out, ranges, channels, manifests, runs)
     _log.info("Scales are not merged: `gaudi-calib quantize -m MODEL -o OUT -t N` computes them")
     return written
 
@@ -146,8 +145,17 @@ def _all_have(what: str, present: Mapping[Path, bool]) -> bool:
 def _merge_channel_files(runs: Sequence[_Run]) -> ChannelRanges | None:
     if not _all_have("channel ranges", {run.path: run.has_channels for run in runs}):
         return None
+    for place in (place for run in runs for place in run.devices.values()):
+        _require_channels(place, {run.path.resolve() for run in runs})
     paths = [run.path / CHANNEL_RANGES_NAME for run in runs]
     return merge_channels([read_channel_ranges(path) for path in paths], paths)
+
+
+def _require_channels(place: CalibrationDir, joined: Container[Path]) -> None:
+    """Check that channel ranges lack nothing of `place`, unless what they lack is among the runs that are `joined`."""
+    merged = place.manifest.merged if place.manifest else []
+    if not (merged and all(Path(path).parent in joined for path in merged)):
+        place.require_channels()
 
 
 def _merge_device(places: Sequence[CalibrationDir]) -> list[RankSet[Node]]:
@@ -185,7 +193,7 @@ def _merge_world(world: int, places: Sequence[CalibrationDir]) -> list[RankSet[N
     merged = []
     for rank in range(world):
         having = [place for place in places if rank in place.worlds[world]]
-        rank_sets = [read_ranges(place.worlds[world][rank]) for place in having]
+        rank_sets = [rank_set for place in having for rank_set in place.read_ranks([place.worlds[world][rank]])]
         merged.append(merge_ranks(rank_sets, [place.path for place in having]))
     return merged
 
@@ -231,9 +239,10 @@ def _write(
     ranges: Mapping[str, Sequence[RankSet[Node]]],
     channels: ChannelRanges | None,
     manifests: Mapping[str, Sequence[Manifest]],
-    sources: Sequence[Path],
+    runs: Sequence[_Run],
 ) -> list[Path]:
     written: list[Path] = []
+    sources = [run.path for run in runs]
     with stage_files(out) as staging:
         if channels is not None:
             write_channel_ranges(staging / CHANNEL_RANGES_NAME, channels)
@@ -242,9 +251,13 @@ def _write(
             if rank_sets:
                 written += write_rank_sets(staging / device, rank_sets)
                 facts = _gather_facts(manifests[device], sources, sorted({ranks.world for ranks in rank_sets}))
-                with record_run(staging / device / MANIFEST_NAME, **facts) as record:
-                    record.update(files=CalibrationDir(staging / device).hash_files())
-    return [out / path.relative_to(staging) for path in written]
+                placed = CalibrationDir(staging / device)
+                measurement = placed.identify(staging / CHANNEL_RANGES_NAME if channels is not None else None)
+                with record_run(placed.path / MANIFEST_NAME, measurement=measurement, **facts) as record:
+                    record.update(files=placed.hash_files())
+        results = [out / path.relative_to(staging) for path in written]
+        _set_aside(out, staging, results, is_device_dir=runs[0].is_device_dir)
+    return results
 
 
 def _gather_facts(manifests: Sequence[Manifest], sources: Sequence[Path], worlds: Iterable[int]) -> dict[str, Any]:
@@ -277,12 +290,12 @@ def _join_worlds(told: Iterable[WorldFacts | None]) -> WorldFacts:
     return WorldFacts(expert_parallel=shared, is_bounded=any(facts.is_bounded for facts in known))
 
 
-def _set_aside(out: Path, written: Iterable[Path], *, is_device_dir: bool) -> None:
+def _set_aside(out: Path, staging: Path, written: Iterable[Path], *, is_device_dir: bool) -> None:
     """Move what the merged ranges make stale out of their way."""
     old = [out / CHANNEL_RANGES_NAME]
     for directory in (out,) if is_device_dir else (out / device for device in DEVICES):
         old += list_rank_files(directory)
     stale = [path for path in sorted(set(old) - set(written)) if path.is_file()]
-    set_aside(stale)
+    set_aside(staging, stale)
     for directory in sorted({path.parent for path in stale}):
         _log.warning("files that the merged ranges make stale were moved to %s", directory / REPLACED_NAME)

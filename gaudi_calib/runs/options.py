@@ -80,6 +80,7 @@ class RunOptions:
 
 def check_options(options: RunOptions) -> None:
     """Raise UsageError where options contradict each other or name something unknown."""
+    from gaudi_calib.data.mixture import parse_datasets
     from gaudi_calib.ranges.derive import parse_vllm_version
 
     for name, choices in CHOICES.items():
@@ -94,5 +95,7 @@ def check_options(options: RunOptions) -> None:
             fix="choose a divisor of -t for -r",
         )
     parse_vllm_version(options.vllm)
+    if "dataset" in options.dataset:
+        parse_datasets(options.dataset["dataset"])
     if options.scale_method and options.quant_config:
         raise UsageError("--scale-method and --config-quant both name the scale method", fix="give one of them")

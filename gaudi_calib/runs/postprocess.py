@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.files import stage_files
+from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.kvcache import apply_kv_cache
-from gaudi_calib.rankfiles.store import read_world_files, write_rank_sets
+from gaudi_calib.rankfiles.store import write_rank_sets
+from gaudi_calib.runs.conversion import open_record, set_aside_scales
+from gaudi_calib.staging import stage_files
 
 
 def postprocess_dir(directory: Path, out: Path) -> list[Path]:
@@ -21,9 +23,17 @@ def postprocess_dir(directory: Path, out: Path) -> list[Path]:
         FileError: no ranges in `directory`, or one is malformed; nothing is written.
     """
     source = CalibrationDir(directory)
-    source.warn_of_move()
-    worlds = source.require_worlds().values()
-    rank_sets = [apply_kv_cache(rank_set) for ranks in worlds for rank_set in read_world_files(list(ranks.values()))]
-    with stage_files(out) as staging:
-        written = write_rank_sets(staging, rank_sets)
+    warn_of_move(source)
+    worlds = {
+        world: [apply_kv_cache(rank_set) for rank_set in source.read_ranks(list(ranks.values()))]
+        for world, ranks in source.require_worlds().items()
+    }
+    with open_record(source, out) as record, stage_files(out) as staging:
+        written = [path for rank_sets in worlds.values() for path in write_rank_sets(staging, rank_sets)]
+        names = {path.name for path in written}
+        replaced = [path for world in worlds for path in set_aside_scales(out, staging, world, names)]
+        if record is not None:
+            record.update(worlds=source.manifest.worlds if source.manifest else {})
+            record.update(files=CalibrationDir(out).hash_files(staging, without=replaced))
+            record.stage(staging)
     return [out / path.name for path in written]

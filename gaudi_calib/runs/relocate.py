@@ -4,15 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from gaudi_calib.directory import (
-    CalibrationDir,
-    find_moved_configs,
-    is_same_place,
-    list_quant_configs,
-)
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import read_json, stage_files, write_json
+from gaudi_calib.files import read_json, write_json
 from gaudi_calib.layout import MANIFEST_NAME
+from gaudi_calib.moved import find_moved_configs, is_same_place, list_quant_configs
+from gaudi_calib.staging import stage_files
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, TopologyError
 from gaudi_calib.fp8 import DEVICES, get_device
-from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout, list_rank_files
+from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.derive import derive_world
 from gaudi_calib.ranges.topology import Topology
@@ -44,9 +45,10 @@ def reshard_dir(
         TopologyError: the model does not divide over the ranks, or it is not known how they share experts.
     """
     run, devices = _find_run(run, devices)
-    channels = read_channel_ranges(run / CHANNEL_RANGES_NAME)
     sources = [CalibrationDir(run / name) for name in devices]
-    sources[0].warn_of_move()
+    warn_of_move(sources[0])
+    paths = {source.require_channels() for source in sources}
+    channels = read_channel_ranges(paths.pop())
     results = []
     for source, name in zip(sources, devices, strict=True):
         topology = Topology(world, _choose_sharing(source, channels, world, expert_parallel))
@@ -73,15 +75,9 @@ def describe_bounds(world: int) -> str:
 
 
 def _find_run(run: Path, devices: Sequence[str] | None) -> tuple[Path, Sequence[str]]:
-    if not (run / CHANNEL_RANGES_NAME).is_file() and (run.parent / CHANNEL_RANGES_NAME).is_file():
+    run = run.resolve()
+    if not (run / CHANNEL_RANGES_NAME).is_file() and (run.name in DEVICES or list_rank_files(run)):
         devices, run = devices or [run.name], run.parent
-    if not (run / CHANNEL_RANGES_NAME).is_file():
-        raise FileError(
-            f"no {CHANNEL_RANGES_NAME}",
-            where=run,
-            why="only the torch engine writes it; rank files alone cannot be resharded exactly",
-            fix="give the run directory (OUT/<model>), or use `gaudi-calib expand DIR -w N`: upper bounds",
-        )
     found = devices or [name for name in DEVICES if (run / name).is_dir()]
     return run, found or list(DEVICES)
 

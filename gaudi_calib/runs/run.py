@@ -5,42 +5,55 @@ whose files are renamed into `OUT/<model>/` together when the last step has succ
 """
 
 import logging
+import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gaudi_calib.config.file import read_quant_config, write_quant_config
 from gaudi_calib.config.model import (
     QuantConfig,
     describe_scaling,
     find_idle_patterns,
     get_scales_device,
     to_content,
-    with_dump_stats_path,
 )
-from gaudi_calib.config.presets import measure_config, quant_config
 from gaudi_calib.data.prompts import Prompts
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import ConfigError, ModelError
-from gaudi_calib.files import REPLACED_NAME, hash_file, set_aside, stage_files
-from gaudi_calib.fp8 import Device, get_device
-from gaudi_calib.layout import DeviceLayout, RankFile, list_rank_files
+from gaudi_calib.errors import FileError, ModelError, UsageError
+from gaudi_calib.files import hash_file
+from gaudi_calib.fp8 import DEVICES, Device, get_device
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, DeviceLayout, RankFile, list_rank_files
 from gaudi_calib.manifest import DatasetFacts, ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
 from gaudi_calib.models.fingerprint import fingerprint_model
 from gaudi_calib.models.source import download_model
 from gaudi_calib.ranges.channels import ChannelRanges
+from gaudi_calib.ranges.derive import find_uncovered
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.topology import Topology
+from gaudi_calib.ranges.unify import gather_world
+from gaudi_calib.runs.configs import (
+    choose_devices,
+    choose_measure_config,
+    choose_quant_config,
+    find_side_config,
+    require_blocked,
+    stage_config,
+)
 from gaudi_calib.runs.options import RunOptions, check_options
+from gaudi_calib.runs.sharing import find_evidence, settle_expert_parallel
+from gaudi_calib.staging import REPLACED_NAME, claim_directory, set_aside, stage_files
 
 if TYPE_CHECKING:
     from gaudi_calib.checkpoints.plan import ModelPlan
 
 _log = logging.getLogger(__name__)
+
+# Facts of a measurement that hold for every device.
+_INHERITED = ("dataset", "platform", "engine", "vllm", "measured_world", "measurement", "merged", "merged_datasets")
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,7 @@ class Target:
         device: the device that will serve.
         layout: where its files go in the end.
         measure_config, quant_config: of the two phases.
+        quant_path: file of `quant_config`; the layout's, or another one in the run that the user chose.
         ranges: all ranks by world, as far as steps have made or read them.
         reshared: worlds whose files in place are not known to share experts as they are to be shared now.
         record: the manifest in progress, while the run executes.
@@ -79,9 +93,15 @@ class Target:
     layout: DeviceLayout
     measure_config: QuantConfig
     quant_config: QuantConfig
+    quant_path: Path
     ranges: dict[int, list[RankSet[Node]]] = field(default_factory=dict)
     reshared: set[int] = field(default_factory=set)
     record: Record = field(init=False)
+
+    @property
+    def placed(self) -> CalibrationDir:
+        """What is in its directory now."""
+        return CalibrationDir(self.layout.directory)
 
 
 class Run:
@@ -105,16 +125,17 @@ class Run:
 
         check_options(options)
         self.warnings: list[str] = []
-        self.options, self.layout, self.serves, self.fresh = options, options.layout, serves, fresh
-        self.plan: ModelPlan = plan_model(download_model(options.model), options.dtype)
+        self.layout, self.serves, self.fresh = options.layout, serves, fresh
+        self.options = options = replace(options, devices=choose_devices(options, fresh=fresh))
+        self.plan: ModelPlan = plan_model(download_model(options.model), options.dtype, options.vllm)
+        if self.plan.head and (told := self.plan.head.describe(self.plan.checkpoint)):
+            self.warn(told)
         if options.expert_parallel and not self.plan.experts:
             self.warn("-u/--expert-parallel has no effect: the model has no experts")
         for world in options.worlds:
             self.plan.require_topology(self.topology(world))
+        self._require_own_root()
         self.targets = [self._make_target(get_device(name)) for name in options.devices]
-        for target in self.targets:
-            self._require_blocked(target.measure_config)
-            self._require_blocked(target.quant_config)
         self.needs_ranges = not serves or any(target.quant_config.uses_stats_files for target in self.targets)
         self.staging = Path()
         self.prompts: Prompts | None = None
@@ -128,9 +149,12 @@ class Run:
         if self.options.expert_parallel is not None:
             return self.options.expert_parallel
         for name in self.options.devices if not self.fresh else ():
-            manifest = CalibrationDir(self.layout.device(name).directory).manifest
-            if manifest is not None and manifest.worlds:
-                return manifest.shares_experts(self.options.world)
+            placed = CalibrationDir(self.layout.device(name).directory)
+            if placed.origin is not None and placed.origin.worlds:
+                return placed.origin.shares_experts(self.options.world)
+            if self.options.world in placed.worlds:
+                world = gather_world(placed.read_world(self.options.world))
+                return settle_expert_parallel(world, None, find_evidence(placed, world, self.plan.checkpoint.directory))
         return self.plan.family.expert_parallel
 
     def topology(self, world: int) -> Topology:
@@ -146,21 +170,21 @@ class Run:
         if not self.needs_ranges:
             self.warn("this scale method needs no measurement: only QUANT_CONFIG is written")
             steps = []
-        with self._recorded():
+        with claim_directory(self.layout.root), self._recorded():
             with stage_files(self.layout.root) as self.staging:
                 for number, step in enumerate(steps, 1):
                     _log.info("Step %d/%d: %s", number, len(steps), (step.__doc__ or "").strip().rstrip("."))
                     self._take(step)
                 if self.serves:
                     for target in self.targets:
-                        write_quant_config(self.staging / target.layout.quant_config.name, target.quant_config)
+                        self.stage_config(target.quant_path, target.quant_config)
                 files = [path.relative_to(self.staging) for path in sorted(self.staging.rglob("*")) if path.is_file()]
-            self._set_aside(files)
-            self._record_files()
+                self._record_files(self._set_aside(files))
+            self._warn_stale()
         return RunResult(
             self.layout.root,
             tuple(self.layout.root / path for path in files),
-            {target.device.name: target.layout.quant_config for target in self.targets} if self.serves else {},
+            {target.device.name: target.quant_path for target in self.targets} if self.serves else {},
             self.options.worlds if self.needs_ranges else (),
             tuple(self.warnings),
         )
@@ -168,20 +192,34 @@ class Run:
     @contextmanager
     def _recorded(self) -> Iterator[None]:
         """Keep a manifest for every device while the block runs."""
-        model = ModelFacts(
-            name=self.options.model,
-            fingerprint=fingerprint_model(self.plan.checkpoint.directory),
-            model_type=self.plan.checkpoint.source.model_type,
-            family=self.plan.family.name,
-        )
         with ExitStack() as stack:
             for target in self.targets:
                 made = {"device": target.device.name, "platform": self.options.platform, "engine": self.options.engine}
-                facts = made if self.fresh else {}
-                recorded = record_run(target.layout.manifest, fresh=self.fresh, model=model, **facts)
+                fresh = self.fresh and (self.needs_ranges or target.placed.manifest is None)
+                facts = made if fresh else self._inherit(target)
+                recorded = record_run(target.layout.manifest, fresh=fresh, model=self.model, **facts)
                 target.record = stack.enter_context(recorded)
                 self._record_worlds(target)
             yield
+
+    @cached_property
+    def model(self) -> ModelFacts:
+        """What the manifests say about the model."""
+        directory = self.plan.checkpoint.directory
+        return ModelFacts(
+            name=str(directory) if Path(self.options.model).expanduser().is_dir() else self.options.model,
+            fingerprint=fingerprint_model(directory),
+            model_type=self.plan.checkpoint.source.model_type,
+            family=self.plan.family.name,
+        )
+
+    def _inherit(self, target: Target) -> dict[str, object]:
+        """What a device whose ranges are derived from an earlier measurement takes over from its manifest."""
+        if target.placed.manifest is not None:
+            return {}
+        origin = target.placed.origin
+        facts = {name: getattr(origin, name) for name in _INHERITED} if origin else {}
+        return {"device": target.device.name, **facts}
 
     def _record_worlds(self, target: Target) -> None:
         before, now = target.record.manifest.worlds, self.describe_world()
@@ -210,31 +248,57 @@ class Run:
             for target in self.targets:
                 target.record.update(timings_s={step.__name__.strip("_"): seconds})
 
-    def _record_files(self) -> None:
+    def _record_files(self, replaced: Collection[Path]) -> None:
+        """Complete the manifests, and stage them with the files they describe."""
         for target in self.targets:
             config = {"measure": to_content(target.measure_config)} if target.ranges else {}
             if self.serves:
                 config["quantize"] = to_content(target.quant_config)
-            placed = CalibrationDir(target.layout.directory)
-            target.record.update(config=config, files=placed.hash_files())
+            staging = self.staging / target.device.name
+            files = target.placed.hash_files(staging, without=replaced)
+            target.record.update(config=config, files=files)
+            if self.fresh and target.ranges:
+                channels = self.staging / CHANNEL_RANGES_NAME if self.channels is not None else None
+                target.record.update(measurement=CalibrationDir(staging).identify(channels))
             if self.prompts is not None:
-                sizes = {"prompts": len(self.prompts), "tokens": self.prompts.token_count}
-                target.record.update(dataset=DatasetFacts(name=self.prompts.dataset, hash=self.prompts.sha256, **sizes))
-            for stale in placed.find_stale(scales=target.record.manifest.scales):
+                target.record.update(dataset=_describe_dataset(self.prompts))
+            target.record.stage(staging)
+
+    def _warn_stale(self) -> None:
+        for target in self.targets:
+            for stale in CalibrationDir(target.layout.directory).find_stale():
                 self.warn(f"{stale.path} is stale: {stale.why}; `gaudi-calib quantize` computes it anew")
 
     def require_same_model(self, target: Target) -> None:
         """Raise ModelError where the ranges in place were measured on other weights, as far as the manifest knows."""
-        manifest = target.record.manifest
-        before = manifest.last_good and manifest.last_good.model
-        now = manifest.model
-        if before and now and before.fingerprint and before.fingerprint != now.fingerprint:
+        origin = target.placed.origin
+        before = origin and origin.model
+        if before and before.fingerprint not in (None, self.model.fingerprint):
             raise ModelError(
                 f"the ranges for {target.device.name} were measured on another checkpoint",
                 where=target.layout.directory,
                 why=f"the fingerprint of {self.options.model!r} is not that of {before.name!r} when it was measured",
                 fix="give the model that was measured, or run `gaudi-calib measure` with this one",
             )
+
+    def _require_own_root(self) -> None:
+        """Raise UsageError where a new measurement would lie among files of another checkpoint of the same name."""
+        for name in DEVICES if self.fresh else ():
+            with suppress(FileError):  # what cannot be read is replaced
+                before = CalibrationDir(self.layout.device(name).directory).manifest
+                measured = before and before.model
+                if not measured or measured.fingerprint in (None, self.model.fingerprint):
+                    continue
+                if measured.name != self.model.name:
+                    root = shlex.quote(str(self.layout.root))
+                    raise UsageError(
+                        f"the calibration of another checkpoint is in {self.layout.root.name}/",
+                        where=self.layout.root,
+                        why=f"{measured.name} was measured there, and this is {self.model.name}",
+                        fix=f"give another -o, or move that calibration away: mv {root} {root}.other",
+                    )
+                if name not in self.options.devices:
+                    self.warn(f"the files for {name} stay those of the checkpoint as it was before")
 
     def record_scales(self, target: Target, ranks: RankSet, files: Sequence[Path]) -> None:
         """Note which ranges, and which settings, the scale `files` of one rank were computed from."""
@@ -257,56 +321,54 @@ class Run:
             self.warn(f"{finding.what} ({finding.where})")
 
     def _make_target(self, device: Device) -> Target:
-        layout = self.layout.device(device.name)
-        return Target(device, layout, self._measure_config(layout), self._quant_config(layout, device))
+        options, layout, family = self.options, self.layout.device(device.name), self.plan.family
+        measuring = choose_measure_config(options, layout, family, fresh=self.fresh)
+        serving = choose_quant_config(options, layout, family)
+        get_scales_device(serving, device)
+        path = find_side_config(options) or layout.quant_config
+        require_blocked(measuring, self.plan, layout.measure_config)
+        require_blocked(serving, self.plan, path)
+        return Target(device, layout, measuring, serving, path)
 
-    def _measure_config(self, layout: DeviceLayout) -> QuantConfig:
-        if self.options.measure_config is None:
-            return measure_config(self.plan.family, layout.dump_stats_path)
-        config = read_quant_config(self.options.measure_config)
-        if config.mode != "MEASURE" or config.measure_exclude != "OUTPUT":
-            raise ConfigError(
-                "not usable as a MEASURE config here",
-                where=self.options.measure_config,
-                why=f"mode is {config.mode}, measure_exclude {config.measure_exclude}; the torch engine records "
-                "inputs, weights and the outputs INC requires",
-                fix="set mode to MEASURE and leave measure_exclude out",
-            )
-        return with_dump_stats_path(config, layout.dump_stats_path)
+    def stage_config(self, path: Path, config: QuantConfig) -> None:
+        """Stage a config for `path` in the run; see `configs.stage_config`."""
+        stage_config(self.staging, path, config)
 
-    def _quant_config(self, layout: DeviceLayout, device: Device) -> QuantConfig:
-        if self.options.quant_config is None:
-            return quant_config(self.plan.family, layout.dump_stats_path, self.options.scale_method or "maxabs_hw")
-        config = with_dump_stats_path(read_quant_config(self.options.quant_config), layout.dump_stats_path)
-        if config.mode not in ("QUANTIZE", "LOAD") or config.fp8_config != "E4M3":
-            raise ConfigError(
-                "not usable as a QUANTIZE config here",
-                where=self.options.quant_config,
-                why=f"mode is {config.mode}, fp8_config {config.fp8_config}",
-                fix="set mode to QUANTIZE, and fp8_config to E4M3, for which scales are computed",
-            )
-        get_scales_device(config, device)
-        return config
+    def require_covered(self, target: Target) -> None:
+        """Raise ConfigError where a module that INC will quantize has no ranges."""
+        for rank_set in (rank_set for ranks in target.ranges.values() for rank_set in ranks):
+            uncovered = find_uncovered(self.plan.ops, rank_set, target.quant_config, target.measure_config)
+            if uncovered and not target.quant_config.ignore_modules_wo_measures:
+                raise target.placed.refuse_uncovered(uncovered, target.quant_path, rank_set.world)
 
-    def _require_blocked(self, config: QuantConfig) -> None:
-        free = [name for name in self.plan.unmeasured if not config.is_blocked(name)]
-        if free and config.uses_stats_files:
-            raise ConfigError(
-                f"{free[0]} cannot be measured (nor {len(free) - 1} more)",
-                where="blocklist",
-                why="no engine measures such layers, and serving fails where one that is not blocked has no ranges",
-                fix="add " + ", ".join(repr(name) for name in self.plan.family.blocklist) + " to the blocklist's names",
-            )
-
-    def _set_aside(self, written: Sequence[Path]) -> None:
-        """Move rank files of an earlier measurement out of the way of the ranges now in place."""
+    def _set_aside(self, written: Sequence[Path]) -> list[Path]:
+        """Move rank files of an earlier measurement out of the way of the new ranges, and return them."""
+        replaced: list[Path] = []
         if not (self.fresh and any(target.ranges for target in self.targets)):
-            return
+            return replaced
         if self.channels is None and self.layout.channel_ranges.is_file():
-            set_aside([self.layout.channel_ranges])
+            replaced.append(self.layout.channel_ranges)
         for target in self.targets:
             directory = target.layout.directory
             old = [path for path in list_rank_files(directory) if path.relative_to(self.layout.root) not in written]
-            set_aside(old)
+            replaced += old
             if old:
                 self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")
+        set_aside(self.staging, replaced)
+        return replaced
+
+
+def _describe_dataset(prompts: Prompts) -> DatasetFacts:
+    """What the manifest says about the data of a measurement; a single dataset has no parts."""
+    parts = [
+        DatasetFacts(name=part.dataset.name, weight=part.dataset.weight, prompts=part.prompts, tokens=part.tokens)
+        for part in prompts.parts
+    ]
+    return DatasetFacts(
+        name=prompts.dataset,
+        hash=prompts.sha256,
+        prompts=len(prompts),
+        tokens=prompts.token_count,
+        skipped=prompts.skipped,
+        parts=parts if len(parts) > 1 else [],
+    )

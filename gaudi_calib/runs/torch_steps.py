@@ -2,7 +2,6 @@
 
 import logging
 
-from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.errors import RangeError
 from gaudi_calib.layout import CHANNEL_RANGES_NAME
 from gaudi_calib.ranges.channels import ChannelRanges
@@ -38,6 +37,7 @@ def measure_model(run: Run) -> None:
             required=[run.topology(world) for world in run.options.worlds],
             cold=ColdPolicy(run.options.min_expert_tokens, fill=run.options.cold_experts == "fill"),
             dtype=run.options.dtype,
+            vllm=run.options.vllm,
             compute_dtype=run.options.compute_dtype,
             batch_size=run.options.batch_size,
             on_progress=show,
@@ -77,7 +77,7 @@ def derive_ranks(run: Run) -> None:
     """Derive the ranges of every rank."""
     assert run.channels is not None
     for target in run.targets:
-        write_quant_config(run.staging / target.layout.measure_config.name, target.measure_config)
+        run.stage_config(target.layout.measure_config, target.measure_config)
         run.warn_idle_patterns(target.measure_config)
         for world in run.options.worlds:
             derive_target(run, run.channels, target, world)

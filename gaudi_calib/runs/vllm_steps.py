@@ -18,7 +18,6 @@ from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.config.model import QuantConfig, with_dump_stats_path
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import CalibrationError, FileError, RangeError, UsageError
-from gaudi_calib.files import scratch_directory
 from gaudi_calib.layout import DUMP_NAME, RankFile
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.node import Node, RankSet
@@ -26,6 +25,7 @@ from gaudi_calib.ranges.unify import gather_world, unify_ranks
 from gaudi_calib.rankfiles.store import read_scales, write_rank_sets
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.run import Run, Target
+from gaudi_calib.staging import scratch_directory
 
 if TYPE_CHECKING:
     from gaudi_calib.engines.vllm_runner.phases import PhaseName
@@ -88,6 +88,15 @@ def computes_scales(options: RunOptions) -> bool:
     return options.engine == "vllm" and options.platform == "hpu"
 
 
+def describe_room(run: Run) -> dict[str, int | None]:
+    """Return the arguments of `prepare_prompts` that say how long a prompt may be."""
+    from gaudi_calib.engines.vllm_runner.phases import LEAST_NEW_TOKENS, EngineOptions, get_asked_length
+
+    family = run.plan.family
+    asked = get_asked_length(run.options.engine_options or EngineOptions(), family.measure_args)
+    return {"max_model_len": asked, "new_tokens": LEAST_NEW_TOKENS}
+
+
 def measure_ranks(run: Run) -> None:
     """Measure the ranges of every rank with vLLM."""
     world, unified = run.options.world, run.options.unified_world
@@ -101,7 +110,7 @@ def measure_ranks(run: Run) -> None:
             target.ranges[unified] = joined
         for size in run.options.worlds:
             write_rank_sets(run.staging / target.device.name, target.ranges[size])
-        write_quant_config(run.staging / target.layout.measure_config.name, target.measure_config)
+        run.stage_config(target.layout.measure_config, target.measure_config)
 
 
 def quantize_ranks(run: Run) -> None:

@@ -7,6 +7,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from gaudi_calib.advice import Advice, advise_repeating
 from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.config.model import (
     QuantConfig,
@@ -15,7 +16,7 @@ from gaudi_calib.config.model import (
     get_scales_device,
     with_dump_stats_path,
 )
-from gaudi_calib.directory import CalibrationDir, advise_relocation, find_beside
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import CalibrationError, ConfigError, FileError, ModelError, TopologyError
 from gaudi_calib.files import read_json, write_json
 from gaudi_calib.fp8 import Device
@@ -23,7 +24,7 @@ from gaudi_calib.layout import MANIFEST_NAME, RankFile
 from gaudi_calib.models.families import Family, find_family
 from gaudi_calib.models.fingerprint import fingerprint_model
 from gaudi_calib.models.source import ModelSource
-from gaudi_calib.serve.advice import Advice, advise_repeating
+from gaudi_calib.moved import advise_relocation, find_beside
 
 _log = logging.getLogger(__name__)
 
@@ -170,15 +171,16 @@ def _require_device(calibration: Calibration, model: ModelSource, world: int, de
 
 
 def _require_files(calibration: Calibration, model: ModelSource, world: int) -> None:
-    tag = calibration.config.method_table.file_tag
+    tag, advice = calibration.config.method_table.file_tag, _advise(calibration, model)
     for method, what in ((None, "ranges"), (tag, "scales")):
         missing = calibration.placed.list_missing(world, method=method)
         if not missing:
+            files = [calibration.placed.name_file(rank, world, method=method) for rank in range(world)]
+            calibration.placed.require_recorded(files, advice)
             continue
         if len(missing) == world and method is None:
             raise _no_world(calibration, model, world)
         more = f" (nor {len(missing) - 1} more)" * (len(missing) > 1)
-        advice = _advise(calibration, model)
         mend = advice.compute_scales(world) if method else advice.derive(world)
         raise FileError(
             f"the {what} of a rank are missing: {missing[0].name}{more}",
@@ -189,7 +191,7 @@ def _require_files(calibration: Calibration, model: ModelSource, world: int) -> 
 
 
 def _advise(calibration: Calibration, model: ModelSource) -> Advice:
-    return Advice(calibration.placed, calibration.path, model.name)
+    return calibration.placed.advise(model.name, calibration.path)
 
 
 def _no_world(calibration: Calibration, model: ModelSource, world: int) -> FileError:

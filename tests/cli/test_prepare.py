@@ -49,6 +49,36 @@ def test_text_summary(model, data, tmp_path, capsys):
     assert str(output) in text
 
 
+def test_bad_rows_are_counted(model, data, tmp_path, capfd):
+    """Rows that are left out are named on stderr, and counted in the summary, for people and as JSON."""
+    with open(data, "a") as file:
+        file.write("not JSON\n")
+    words = ["prepare", "-m", model, "-d", data, "--column", "prompt=title", "-o", str(tmp_path / "prompts.jsonl")]
+    assert main(words) == 1
+    assert "--skip-bad-rows 1\n" in capfd.readouterr().err
+    assert main([*words, "--skip-bad-rows", "1"]) == 0
+    captured = capfd.readouterr()
+    assert "5 prompts of" in captured.out and "(6 rows)" in captured.out
+    assert "skipped:   1" in captured.out
+    assert f"Warning: {data}, line 6 is left out: a line is not valid JSON (Expecting value" in captured.err
+    assert main([*words, "--skip-bad-rows", "1", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["skipped"] == 1
+
+
+def test_several_datasets(model, data, tmp_path, capfd):
+    """Each -d is a dataset, with or without a weight; the summary says what each gave."""
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"title": "What else?"}\n' * 9)
+    words = ["prepare", "-m", model, "--column", "prompt=title", "-o", str(tmp_path / "prompts.jsonl")]
+    assert main([*words, "-d", data, "-d", str(other)]) == 0
+    assert f"14 prompts of {data}, {other} (14 rows)" in capfd.readouterr().out
+    assert main([*words, "-d", f"{data}=1", "-d", f"{other}=3", "-l", "8"]) == 0
+    text = capfd.readouterr().out
+    assert f"of which:  2 of {data}=1 (5 rows)" in text and f"of which:  6 of {other}=3 (9 rows)" in text
+    assert main([*words, "-d", f"{data}=1", "-d", str(other)]) == 2
+    assert f"-d {other}=1" in capfd.readouterr().err
+
+
 def test_prompts_file_is_a_dataset(model, data, tmp_path):
     """A prompts file given to -d comes out as it went in."""
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
@@ -82,7 +112,7 @@ def test_too_few_prompts_is_said_on_stderr(model, data, tmp_path, capfd):
         (["--min-tokens", "9", "--max-tokens", "8"], 2, "--min-tokens 9 is above --max-tokens 8"),
         (["--column", "prompt=title", "--min-tokens", "100"], 1, "no prompt is left"),
         (["--chat-template", "missing.jinja"], 2, "missing.jinja"),
-        (["-d", "missing.jsonl"], 1, "no such dataset file"),
+        (["--column", "prompt=title", "-d", "missing.jsonl"], 1, "no such dataset file"),
         (["-m", "./missing"], 1, "no model directory"),
     ],
     ids=lambda value: " ".join(value) or "(none)" if isinstance(value, list) else "",

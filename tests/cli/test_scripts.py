@@ -131,6 +131,17 @@ def test_calibrate_model_passes_every_flag_on(extra: list[str], passed: list[str
     assert result.stdout.splitlines() == [str(tmp_path), "calibrate", *given, *passed]
 
 
+def test_calibrate_model_takes_several_datasets(tmp_path: Path) -> None:
+    """Each -d reaches `gaudi-calib calibrate`, weights included."""
+    program = tmp_path / "bin" / "gaudi-calib"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
+    program.chmod(0o755)
+    datasets = ["-d", "builtin=3", "-d", "my data.jsonl=1"]
+    result = run([CALIBRATE, *datasets, "-m", "x", "-o", "y"], tmp_path, PATH=f"{program.parent}:/usr/bin:/bin")
+    assert result.stdout.splitlines() == ["calibrate", "-m", "x", *datasets, "-o", "y"]
+
+
 @pytest.mark.torch
 def test_calibrate_model_writes_a_run_beside_its_caller(tiny: Path, program: Path, tmp_path: Path) -> None:
     """Relative paths are the caller's; both worlds and devices have ranges and scales; the end says how to serve."""
@@ -183,6 +194,54 @@ def test_step_1_writes_what_step_2_reads(tiny: Path, tmp_path: Path) -> None:
     assert [len(ids) for ids in table["prompt_token_ids"]] == [5, 5, 5]
 
 
+LONG, UNKNOWN = [1] * 2000, [10**6]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("rows", "words", "advice", "followed"),
+    [
+        ([LONG], ["--max-model-length", 5000], "pass --max-model-length 512 to", ["--max-model-length", 512]),
+        (
+            [[1]],
+            ["--max-dataset-samples", -3],
+            "Invalid value for '--max-dataset-samples'",
+            ["--max-dataset-samples", 1],
+        ),
+        ([[1], UNKNOWN], [], "--skip-bad-rows 1", ["--skip-bad-rows", 1]),
+        ([[1]], ["--column", "text=x"], "--column text=FIELD", ["--column", "prompt_token_ids=prompt_token_ids"]),
+    ],
+    ids=["too long", "samples", "bad row", "column"],
+)
+def test_step_1_advises_flags_that_it_takes(
+    rows: list, words: list, advice: str, followed: list, tiny: Path, tmp_path: Path
+) -> None:
+    """An error names the step's own flags, and what it advises works."""
+    data = write_prompts(tmp_path, rows)
+    given = ["-m", tiny / "Model", "-d", data, "-o", tmp_path / "name"]
+    result = run_step("1-prepare-calibration-dataset", [*given, *words], tmp_path)
+    assert result.returncode in (1, 2) and advice in result.stderr, result.stderr
+    assert "--max-tokens" not in result.stderr and " -l " not in result.stderr
+    result = run_step("1-prepare-calibration-dataset", [*given, *followed], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(pd.read_pickle(tmp_path / "name-calibration-dataset.pkl")) == 1
+
+
+@pytest.mark.torch
+def test_step_2_advises_flags_that_it_takes(tiny: Path, tmp_path: Path) -> None:
+    """Its --max-tokens is something else: too long a prompt is cut by --max-model-len, as the error says."""
+    data = write_prompts(tmp_path, [LONG, [1, 2]])
+    measure = write_config(tmp_path / "m.json", mode="MEASURE", dump_stats_path="./g3/inc_output")
+    words = ["-m", tiny / "Model", "-d", data, "-d", tiny / "prompts.jsonl", "--device", "g3"]
+    result = run_step("2-measure-scales", words, tmp_path, QUANT_CONFIG=measure)
+    assert result.returncode == 1
+    assert "pass --max-model-len 512 to cut long prompts" in result.stderr
+    assert "--skip-bad-rows 1" in result.stderr
+    for more in (["--max-model-len", 512], ["--skip-bad-rows", 1]):
+        result = run_step("2-measure-scales", [*words, *more], tmp_path, QUANT_CONFIG=measure)
+        assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["2-measure-scales", "4-quantize-scales"])
 def test_steps_that_need_quant_config_say_so(name: str, tiny: Path, tmp_path: Path) -> None:
@@ -212,7 +271,10 @@ def test_steps_2_to_6_honour_quant_config_in_the_layout_of_a_run(tiny: Path, tmp
     assert result.returncode == 0, result.stderr
 
     quantize = write_config(
-        tmp_path / "q.json", mode="QUANTIZE", scale_method="maxabs_pow2", **dump | {"blocklist": blocked("down_proj")}
+        tmp_path / "q.json",
+        mode="QUANTIZE",
+        scale_method="maxabs_pow2",
+        **dump | {"blocklist": blocked("lm_head", "down_proj")},
     )
     words = ["--model", tiny / "Model", "--tensor-parallel-size", 2]
     result = run_step("4-quantize-scales", words, tmp_path, QUANT_CONFIG=quantize)

@@ -12,6 +12,7 @@ import gaudi_calib.data
 from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.data.sources import read_rows
 from gaudi_calib.data.tokens import load_tokenizer
+from gaudi_calib.errors import DataError
 from tests.support.tiny_tokenizer import LLAMA3_TEMPLATE, MIXTRAL_TEMPLATE, save_tokenizer
 
 RECORDS = [
@@ -124,6 +125,24 @@ def test_every_row_is_a_prompt(tmp_path, template):
     pytest.importorskip("transformers")
     save_tokenizer(tmp_path, template)
     prompts = prepare_prompts(str(tmp_path), "builtin")
-    assert len(prompts) == len(RECORDS)
+    assert (len(prompts), prompts.truncated) == (len(RECORDS), 0)
     bos = load_tokenizer(str(tmp_path)).bos_token_id
     assert all(ids.count(bos) == 1 for ids in prompts.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("context", "options", "longest"), [(2048, {}, 2047), (64, {}, 63), (64, {"max_tokens": 9}, 9)]
+)
+def test_it_works_with_every_context(tmp_path, context, options, longest):
+    """Prompts longer than the model's context are cut and counted, and leave room for the token that vLLM generates."""
+    pytest.importorskip("transformers")
+    save_tokenizer(tmp_path, LLAMA3_TEMPLATE)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 300, "max_position_embeddings": context}))
+    whole = prepare_prompts(str(tmp_path), "builtin", max_model_len=10**6)
+    prompts = prepare_prompts(str(tmp_path), "builtin", **options)
+    assert prompts.token_ids == [ids[:longest] for ids in whole.token_ids]
+    assert prompts.truncated == sum(len(ids) > longest for ids in whole.token_ids) > 0
+    assert prompts.summary()["longest"] == longest
+    assert prepare_prompts(str(tmp_path), "builtin", new_tokens=1, **options).sha256 == prompts.sha256
+    with pytest.raises(DataError, match="no prompt is left"):
+        prepare_prompts(str(tmp_path), "builtin", min_tokens=context)

@@ -212,6 +212,29 @@ def test_longer_than_the_context(models, tmp_path):
         prepare_prompts(models["none"], data, max_tokens=100)
 
 
+def test_room_for_new_tokens(models, tmp_path):
+    """Where tokens follow, a prompt must leave room for them; what is advised is enough."""
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt_token_ids": [1] * 64}])
+    assert len(prepare_prompts(models["none"], data)) == 1
+    with pytest.raises(DataError, match="64 tokens, the model's context 64") as caught:
+        prepare_prompts(models["none"], data, new_tokens=1)
+    assert caught.value.why == "at least one token is generated after it"
+    assert "--max-tokens 63" in caught.value.fix
+    assert len(prepare_prompts(models["none"], data, new_tokens=1, max_tokens=63)) == 1
+    with pytest.raises(DataError, match="64 tokens, --max-model-len 20"):
+        prepare_prompts(models["none"], data, max_model_len=20)
+    with pytest.raises(UsageError, match="no room for a prompt"):
+        prepare_prompts(models["none"], data, max_model_len=1, new_tokens=1)
+
+
+def test_a_refused_conversation_names_the_dataset(models, tmp_path):
+    """What a template refuses is called by dataset and row."""
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt": "x"}, {"messages": [USER, USER]}])
+    with pytest.raises(DataError, match="refuses the conversation") as caught:
+        prepare_prompts(models["mixtral"], data)
+    assert caught.value.where == f"{data}, row 2"
+
+
 def test_unknown_token_id(models, tmp_path):
     """A token id the model does not have is an error naming row and id."""
     data = write_rows(tmp_path / "d.jsonl", [{"prompt_token_ids": [299]}, {"prompt_token_ids": [1, 300]}])

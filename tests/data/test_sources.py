@@ -113,6 +113,109 @@ def test_columns(tmp_path, record, expected):
     assert read_rows(write_jsonl(tmp_path / "data.jsonl", [record])) == [expected]
 
 
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([("human", "a"), ("gpt", "b")], [user("a"), assistant("b")]),
+        ([("system", "s"), ("human", "a")], [{"role": "system", "content": "s"}, user("a")]),
+        ([("user", "a"), ("chatgpt", "b"), ("user", "c")], [user("a"), assistant("b"), user("c")]),
+        ([("gpt", "lost"), ("human", "a"), ("gpt", "b")], [user("a"), assistant("b")]),
+        ([("system", "s"), ("gpt", "lost"), ("human", "a")], [{"role": "system", "content": "s"}, user("a")]),
+        ([("human", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d")], [user("a\n\nb"), assistant("c\n\nd")]),
+        (
+            [("human", "a"), ("function_call", "f()"), ("observation", "1"), ("tool", "2"), ("gpt", "b")],
+            [
+                *(user("a"), assistant("f()")),
+                *({"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}),
+                assistant("b"),
+            ],
+        ),
+    ],
+    ids=lambda turns: " ".join(turn[0] for turn in turns) if isinstance(turns[0], tuple) else "",
+)
+def test_sharegpt_conversations(tmp_path, turns, expected):
+    """A conversation begins with its first question; what one speaker says in several turns is one turn."""
+    record = {"id": "1", "conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
+    assert read_rows(write_jsonl(tmp_path / "d.jsonl", [record])) == [Row(1, messages=tuple(expected))]
+    as_messages = [{"role": turn["role"], "content": turn["content"]} for turn in expected]
+    assert read_rows(write_jsonl(tmp_path / "d.jsonl", [{"conversations": as_messages}]))[0].messages == (*expected,)
+    as_text = write_table(tmp_path / "d.csv", [{"conversations": json.dumps(record["conversations"])}])
+    assert read_rows(as_text) == [Row(1, messages=tuple(expected))]
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([{"from": "gpt", "value": "x"}], "no turn of a user"),
+        ([{"from": "system", "value": "x"}], "no turn of a user"),
+        ([{"from": "narrator", "value": "x"}], "from 'narrator', which is no known speaker"),
+        ([{"from": ["human"], "value": "x"}], "no known speaker"),
+        ([{"from": "human", "value": None}], "a message has no text"),
+        ([{"from": "human"}], "needs messages with"),
+        ([], "'conversations' is empty"),
+        ({"from": ["human"], "value": ["x"]}, "holds dict, expected a list"),
+    ],
+    ids=str,
+)
+def test_sharegpt_conversations_that_are_none(tmp_path, turns, message):
+    """What is no conversation is said to be none, with the row."""
+    data = write_jsonl(tmp_path / "d.jsonl", [{"conversations": turns}])
+    with pytest.raises(DataError) as caught:
+        read_rows(data)
+    assert message in caught.value.what
+    assert caught.value.where.startswith(f"{data}, row 1")
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "text"),
+    [
+        ({"instruction": "Do", "input": "this", "output": "done"}, {}, "Do\n\nthis"),
+        ({"instruction": "Do", "input": " "}, {}, "Do"),
+        ({"instruction": "Do", "input": None}, {}, "Do"),
+        ({"instruction": "Do"}, {}, "Do"),
+        ({"task": "Do", "input": "this"}, {"instruction": "task"}, "Do\n\nthis"),
+        ({"task": "Do", "about": "this"}, {"instruction": "task", "input": "about"}, "Do\n\nthis"),
+        ({"instruction": "Do", "input": "this"}, {"prompt": "instruction"}, "Do"),
+        ({"instruction": "Do", "input": "this", "prompt": "Why?"}, {}, "Why?"),
+    ],
+    ids=str,
+)
+def test_alpaca_instructions(tmp_path, record, columns, text):
+    """An instruction with its input below it is the user's turn; the answer is not part of the prompt."""
+    data = write_jsonl(tmp_path / "d.jsonl", [record])
+    assert read_rows(data, columns=columns) == [Row(1, messages=(user(text),))]
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "text"),
+    [
+        ({"instruction": "Do", "input": "this", "text": "### Do this"}, {}, "### Do this"),
+        ({"conversations": [{"from": "human", "value": "x"}], "text": "<s>x"}, {}, "<s>x"),
+        ({"conversations": [{"from": "human", "value": "x"}], "input": "<s>x"}, {}, "<s>x"),
+        ({"instruction": "Do", "input": "<s>x"}, {"input": "input"}, "<s>x"),
+    ],
+    ids=str,
+)
+def test_older_columns_win_over_conversations_and_instructions(tmp_path, record, columns, text):
+    """A dataset that was read before these two columns were known is read as it was."""
+    data = write_jsonl(tmp_path / "d.jsonl", [record])
+    assert read_rows(data, columns=columns) == [Row(1, text=text)]
+
+
+def test_an_instruction_has_a_system_prompt(tmp_path):
+    """`system_prompt` goes before an instruction as before any question."""
+    data = write_jsonl(tmp_path / "d.jsonl", [{"system_prompt": "Be brief.", "instruction": "Do"}])
+    assert read_rows(data)[0].messages == ({"role": "system", "content": "Be brief."}, user("Do"))
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
@@ -178,12 +281,12 @@ def test_bad_cells_name_the_row(tmp_path, record, message):
 
 def test_no_usable_column(tmp_path):
     """A table without a known column is refused; the error lists its columns and the fix."""
-    data = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "Do it", "input": "", "output": "done"}])
+    data = write_jsonl(tmp_path / "data.jsonl", [{"title": "Do it", "body": "", "output": "done"}])
     with pytest.raises(DataError) as caught:
         read_rows(data)
-    assert caught.value.why == "columns: instruction, input, output"
+    assert caught.value.why == "columns: title, body, output"
     assert "--column NAME=FIELD" in caught.value.fix
-    assert read_rows(data, columns={"prompt": "instruction"})[0].messages[0]["content"] == "Do it"
+    assert read_rows(data, columns={"prompt": "title"})[0].messages[0]["content"] == "Do it"
 
 
 def test_bad_mapping(tmp_path):

@@ -23,7 +23,7 @@ from gaudi_calib.engines.vllm_runner.phases import (
 )
 from gaudi_calib.engines.vllm_runner.process import end_group, list_group
 from gaudi_calib.engines.vllm_runner.settings import Deployment, bind_cpus, plan_settings
-from gaudi_calib.errors import CalibrationError, DataError, UsageError
+from gaudi_calib.errors import CalibrationError, UsageError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.models.families import find_family
 from gaudi_calib.runs import calibrate as pipeline
@@ -167,11 +167,9 @@ def test_what_the_caller_gives_wins():
 
 
 def test_new_tokens_fit_into_the_context():
-    """A prompt that leaves little room gets fewer new tokens; one that leaves none is an error."""
+    """A prompt that leaves little room gets fewer new tokens."""
     (phase, _) = plan("llama", "g3", 1, EngineOptions(max_model_len=310))
     assert phase.max_new_tokens == [16, 10]
-    with pytest.raises(DataError, match="prompt 1 has 300 tokens"):
-        plan("llama", "g3", 1, EngineOptions(max_model_len=300))
 
 
 def test_static_per_channel_scales_need_a_variable():

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from gaudi_calib.cli.main import main
+from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import ModelError
+from gaudi_calib.errors import FileError, ModelError
 from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file
 from gaudi_calib.manifest import read_manifest
 from gaudi_calib.rankfiles.store import read_ranges, read_scales
@@ -119,6 +120,35 @@ def test_one_measurement_serves_both_devices_and_several_worlds(dataset: Path):
     )
     assert {scale for node in g2.values() for scale in node.inputs} <= {2.0**-8, 2.0**-4, 1.0, 2.0**4}
     assert g2 != g3
+
+
+def test_the_manifest_names_every_dataset(dataset: Path):
+    """Several datasets are recorded with their weights and what each gave, and how many rows were left out."""
+    other = write_prompts(dataset.parent / "other.jsonl", [[1, 2, 3], [4, 5], [10**6]])
+    given = {"dataset": [f"{dataset}=1", f"{other}=2"], "skip_bad_rows": 1}
+    root = measure(options(dataset, dataset=given, devices=("g3",))).root
+    facts = read_manifest(root / "g3" / "calibration_manifest.json").dataset
+    prompts = prepare_prompts(str(GOLDEN / "model"), **given)
+    assert (facts.name, facts.hash, facts.skipped) == (f"{dataset}=1, {other}=2", prompts.sha256, 1)
+    assert [(part.name, part.weight, part.prompts) for part in facts.parts] == [
+        (str(dataset), 1, 1),
+        (str(other), 2, 2),
+    ]
+    assert facts.tokens == sum(part.tokens for part in facts.parts)
+    root = measure(options(dataset, devices=("g3",))).root
+    facts = read_manifest(root / "g3" / "calibration_manifest.json").dataset
+    assert (facts.name, facts.prompts, facts.parts, facts.skipped) == (str(dataset), 3, [], 0)
+
+
+def test_a_dry_run_refuses_what_is_no_weight(dataset: Path, capsys: pytest.CaptureFixture):
+    """Datasets and weights are checked before anything is read; several datasets change no file name."""
+    words = ["calibrate", "-m", GOLDEN / "model", "-o", dataset.parent / "out", "--dry-run", "-d", dataset]
+    assert run(*words) == 0
+    files = capsys.readouterr().out
+    assert run(*words, "-d", "builtin") == 0
+    assert capsys.readouterr().out == files
+    assert run(*words, "-d", "builtin=none") == 2
+    assert "the weight of dataset builtin is 'none'" in capsys.readouterr().err
 
 
 def test_quantize_adds_worlds_and_methods_later(dataset: Path):
@@ -345,6 +375,43 @@ def test_a_killed_run_keeps_the_last_result(stop: signal.Signals, dataset: Path)
     assert not list(out.rglob(".staging.*"))
 
 
+def test_a_directory_where_a_file_goes_keeps_the_last_result(dataset: Path):
+    """The files that come first in the alphabet are not replaced either, and nothing is set aside."""
+    calibrate(options(dataset))
+    root = dataset.parent / "out/model"
+    (root / "maxabs_quant_g3.json").unlink()
+    (root / "maxabs_quant_g3.json").mkdir()
+    before = snapshot_results(root)
+    with pytest.raises(FileError, match=r"a directory is where the file maxabs_quant_g3\.json goes"):
+        calibrate(options(dataset, world=2))
+    assert snapshot_results(root) == before
+    for device in ("g2", "g3"):
+        manifest = read_manifest(root / device / MANIFEST_NAME)
+        assert manifest.status == "failed" and manifest.good.worlds.keys() == {1}
+
+
+def test_a_second_run_into_the_same_directory_is_refused(dataset: Path):
+    """It fails at once, with who is there, and the first one's manifests and files are its own."""
+    out = dataset.parent / "out"
+    words = ["calibrate", "-m", GOLDEN / "model", "-d", dataset, "-o", out, "-t", 2]
+    child = start_cli(*words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while b"Step 2" not in child.stderr.readline():
+        assert child.poll() is None
+    child.send_signal(signal.SIGSTOP)
+    manifest = (out / "model/g3" / MANIFEST_NAME).read_bytes()
+    try:
+        for devices in (("g2", "g3"), ("g3",)):
+            with pytest.raises(FileError, match=f"another run is writing .*\n.*\n.*process {child.pid} "):
+                calibrate(options(dataset, devices=devices))
+        assert (out / "model/g3" / MANIFEST_NAME).read_bytes() == manifest
+    finally:
+        child.send_signal(signal.SIGCONT)
+        child.communicate()
+    assert child.returncode == 0
+    assert read_manifest(out / "model/g3" / MANIFEST_NAME).worlds.keys() == {2}
+    assert not list(out.rglob(".staging.*"))
+
+
 def test_paths_count_from_the_callers_directory(dataset: Path):
     """Relative -m, -d and -o are taken from where the command is run."""
     os.symlink(GOLDEN / "model", dataset.parent / "Llama-Tiny")
@@ -354,19 +421,3 @@ def test_paths_count_from_the_callers_directory(dataset: Path):
     assert result["root"] == str(dataset.parent.resolve() / "here/llama-tiny")
     assert all(Path(path).is_file() for path in result["files"])
     assert sum(parse_rank_file(Path(path).name) is not None for path in result["files"]) == 6
-
-
-def test_what_a_killed_process_of_the_same_number_left_is_removed(tmp_path: Path):
-    """In a container process numbers come back; their abandoned files must neither stay nor be in the way."""
-    from gaudi_calib.files import stage_files
-
-    abandoned = tmp_path / f".staging.partial-{os.getpid()}-0000-0"
-    abandoned.mkdir()
-    (abandoned / "half").write_text("x")
-    (tmp_path / f".notes.json.partial-{os.getpid()}-0000-1").write_text("x")
-    (tmp_path / ".notes.json.partial-4194305-0000-1").write_text("x")  # no process can have that number
-    with stage_files(tmp_path) as staging:
-        (staging / "whole").write_text("y")
-        with stage_files(tmp_path) as inner:
-            assert staging.is_dir() and inner != staging
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

@@ -324,7 +324,9 @@ def make_model_run(
         write_run(root / device, seed, {1: (0,)})
         path = root / device / MANIFEST_NAME
         model = ModelFacts(name="model", fingerprint=fingerprint)
-        with record_run(path, command=["gaudi-calib", "measure", str(seed)], device=device, model=model):
+        placed = CalibrationDir(root / device)
+        facts = {"device": device, "model": model, "measurement": placed.identify(write_channel_ranges_dir)}
+        with record_run(path, command=["gaudi-calib", "measure", str(seed)], files=placed.hash_files(), **facts):
             pass
     return root
 

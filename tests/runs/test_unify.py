@@ -297,8 +297,8 @@ def test_the_manifest_covers_the_new_world(in_place: bool, tmp_path: Path):
     for rank in ranks:
         write_rank_set(source, compute_scales(rank, "maxabs_hw", GAUDI3, weights=lambda _: None), method="MAXABS_HW")
     facts = {"measured_world": 4, "worlds": {4: WorldFacts(expert_parallel=True)}, "expert_parallel": True}
-    path = source / MANIFEST_NAME
-    with record_run(path, command=["measure"], device="g3", **facts):
+    files = CalibrationDir(source).hash_files()
+    with record_run(source / MANIFEST_NAME, command=["measure"], device="g3", files=files, **facts):
         pass
     out = source if in_place else tmp_path / "out"
     written = unify_dir(source, 2, out)

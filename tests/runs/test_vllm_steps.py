@@ -17,7 +17,7 @@ from gaudi_calib.engines import detect
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.engines.vllm_runner import cluster, process
 from gaudi_calib.engines.vllm_runner.phases import EngineOptions, Phase
-from gaudi_calib.errors import CalibrationError, FileError, RangeError
+from gaudi_calib.errors import CalibrationError, DataError, FileError, RangeError
 from gaudi_calib.fp8 import GAUDI2
 from gaudi_calib.layout import parse_rank_file
 from gaudi_calib.manifest import read_manifest
@@ -98,6 +98,19 @@ def test_calibration_on_a_gaudi(cards, tmp_path):
     assert sorted(str(path) for path in result.files) == sorted(
         str(path) for path in list_files(options(tmp_path, unified_world=1)) if path.name != "calibration_manifest.json"
     )
+
+
+def test_prompts_leave_room_for_a_new_token(cards, tmp_path):
+    """A prompt that fills a sequence is refused before vLLM starts, with its row; what is advised works."""
+    data = write_prompts(tmp_path / "long.jsonl", [[1, 2], [3] * 20])
+    wanted = options(tmp_path, dataset={"dataset": str(data)}, engine_options=EngineOptions(max_model_len=20))
+    with pytest.raises(DataError, match="the prompt has 20 tokens, --max-model-len 20") as caught:
+        measure(wanted)
+    assert caught.value.where == f"{data}, row 2" and "--max-tokens 19" in caught.value.fix
+    assert cards.phases == []
+    for more, lengths in (({"max_tokens": 19}, [2, 19]), ({"skip_bad_rows": 1}, [2])):
+        measure(replace(wanted, dataset={"dataset": str(data), **more}))
+        assert [len(ids) for ids in cards.phases[-1].prompts] == lengths
 
 
 def test_measurement_of_another_engine_is_set_aside(cards, tmp_path):

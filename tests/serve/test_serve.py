@@ -180,7 +180,7 @@ def move_away(run: Calibrated) -> None:
         (remove("inc_output_hooks_maxabs_1_2.npz"), FileError, "ranges of a rank are missing", "quantize"),
         (remove("*MAXABS_HW_1_2.npz"), FileError, "scales of a rank are missing: .*HW_1_2.npz", "quantize"),
         (remove("*_2.npz"), FileError, "no files for 2 ranks", "reshard .*model -t 2 .*serve with -t 1"),
-        (change_ranges, FileError, "HW_1_2.json is stale", "quantize"),
+        (change_ranges, FileError, "maxabs_1_2.npz is not the file that the run wrote", "reshard .*model -t 2"),
         (change_backoff, FileError, "stale", "quantize"),
         (break_config, ConfigError, r"not valid JSON \(line 1, column 2\)", "correct that line"),
         (measuring_config, ConfigError, "its mode is MEASURE", "maxabs_quant_"),

@@ -35,17 +35,18 @@ class Room:
 
 DATA_LIBRARIES = frozenset({"pandas", "datasets", "transformers", "pyarrow", "jinja2"})
 NUMPY, PYDANTIC, TORCH = frozenset({"numpy"}), frozenset({"pydantic"}), frozenset({"torch", "numpy"})
-BASE = ("__init__.py", "errors.py", "fp8.py", "files.py", "layout.py", "redaction.py")
+BASE = ("__init__.py", "errors.py", "fp8.py", "files.py", "staging.py", "layout.py", "redaction.py")
 HOUSE = (
     Room(0, "base", BASE),
     Room(1, "models", ("models/*.py",), in_functions=frozenset({"huggingface_hub"})),
+    Room(1, "unpickle", ("unpickle.py",), NUMPY),
     Room(2, "config", ("config/*.py",), PYDANTIC),
     Room(2, "manifest", ("manifest.py",), PYDANTIC),
     Room(3, "ranges", ("ranges/*.py",), NUMPY),
     Room(4, "scales", ("scales/*.py",), NUMPY),
     Room(4, "rankfiles", ("rankfiles/*.py",), NUMPY, frozenset({"safetensors"})),
     Room(4, "data", ("data/*.py",), NUMPY, DATA_LIBRARIES),
-    Room(5, "directory", ("directory.py",)),
+    Room(5, "directory", ("advice.py", "directory.py", "moved.py", "provenance.py")),
     Room(5, "checkpoints", ("checkpoints/*.py",), TORCH | {"safetensors"}, is_heavy=True),
     Room(5, "engines", ("engines/__init__.py", "engines/detect.py")),
     Room(6, "observe", ("engines/observe/*.py",), TORCH, frozenset({"transformers"}), is_heavy=True),

@@ -39,6 +39,7 @@ def measure_channels(
     required: Sequence[Topology] = (),
     cold: ColdPolicy | None = None,
     dtype: str = "bfloat16",
+    vllm: str | None = None,
     compute_dtype: str = "float32",
     torch_device: str = "cpu",
     batch_size: int = 32,
@@ -54,6 +55,7 @@ def measure_channels(
         required: topologies that must divide the model.
         cold: what to do with experts that few tokens reach.
         dtype: what the model is served in; weights are rounded to it first.
+        vllm: version of the vLLM that serves; None for a current one.
         compute_dtype: `float32`, or `bfloat16` to round as a bf16 model does (slow on
             a CPU that emulates bf16).
         torch_device: where it is computed; only the CPU has been tried.
@@ -66,7 +68,7 @@ def measure_channels(
         TopologyError: the model does not divide over the ranks of a required topology.
         RangeError: NaN or infinity in an activation; names node and sample.
     """
-    plan = plan_model(model_dir, dtype)
+    plan = plan_model(model_dir, dtype, vllm)
     for topology in required:
         plan.require_topology(topology)
     sizes = sorted({*worlds, *(topology.world for topology in required)})

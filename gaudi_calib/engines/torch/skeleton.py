@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from gaudi_calib.checkpoints.fit import wrong_shape
 from gaudi_calib.checkpoints.plan import ModelPlan
 from gaudi_calib.checkpoints.weight_names import WeightNames
 from gaudi_calib.engines.torch.attention import ATTENTION_NAME, register_attention
+from gaudi_calib.errors import ModelError
 
 
 def build_skeleton(plan: ModelPlan, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -20,14 +22,15 @@ def build_skeleton(plan: ModelPlan, dtype: torch.dtype, device: torch.device) ->
 
     _quiet_torch()
     register_attention()
-    config = AutoConfig.from_pretrained(plan.checkpoint.directory)
+    with _explained(plan):
+        config = AutoConfig.from_pretrained(plan.checkpoint.directory)
     if plan.layout.text_prefix:
         config = config.get_text_config()
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the checkpoint reader dequantizes
     _serve_long_rope(config)
     implementation = ATTENTION_NAME if plan.layout.uses_attention_interface else "sdpa"
-    with _without_weights():
+    with _explained(plan), _without_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         # transformers keeps some in float32 whatever the model's dtype.
@@ -36,6 +39,20 @@ def build_skeleton(plan: ModelPlan, dtype: torch.dtype, device: torch.device) ->
             device, torch.float32 if is_kept else buffer.dtype
         )
     return model.eval()
+
+
+@contextlib.contextmanager
+def _explained(plan: ModelPlan) -> Iterator[None]:
+    """Raise ModelError for whatever transformers has against config.json."""
+    try:
+        yield
+    except Exception as error:  # a malformed config can raise anything
+        raise ModelError(
+            "transformers cannot build the model that config.json describes",
+            where=plan.checkpoint.directory / "config.json",
+            why=" ".join(f"{type(error).__name__}: {error}".split()),
+            fix="restore the checkpoint's original config.json",
+        ) from error
 
 
 def _quiet_torch() -> None:
@@ -83,10 +100,10 @@ class WeightLoader:
     def load_outer(self, model: nn.Module) -> None:
         """Load what lies outside the decoder layers; the embedding stays in its source dtype, mapped."""
         layout = self.plan.layout
-        head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}  # type: ignore[operator]
         embedding = f"{layout.embedding}.weight"
-        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            if name.startswith(layout.layers + ".") or (id(parameter) in head and name != embedding):
+        self._require_shapes(model)
+        for name in self._list_loaded(model):
+            if name.startswith(layout.layers + "."):
                 continue
             tensor = self.plan.served(self._read([name])[name]).to(self.device)
             _set_parameter(model, name, tensor if name == embedding else tensor.to(self.dtype))
@@ -109,6 +126,23 @@ class WeightLoader:
         finally:
             for name, parameter in empty.items():
                 _set_parameter(module, name, parameter)
+
+    def _require_shapes(self, model: nn.Module) -> None:
+        """Raise ModelError where the checkpoint lacks a weight of the model, or has it in another shape."""
+        experts, checkpoint = self.plan.layout.experts, self.plan.checkpoint
+        skipped = f".{experts.module}." if experts else "/"
+        for name in self._list_loaded(model):
+            if skipped not in name:
+                stored, expected = self._names.find(name), tuple(model.get_parameter(name).shape)
+                if checkpoint.shapes[stored] != expected:
+                    raise wrong_shape(checkpoint, stored, expected)
+
+    def _list_loaded(self, model: nn.Module) -> list[str]:
+        """Names of the parameters but for those of the output projection, which never runs."""
+        head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}  # type: ignore[operator]
+        embedding = f"{self.plan.layout.embedding}.weight"
+        named = model.named_parameters(remove_duplicate=False)
+        return [name for name, parameter in named if id(parameter) not in head or name == embedding]
 
     def _read(self, names: Iterable[str], prefix: str = "") -> dict[str, torch.Tensor]:
         sources = {name: self._names.find(f"{prefix}.{name}" if prefix else name) for name in names}

@@ -23,13 +23,13 @@ from typing import Any
 def main(spec_path: str, result_path: str) -> int:
     """Run the phase and return the exit code."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    spec = json.loads(Path(spec_path).read_text())
+    spec = json.loads(Path(spec_path).read_bytes())
     try:
         result = run(spec)
     except Exception as error:
-        Path(result_path).write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        Path(result_path).write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}), encoding="utf-8")
         raise
-    Path(result_path).write_text(json.dumps(result))
+    Path(result_path).write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 

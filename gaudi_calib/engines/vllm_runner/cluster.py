@@ -45,7 +45,7 @@ def require_cluster(platform: str, world: int) -> None:
 def _ask_cluster(resource: str) -> int:
     command = [sys.executable, "-m", __name__, resource]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        child = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S)
         answer = json.loads(child.stdout.strip().splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
         answer = {"error": f"{type(error).__name__}: no answer from the cluster"}

@@ -21,10 +21,13 @@ from gaudi_calib.engines.vllm_runner.settings import (
     forward_to_ray,
     plan_settings,
 )
-from gaudi_calib.errors import DataError, UsageError
+from gaudi_calib.errors import UsageError
 
 PhaseName = Literal["measure", "quantize"]
 Saving = Literal["ask", "shutdown", "none"]
+
+# Generated after every prompt, so that decoding is measured.
+LEAST_NEW_TOKENS = 1
 
 # A worker writes its ranges while it shuts down; vLLM kills those that take longer.
 _SHUTDOWN_S = "1800"
@@ -109,6 +112,12 @@ def choose_executor(asked: object, world: int, platform: str) -> object:
     return chosen
 
 
+def get_asked_length(options: EngineOptions, facts: Mapping[str, object]) -> int | None:
+    """Return the tokens of a sequence that are asked for, or that the family's engine arguments `facts` name."""
+    given = options.max_model_len or facts.get("max_model_len")
+    return given if isinstance(given, int) else None
+
+
 def plan_phase(
     name: PhaseName,
     platform: str,
@@ -123,10 +132,10 @@ def plan_phase(
     Args:
         platform: what runs now.
         quant_config: file of `config`, on a disk that all nodes see.
-        prompts: token ids of the calibration data.
+        prompts: token ids of the calibration data, with room for `LEAST_NEW_TOKENS` after each.
 
     Raises:
-        DataError: a prompt is too long. UsageError: see `choose_executor`.
+        UsageError: see `choose_executor`.
     """
     if "QUANT_CONFIG" in options.env:
         raise UsageError(
@@ -139,9 +148,7 @@ def plan_phase(
     else:
         new, facts = options.max_new_tokens, family.measure_args if family else {}
         default = -(-(max(map(len, prompts)) + new) // _LENGTH_STEP) * _LENGTH_STEP
-    given = options.max_model_len or facts.get("max_model_len")
-    limit = given if isinstance(given, int) else min(default, deployed.context or default)
-    _require_length(prompts, limit)
+    limit = get_asked_length(options, facts) or min(default, deployed.context or default)
     settings = plan_settings(platform, config, quant_config, deployed).with_args(
         dtype="bfloat16",
         max_model_len=limit,
@@ -165,7 +172,7 @@ def plan_phase(
         deployed.model,
         settings,
         prompts,
-        [max(1, min(new, limit - len(ids))) for ids in prompts],
+        [max(LEAST_NEW_TOKENS, min(new, limit - len(ids))) for ids in prompts],
         options.batch_size,
         "none" if name == "quantize" else "shutdown" if platform == "hpu" else "ask",
     )
@@ -181,14 +188,3 @@ def _plan_environment(platform: str, world: int) -> dict[str, str]:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
     return bind_cpus(world, os.environ) if platform == "cpu" else {}
-
-
-def _require_length(prompts: Sequence[Sequence[int]], limit: int) -> None:
-    for number, ids in enumerate(prompts):
-        if len(ids) >= limit:
-            raise DataError(
-                f"prompt {number} has {len(ids)} tokens, and a sequence may have {limit}",
-                where="--max-model-len",
-                why="at least one token is generated after it",
-                fix=f"cut prompts with --max-tokens {limit - 1}, or raise --max-model-len as far as the model allows",
-            )

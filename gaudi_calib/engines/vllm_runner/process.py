@@ -5,7 +5,6 @@ interrupted, is ended; when this process is killed, the child notices and ends i
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from typing import IO, Any
 
 from gaudi_calib.engines.vllm_runner.phases import Phase
 from gaudi_calib.errors import CalibrationError
-from gaudi_calib.files import write_json
+from gaudi_calib.files import read_json, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
         spec, result = Path(scratch) / "spec.json", Path(scratch) / "result.json"
         write_json(spec, _to_spec(phase), indent=None)
         code, output = _run_child([str(spec), str(result)], phase, log)
-        report = json.loads(result.read_text()) if result.is_file() else {}
+        report = read_json(result) if result.is_file() else {}
     if code != 0 or "error" in report or not report:
         raise _explain_failure(phase, log, code, output.cause or report.get("error"), output.tail)
     return report
@@ -140,7 +139,7 @@ def list_group(group: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, member_of = path.read_text().rpartition(")")[2].split()[:3]
+            state, _, member_of = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
             if int(member_of) == group and state not in "ZX":
                 found.append(int(path.parent.name))
     return found

@@ -1,0 +1,69 @@
+"""Runs that were moved or copied: `dump_stats_path` is absolute, and names the place where a run was made."""
+
+import contextlib
+import logging
+import os
+import shlex
+from pathlib import Path
+
+from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.files import read_json
+
+_log = logging.getLogger(__name__)
+
+_MOST_OF_A_CONFIG = 1 << 20  # bytes; what is larger is something else
+
+
+def find_beside(config_path: Path, dump_stats_path: str) -> Path | None:
+    """Return what the `dump_stats_path` of a config would be where the config is now, None where it leads there.
+
+    A run that was copied, or is mounted elsewhere, names its old place, which may be there as well.
+    None, too, where no rank files lie beside the config: then the path alone tells where they are.
+    """
+    named = Path(os.path.abspath(dump_stats_path))
+    for parent in dict.fromkeys((config_path.absolute().parent, config_path.resolve().parent)):
+        for directory in (parent / named.parent.name, parent):
+            if directory.name == named.parent.name and CalibrationDir(directory, dump=named.name).is_filled:
+                place = directory.parent.resolve() / directory.name
+                return None if is_same_place(place, named.parent) else place / named.name
+    return None
+
+
+def is_same_place(directory: Path, other: Path) -> bool:
+    """Whether two paths lead to one directory that exists."""
+    try:
+        return directory.samefile(other)
+    except OSError:
+        return False
+
+
+def list_quant_configs(run: Path) -> dict[Path, str]:
+    """Return the `dump_stats_path` of every QUANT_CONFIG file directly in a run directory."""
+    found = {}
+    for path in sorted(run.glob("[!.]*.json")):
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # anybody's JSON
+            content = read_json(path) if path.is_file() and path.stat().st_size <= _MOST_OF_A_CONFIG else None
+            if isinstance(content, dict) and isinstance(content.get("dump_stats_path"), str):
+                os.fsencode(content["dump_stats_path"])  # no path otherwise
+                found[path] = content["dump_stats_path"]
+    return found
+
+
+def find_moved_configs(run: Path) -> dict[Path, Path]:
+    """Return what the `dump_stats_path` of every QUANT_CONFIG of a run should be, where it leads elsewhere."""
+    beside = {path: find_beside(path, named) for path, named in list_quant_configs(run).items()}
+    return {path: dump for path, dump in beside.items() if dump is not None}
+
+
+def advise_relocation(run: Path) -> str:
+    """Return the command that has the configs of a run name the place where it is."""
+    return shlex.join(["gaudi-calib", "relocate", str(run)])
+
+
+def warn_of_move(source: CalibrationDir) -> None:
+    """Warn where configs of the run name another place, from which serving would take ranges and scales."""
+    run = source.path.resolve().parent
+    moved = [path.name for path in find_moved_configs(run)]
+    if moved:
+        advice = advise_relocation(run)
+        _log.warning("The run in %s has moved: %s name another place; run `%s`", run, ", ".join(moved), advice)

@@ -1,0 +1,127 @@
+"""Which configs a run uses, and how they are written: a QUANT_CONFIG in place belongs to the user.
+
+The one that is asked for wins, then the one in place, then the family's preset. `--scale-method` changes
+the method and what follows from it, and leaves all else. What is replaced moves to `replaced/`.
+
+A `--config-quant` that lies in the run directory is not copied over `maxabs_quant_<device>.json`: it is a
+QUANT_CONFIG of its own beside it, of the device whose directory it names.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gaudi_calib.config.file import read_quant_config, write_quant_config
+from gaudi_calib.config.model import QuantConfig, to_content, with_dump_stats_path
+from gaudi_calib.config.presets import change_method, measure_config, quant_config
+from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.errors import ConfigError, UsageError
+from gaudi_calib.files import write_bytes
+from gaudi_calib.fp8 import DEVICES
+from gaudi_calib.layout import DeviceLayout
+from gaudi_calib.models.families import Family
+from gaudi_calib.runs.options import RunOptions
+from gaudi_calib.staging import REPLACED_NAME
+
+if TYPE_CHECKING:
+    from gaudi_calib.checkpoints.plan import ModelPlan
+
+
+def find_side_config(options: RunOptions) -> Path | None:
+    """Return the QUANTIZE config that is asked for where it lies in the run directory, else None."""
+    path = options.quant_config and options.quant_config.resolve()
+    return path if path and path.parent == options.layout.root.resolve() else None
+
+
+def choose_devices(options: RunOptions, *, fresh: bool) -> tuple[str, ...]:
+    """Return the devices that are meant: of a config in the run its own; of a finished run those it has.
+
+    Raises:
+        UsageError: the config is of a device that is not asked for.
+    """
+    path = find_side_config(options)
+    device = CalibrationDir.named_by(read_quant_config(path), path).device if path else None
+    if device is not None and device.name not in options.devices:
+        raise UsageError(
+            f"{path} is for {device.name}, and {', '.join(options.devices)} is asked for",
+            fix=f"leave --device out, or give --device {device.name}",
+        )
+    if device is not None:
+        return (device.name,)
+    if fresh or options.devices != tuple(DEVICES):
+        return options.devices
+    there = (name for name in DEVICES if CalibrationDir(options.layout.device(name).directory).files)
+    return tuple(there) or options.devices
+
+
+def choose_measure_config(options: RunOptions, layout: DeviceLayout, family: Family, *, fresh: bool) -> QuantConfig:
+    """Return the MEASURE config of a device.
+
+    Args:
+        fresh: the run measures; otherwise the config that was measured with counts where there is no file.
+
+    Raises:
+        ConfigError: the file is invalid, or no config to measure with.
+    """
+    path = options.measure_config or layout.measure_config
+    config: QuantConfig | None = None
+    if path.is_file():
+        config = read_quant_config(path)
+    elif not fresh:
+        config = CalibrationDir(layout.directory).measure_config
+    if config is None:
+        return measure_config(family, layout.dump_stats_path)
+    if config.mode != "MEASURE" or config.measure_exclude != "OUTPUT":
+        raise ConfigError(
+            "not usable as a MEASURE config here",
+            where=path,
+            why=f"mode is {config.mode}, measure_exclude {config.measure_exclude}; the torch engine records "
+            "inputs, weights and the outputs INC requires",
+            fix="set mode to MEASURE and leave measure_exclude out",
+        )
+    return with_dump_stats_path(config, layout.dump_stats_path)
+
+
+def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Family) -> QuantConfig:
+    """Return the QUANTIZE config of a device.
+
+    Raises:
+        ConfigError: the file is invalid or does not serve, or does not go with the method asked for.
+    """
+    path, method = options.quant_config or layout.quant_config, options.scale_method
+    if not path.is_file():
+        return quant_config(family, layout.dump_stats_path, method or "maxabs_hw")
+    config = with_dump_stats_path(read_quant_config(path), layout.dump_stats_path)
+    if config.mode not in ("QUANTIZE", "LOAD") or config.fp8_config != "E4M3":
+        raise ConfigError(
+            "not usable as a QUANTIZE config here",
+            where=path,
+            why=f"mode is {config.mode}, fp8_config {config.fp8_config}",
+            fix="set mode to QUANTIZE, and fp8_config to E4M3, for which scales are computed",
+        )
+    return change_method(config, family, method) if method else config
+
+
+def require_blocked(config: QuantConfig, plan: "ModelPlan", path: Path) -> None:
+    """Raise ConfigError where `config`, of the file `path`, leaves a module to be measured that no engine measures."""
+    free = [name for name in plan.unmeasured if not config.is_blocked(name)]
+    if free and config.uses_stats_files:
+        raise ConfigError(
+            f"{free[0]} cannot be measured (nor {len(free) - 1} more)",
+            where=f"blocklist of {path}",
+            why="no engine measures such layers, and serving fails where one that is not blocked has no ranges",
+            fix="add " + ", ".join(repr(name) for name in plan.family.blocklist) + " to the blocklist's names",
+        )
+
+
+def stage_config(staging: Path, path: Path, config: QuantConfig) -> None:
+    """Write `config` to the staging directory for `path`, and beside it, in `replaced/`, what is at `path` now.
+
+    A file that says the same already is left as it is.
+    """
+    if path.is_file():
+        with suppress(ConfigError):  # one that cannot be read is replaced, too
+            if to_content(read_quant_config(path)) == to_content(config):
+                return
+        write_bytes(staging / REPLACED_NAME / path.name, path.read_bytes())
+    write_quant_config(staging / path.name, config)
