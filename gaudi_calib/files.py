@@ -1,6 +1,7 @@
 """The only writer of single files, which appear complete or not at all; `staging` writes many together."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import itertools
@@ -10,13 +11,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from gaudi_calib.errors import FileError
+from gaudi_calib.errors import FileError, UsageError
 
+# Characters of a path that cannot be, in its error.
+_SHOWN = 80
 # Tell temporary files apart: of processes (a number may come back after a kill), and of one process.
 _TOKEN = os.urandom(4).hex()
 _numbers = itertools.count()
 # A compressed file may unpack to so many bytes, or to so many times its size where that is more.
 _LEAST_UNPACKED_BYTES, _MOST_COMPRESSION = 1 << 28, 50
+
+
+def expand_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path a user means: with a home in the place of `~` or `~user`, where there is one.
+
+    Raises:
+        UsageError: no file can be called so.
+
+    >>> expand_path("~/out") == Path.home() / "out", expand_path("~nobody-is-called-so/out").as_posix()
+    (True, '~nobody-is-called-so/out')
+    """
+    text = os.path.expanduser(path)
+    try:
+        os.lstat(text)
+    except (OSError, ValueError) as error:  # ValueError: NUL, or half a character
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            shown = ascii(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!a}... ({len(text)} characters)"
+            why = getattr(error, "strerror", None) or str(error)
+            raise UsageError(f"no file can be called {shown}: {why}", fix="give another path") from error
+    return Path(text)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

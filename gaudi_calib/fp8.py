@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from gaudi_calib.errors import UsageError
 
+# What is not FP8 ("high precision"): `--dtype` of vLLM, and INC's name of it (`hp_dtype`).
+HP_DTYPES = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
+
 FRACTION_BITS = 3
 EXPONENT_BIAS = 7
 _TOP_EXPONENT = 15  # the largest that four bits hold
@@ -41,6 +44,15 @@ class Device:
     def free_scales(self) -> tuple[float, ...]:
         """The free scales themselves, in INC's order."""
         return tuple(2.0**k for k in self.free_exponents)
+
+    @property
+    def largest_range(self) -> float:
+        """Largest magnitude that some free scale brings into the FP8 range.
+
+        >>> GAUDI2.largest_range, GAUDI3.largest_range
+        (3840.0, 57344.0)
+        """
+        return self.fullscale * max(self.free_scales)
 
     def decode(self, code: int) -> float:
         """Return the value of an FP8 code, 0 to 255; inf or NaN where it stands for no number.

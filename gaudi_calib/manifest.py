@@ -137,6 +137,7 @@ class Manifest(_Facts):
         device: the device that will serve, `g2` or `g3`.
         platform: what measured, `hpu`, `cuda` or `cpu`.
         engine: `torch` or `vllm`.
+        dtype: what the model was measured for being served in (`--dtype` of vLLM).
         measured_world: number of ranks of the measurement.
         expert_parallel: whether ranks hold whole experts where nothing else is asked for.
         worlds: numbers of ranks whose files were written.
@@ -165,6 +166,7 @@ class Manifest(_Facts):
     device: str | None = None
     platform: str | None = None
     engine: str | None = None
+    dtype: str | None = None
     measured_world: int | None = None
     expert_parallel: bool = False
     worlds: dict[int, WorldFacts] = Field(default_factory=dict)

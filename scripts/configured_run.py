@@ -21,6 +21,7 @@ from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.detect import detect_platform, require_gaudi
 from gaudi_calib.errors import UsageError
+from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import DUMP_NAME, RunLayout
 from gaudi_calib.staging import stage_files
@@ -95,21 +96,22 @@ def find_configured_run(device: str | None) -> ConfiguredRun:
         UsageError: QUANT_CONFIG is not set, or has no dump_stats_path.
         CalibrationError: the file is no valid config, or nothing says which device will serve.
     """
-    path = os.environ.get("QUANT_CONFIG")
-    if not path:
+    given = os.environ.get("QUANT_CONFIG")
+    if not given:
         raise UsageError(
             "QUANT_CONFIG is not set",
             why="this step reads from it where the measurements are and what is left out",
             fix="export QUANT_CONFIG=FILE.json (`gaudi-calib config show` prints one), or use `gaudi-calib calibrate`",
         )
-    config = read_quant_config(Path(path))
+    path = expand_path(given)
+    config = read_quant_config(path)
     if not config.dump_stats_path:
         raise UsageError(
             "QUANT_CONFIG has no dump_stats_path", where=path, fix="add it: OUT/<model>/<device>/inc_output"
         )
-    placed = CalibrationDir.named_by(config, Path(path))
+    placed = CalibrationDir.named_by(config, path)
     known = placed.settle_device(device) or require_gaudi(detect_platform())
-    return ConfiguredRun(Path(path), placed.path / str(placed.dump), known.name)
+    return ConfiguredRun(path, placed.path / str(placed.dump), known.name)
 
 
 class IdleFlag(argparse.Action):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gaudi_calib.cli.main import main as run_command
 from gaudi_calib.cli.main import report_errors
-from gaudi_calib.files import write_bytes
+from gaudi_calib.files import expand_path, write_bytes
 
 # Our flags -> the reference's.
 FLAGS = {"--max-tokens": "--max-model-length", "-l": "--max-dataset-samples"}
@@ -39,7 +39,7 @@ def main() -> int:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     content = io.BytesIO()
     pd.DataFrame(rows).to_pickle(content)
-    target = Path(f"{options.output_name}-calibration-dataset.pkl")
+    target = expand_path(f"{options.output_name}-calibration-dataset.pkl")
     write_bytes(target, content.getvalue())
     counts = json.loads(summary.getvalue())
     print(f"{counts['prompts']} prompts, {counts['tokens']} tokens: {target}")

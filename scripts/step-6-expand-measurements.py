@@ -9,9 +9,9 @@ does not have are taken as well.
 
 import argparse
 import sys
-from pathlib import Path
 
 from gaudi_calib.cli.main import main as run_command
+from gaudi_calib.files import expand_path
 from gaudi_calib.layout import MANIFEST_NAME
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     words = ["expand", options.measurements, "-w", str(options.target_world_size), "-o", options.out]
     if options.tensor_parallel:
         words.append("--no-expert-parallel")
-    elif not (Path(options.measurements) / MANIFEST_NAME).is_file():
+    elif not (expand_path(options.measurements) / MANIFEST_NAME).is_file():
         words.append("--expert-parallel")
     words += ["--device", options.device] if options.device else []
     return run_command([*words, *more], flags={"--no-expert-parallel": "--tensor-parallel"})

@@ -29,7 +29,7 @@ from gaudi_calib.checkpoints.halving import (
 )
 from gaudi_calib.checkpoints.writer import ConversionPlan, describe_plan, plan_conversion, read_chunks, split_bytes
 from gaudi_calib.errors import FileError, ModelError
-from gaudi_calib.files import read_json
+from gaudi_calib.files import expand_path, read_json
 from gaudi_calib.models.headers import Header, Span, read_header
 from gaudi_calib.models.source import GAUDI2_RECORD, HALVED_ENV, list_quantizations
 
@@ -98,7 +98,7 @@ def plan_gaudi2(source: Path, out: Path) -> ConversionPlan[Gaudi2Converter]:
         UsageError: `out` is `source` or inside it.
         FileError: `out` holds something else, or the disk is too small.
     """
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(expand_path(source))
     plan = plan_conversion(checkpoint, out, _make_converter(checkpoint))
     if not any(_is_too_large(plan, shard) for shard in plan.shards):
         raise ModelError(

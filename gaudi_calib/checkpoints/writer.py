@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from gaudi_calib.checkpoints.checkpoint import Checkpoint
 from gaudi_calib.errors import FileError, UsageError
-from gaudi_calib.files import is_temporary, read_json, write_json
+from gaudi_calib.files import expand_path, is_temporary, read_json, write_json
 from gaudi_calib.models.headers import Header, Span, read_header
 from gaudi_calib.staging import stage_files
 
@@ -102,7 +102,7 @@ def plan_conversion(checkpoint: Checkpoint, out: Path, converter: C) -> Conversi
         UsageError: `out` is the checkpoint or inside it.
         FileError: `out` holds something else, or the disk is too small.
     """
-    source, out = checkpoint.directory.resolve(), out.expanduser().resolve()
+    source, out = checkpoint.directory.resolve(), expand_path(out).resolve()
     if out == source or source in out.parents:
         raise UsageError(
             "the output is inside the checkpoint",

@@ -23,6 +23,6 @@ def calibrate(as_json: bool, dry_run: bool, **arguments: Any) -> None:
 
     options = make_run_options(arguments)
     if dry_run:
-        print_paths(run.list_files(options))
+        print_paths(run.list_files(options), as_json=as_json)
         return
     print_result(run.calibrate(options), options, as_json=as_json)

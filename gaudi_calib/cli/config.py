@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gaudi_calib.cli.options import device_option, json_option, output_option
+from gaudi_calib.cli.options import PathType, device_option, json_option, output_option
 from gaudi_calib.cli.sections import Command
 from gaudi_calib.fp8 import DEVICES
 
@@ -17,9 +17,7 @@ def config() -> None:
 
 
 @config.command(cls=Command, epilog="Example: gaudi-calib config show -m models/my-llama --device g3")
-@click.option(
-    "-m", "--model", type=click.Path(path_type=Path), help="Model directory; its config.json tells the family."
-)
+@click.option("-m", "--model", type=PathType(), help="Model directory; its config.json tells the family.")
 @click.option("--family", "family_name", help="Model family instead of a model; `config presets` lists them.")
 @output_option("As in calibrate.", default="out")
 @device_option("To serve on.", takes_all=True)
@@ -40,7 +38,7 @@ def show(model: Path | None, family_name: str | None, out: Path, device: str, sc
 
 
 @config.command(cls=Command, epilog="Example: gaudi-calib config validate --device g3 my_quant.json")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=PathType())
 @device_option("Check for serving on this device, too.")
 @json_option
 def validate(files: tuple[Path, ...], device: str | None, as_json: bool) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from gaudi_calib.cli.options import json_option, model_option, output_option
+from gaudi_calib.cli.pipeline import print_paths
 from gaudi_calib.cli.sections import command, option
 
 
@@ -27,6 +28,8 @@ def convert_weights(model: str, out: Path, dry_run: bool, as_json: bool) -> None
     plan = gaudi2.plan_gaudi2(download_model(model), out)
     click.echo(gaudi2.describe_conversion(plan, is_full=dry_run), err=as_json)
     if dry_run:
+        if as_json:
+            print_paths([plan.out / name for name in map(Path, [*plan.shards, *plan.copies])], as_json=True)
         return
     counts = run_conversion(plan, on_file=lambda name: click.echo(f"  done: {name}", err=True))
     click.echo(gaudi2.dump_result(plan, counts) if as_json else gaudi2.describe_result(plan, counts))

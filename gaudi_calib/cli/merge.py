@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from gaudi_calib.cli.options import output_option
+from gaudi_calib.cli.options import DIRECTORY, output_option
 from gaudi_calib.cli.pipeline import print_paths
 from gaudi_calib.cli.sections import command
 
@@ -14,7 +14,7 @@ from gaudi_calib.cli.sections import command
     "directories",
     nargs=-1,
     required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=DIRECTORY,
     metavar="DIR...",
 )
 @output_option("Where the results go; may be one of DIR.", required=True)

@@ -4,6 +4,7 @@ A bundle of them is a decorator (`measuring_options`); the comment above it says
 """
 
 import json
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -14,11 +15,37 @@ import click
 from gaudi_calib.cli.sections import Function, bundle, option
 from gaudi_calib.data import DEFAULT_SEED
 from gaudi_calib.data.rows import COLUMNS
+from gaudi_calib.errors import UsageError
+from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.runs.options import CHOICES, RunOptions
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+
+class PathType(click.Path):
+    """A path; `~` is the home also where the shell leaves it (`--output=~/out`)."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(path_type=Path, **settings)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the `Path`, or fail where none can be called so, or what is there is of another kind."""
+        try:
+            path = expand_path(value)
+        except UsageError as error:
+            self.fail(error.what, param, ctx)
+        return super().convert(path, param, ctx)
+
+
+class PathOrNameType(click.types.StringParamType):
+    """A path or a name of the hub; only `~` tells that it is a path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text, with the home in the place of `~`."""
+        return os.path.expanduser(super().convert(value, param, ctx))
+
+
+_FILE = PathType(exists=True, dir_okay=False)
+DIRECTORY = PathType(exists=True, file_okay=False)
 
 json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
@@ -61,12 +88,12 @@ def _parse_value(text: str) -> Any:
 
 def model_option(text: str = "Model directory, or Hugging Face name (ORG/NAME).") -> Function:
     """Add -m/--model, required; the command receives `model` (str)."""
-    return option("-m", "--model", required=True, help=text)
+    return option("-m", "--model", required=True, type=PathOrNameType(), help=text)
 
 
 def output_option(text: str, *, is_file: bool = False, **settings: Any) -> Function:
     """Add -o/--output; the command receives `out` (Path, None where it is neither required nor given)."""
-    kind = click.Path(file_okay=is_file, dir_okay=not is_file, path_type=Path)
+    kind = PathType(file_okay=is_file, dir_okay=not is_file)
     return option("-o", "--output", "out", type=kind, help=text, **settings)
 
 
@@ -108,7 +135,9 @@ target_options = bundle(
         count_option("-r", "--rank", "unified_world", help="Also write the files for this many ranks; must divide -t."),
         experts_option(found="as measured; as the family is served"),
         device_option("Device that will serve: Gaudi 2, Gaudi 3, or files for both.", takes_all=True),
-        choice_option("--dtype", "What the model is served in; weights are rounded to it first."),
+        choice_option(
+            "--dtype", "What the model is served in; weights are rounded to it first.  [as measured; bfloat16]"
+        ),
         vllm_option(found="a current one"),
         section="What will serve",
     ),
@@ -123,6 +152,7 @@ dataset_options = bundle(
         "--dataset",
         required=True,
         multiple=True,
+        type=PathOrNameType(),
         help="Dataset: a .pkl, .jsonl, .json, .parquet, .csv or .txt file (also .gz, .xz, .bz2), a dataset directory, "
         "a Hugging Face dataset (ORG/NAME or ORG/NAME:CONFIG), or 'builtin'; repeatable, then each has the share of "
         "its rows, or with -d NAME=WEIGHT that of its weight.",
@@ -224,7 +254,7 @@ quantizing_options = bundle(
 # The fields of `runs.conversion.Conversion`: expert_parallel, model, skips_scales, device.
 conversion_options = bundle(
     experts_option(found="found out"),
-    option("--model", type=_DIRECTORY, help="Model directory: its config.json tells the number of experts."),
+    option("--model", type=DIRECTORY, help="Model directory: its config.json tells the number of experts."),
     option("-s", "--skip-scales", "skips_scales", is_flag=True, help="Ranges only."),
     device_option("Device of the scales.  [from the manifest or the directory's name]"),
 )
@@ -233,8 +263,8 @@ conversion_options = bundle(
 def directory_options(function: Function) -> Function:
     """Add DIR, -m/--measurements in its place, and -o; the command receives `directory` and `out` (DIR without -o)."""
 
-    @click.argument("directory", required=False, type=_DIRECTORY, metavar="DIR")
-    @option("-m", "--measurements", type=_DIRECTORY, metavar="DIR", help="DIR, as the reference's step spells it.")
+    @click.argument("directory", required=False, type=DIRECTORY, metavar="DIR")
+    @option("-m", "--measurements", type=DIRECTORY, metavar="DIR", help="DIR, as the reference's step spells it.")
     @output_option("Where the results go.  [in place]")
     @wraps(function)
     def with_directory(directory: Path | None, measurements: Path | None, out: Path | None, **arguments: Any) -> Any:

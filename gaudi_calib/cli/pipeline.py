@@ -59,8 +59,11 @@ def make_conversion(arguments: dict[str, Any]) -> "Conversion":
     return Conversion(**arguments)
 
 
-def print_paths(paths: Iterable[Path]) -> None:
-    """Print what was written, a path a line."""
+def print_paths(paths: Iterable[Path], *, as_json: bool = False) -> None:
+    """Print what was, or would be, written: a path a line, or as `files` of a JSON object."""
+    if as_json:
+        click.echo(json.dumps({"files": list(map(str, paths))}, indent=2))
+        return
     for path in paths:
         click.echo(path)
 

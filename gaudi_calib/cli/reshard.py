@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from gaudi_calib.cli.options import device_option, experts_option, output_option, vllm_option, world_option
+from gaudi_calib.cli.options import DIRECTORY, device_option, experts_option, output_option, vllm_option, world_option
 from gaudi_calib.cli.pipeline import print_paths
 from gaudi_calib.cli.sections import command
 
 
 @command(epilog="Example: gaudi-calib reshard out/llama -t 8")
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run", type=DIRECTORY)
 @world_option(required=True)
 @experts_option(found="as the run was made")
 @device_option("Device that will serve: one, or all the run has.", takes_all=True)

@@ -1,12 +1,11 @@
 """`gaudi-calib serve`."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import click
 
-from gaudi_calib.cli.options import device_option, experts_option, model_option, world_option
+from gaudi_calib.cli.options import PathType, device_option, experts_option, model_option, world_option
 from gaudi_calib.cli.sections import command, option
 
 _log = logging.getLogger(__name__)
@@ -18,7 +17,7 @@ _log = logging.getLogger(__name__)
 )
 @model_option()
 @option(
-    "--quant-config", type=click.Path(path_type=Path),
+    "--quant-config", type=PathType(),
     help="What QUANT_CONFIG will be: OUT/<model>/maxabs_quant_<device>.json. Not for AWQ, GPTQ, "
     "compressed-tensors and FP8 checkpoints that are served with their own method.",
 )  # fmt: skip

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema,
 from gaudi_calib.config.method_form import MethodForm, OneOf, PositiveFloat, StrictModel, build_table, spell_out
 from gaudi_calib.config.methods import SCALE_METHODS, MethodTable, ScaleMethod
 from gaudi_calib.errors import ConfigError, Finding
-from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device, get_device
+from gaudi_calib.fp8 import GAUDI2, GAUDI3, HP_DTYPES, Device, get_device
 
 
 def _read_flag(value: object) -> object:
@@ -98,7 +98,7 @@ class QuantConfig(StrictModel):
     scale_params: ScaleParams = ScaleParams()
     device_for_scales: Annotated[str | None, OneOf("GAUDI2", "GAUDI3")] = None
     fp8_config: Annotated[str, OneOf("E4M3", "E5M2")] = "E4M3"
-    hp_dtype: Annotated[str, OneOf("BF16", "FP16", "FP32")] = "BF16"
+    hp_dtype: Annotated[str, OneOf(*HP_DTYPES.values())] = "BF16"
     measure_on_hpu: Flag = True
     seperate_measure_files: Flag = True  # INC's spelling
     row_parallel_linear_allreduce_quantization: Flag = False
@@ -139,6 +139,11 @@ class QuantConfig(StrictModel):
         """Whether INC reads or writes ranges: not for fixed scales, not for dynamic ones."""
         fixed = all(method.is_fixed for method in self.method_table.methods)
         return not ((self.dynamic_quantization or fixed) and self.mode in ("QUANTIZE", "LOAD"))
+
+    @property
+    def dtype(self) -> str:
+        """What the model is served in, as vLLM calls it."""
+        return next(dtype for dtype, hp_dtype in HP_DTYPES.items() if hp_dtype == self.hp_dtype)
 
     @property
     def required_env(self) -> dict[str, str]:
@@ -209,6 +214,11 @@ def get_scales_device(config: QuantConfig, device: Device) -> Device:
 def with_dump_stats_path(config: QuantConfig, dump_stats_path: str | os.PathLike[str]) -> QuantConfig:
     """Return `config` with ranges and scales at `dump_stats_path` (made absolute)."""
     return config.model_copy(update={"dump_stats_path": os.path.abspath(dump_stats_path)})
+
+
+def describe_dtype(dtype: str) -> dict[str, str]:
+    """Return the keys of QUANT_CONFIG for a model that is served in `dtype`; none for bfloat16, INC's default."""
+    return {} if dtype == "bfloat16" else {"hp_dtype": HP_DTYPES[dtype]}
 
 
 def to_content(config: QuantConfig) -> dict[str, Any]:

@@ -97,6 +97,13 @@ def _check_path(config: QuantConfig) -> Iterator[Finding]:
             "INC puts the files of all ranks in the directory and starts their names with the prefix",
             "write a path such as /data/out/g3/inc_output",
         )
+    if "\0" in config.dump_stats_path:
+        yield Finding(
+            "dump_stats_path",
+            f"dump_stats_path {config.dump_stats_path!r} has a NUL character",
+            "no file can be called so",
+            "remove the character",
+        )
 
 
 def _check_backoffs(config: QuantConfig) -> Iterator[Finding]:

@@ -9,10 +9,10 @@ What exists as a path is one, whatever it contains.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from gaudi_calib.errors import UsageError
+from gaudi_calib.files import expand_path
 
 _WEIGHTED = re.compile(r"(.+)=([+-]?[\w.]+)")
 _WEIGHT = re.compile(r"\d{1,9}(\.\d{1,9})?")
@@ -55,7 +55,7 @@ def parse_datasets(given: str | Sequence[str]) -> list[WeightedDataset]:
 
 def _parse(text: str) -> WeightedDataset:
     parts = _WEIGHTED.fullmatch(text)
-    if parts is None or Path(text).expanduser().exists():
+    if parts is None or expand_path(text).exists():
         return WeightedDataset(text)
     name, weight = parts.groups()
     if not (_WEIGHT.fullmatch(weight) and float(weight)):

@@ -25,7 +25,7 @@ from gaudi_calib.data.rows import TOKEN_IDS, Row
 from gaudi_calib.data.sources import BUILTIN, explained, read_rows
 from gaudi_calib.data.tokens import Rendering, load_tokenizer, tokenize_row
 from gaudi_calib.errors import DataError, UsageError
-from gaudi_calib.files import write_text
+from gaudi_calib.files import expand_path, write_text
 from gaudi_calib.models.source import find_model
 
 _log = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ def prepare_prompts(
         bad_before = bad_rows.count
         rows.append(read_rows(each.name, columns=columns, bad_rows=bad_rows))
         parts.append(Part(each, len(rows[-1]) + bad_rows.count - bad_before))
-    template = None if chat_template is None else _read_template(Path(chat_template))
+    template = None if chat_template is None else _read_template(expand_path(chat_template))
     needs_tokenizer = any(row.token_ids is None for row in chain(*rows))
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code) if needs_tokenizer else None
     render = partial(tokenize_row, tokenizer=tokenizer, chat_template=template)
@@ -315,7 +315,7 @@ def _check_number(prompts: Prompts, limit: int | None, min_tokens: int | None) -
 def _read_template(path: Path) -> str:
     fix = "give --chat-template a readable file with a Jinja template in UTF-8"
     with explained("cannot read the chat template", OSError, ValueError, where=path, fix=fix):
-        return path.expanduser().read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
 
 
 def write_prompts(path: Path, prompts: Prompts) -> None:
@@ -324,4 +324,4 @@ def write_prompts(path: Path, prompts: Prompts) -> None:
     Raises:
         FileError: it cannot be written; a file that was there is unchanged.
     """
-    write_text(path, "".join(json.dumps({TOKEN_IDS: ids}) + "\n" for ids in prompts.token_ids))
+    write_text(expand_path(path), "".join(json.dumps({TOKEN_IDS: ids}) + "\n" for ids in prompts.token_ids))

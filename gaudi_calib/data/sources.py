@@ -29,7 +29,7 @@ from gaudi_calib.data.bad_rows import BadRows, RowError
 from gaudi_calib.data.pickles import read_pickle
 from gaudi_calib.data.rows import COLUMNS, Record, Row, make_rows
 from gaudi_calib.errors import DataError
-from gaudi_calib.files import unpack
+from gaudi_calib.files import expand_path, unpack
 
 BUILTIN = "builtin"
 Records = list[Record | RowError]
@@ -58,7 +58,7 @@ def read_rows(dataset: str, *, columns: Mapping[str, str] | None = None, bad_row
         UsageError: `columns` names an unknown column.
     """
     columns = columns or {}
-    path = Path(dataset).expanduser()
+    path = expand_path(dataset)
     if dataset == BUILTIN:
         with resources.as_file(resources.files(__package__) / "builtin.jsonl") as builtin:
             records = _read_file(builtin, BUILTIN)
@@ -238,7 +238,7 @@ def _data_files(path: Path) -> Iterator[Path]:
 def _read_hub(name: str, columns: Mapping[str, str]) -> Records:
     suffixes = {suffix.lower() for suffix in Path(name).suffixes}
     if suffixes & {*_READERS, *_DECOMPRESSORS} or not _HUB_NAME.fullmatch(name):
-        raise DataError("no such dataset file", where=Path(name).expanduser().absolute(), fix="check the path of -d")
+        raise DataError("no such dataset file", where=expand_path(name).absolute(), fix="check the path of -d")
     import datasets
 
     hub_id, _, config = name.partition(":")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gaudi_calib.errors import FileError, ModelError
-from gaudi_calib.files import read_json
+from gaudi_calib.files import expand_path, read_json
 from gaudi_calib.models.families import Family, find_family
 
 _log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def locate_model(name: str) -> Path | None:
     Raises:
         ModelError: neither.
     """
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if path.is_dir():
         return path
     if path.exists() or not _HUB_NAME.fullmatch(name):
@@ -224,7 +224,7 @@ def open_model(directory: str | os.PathLike[str]) -> ModelSource:
     Raises:
         ModelError: there is no config.json, or it is no JSON object.
     """
-    path = Path(directory)
+    path = expand_path(directory)
     return ModelSource(str(directory), path, _read_config(path))
 
 

@@ -15,6 +15,7 @@ from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_set
+from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.run import Run, RunResult, Target
 from gaudi_calib.runs.torch_steps import derive_ranks, derive_target, measure_model
@@ -127,6 +128,7 @@ def _load_ranges(run: Run) -> None:
                     raise _refuse_sharing(run, placed, world)
             derive_target(run, read_channel_ranges(placed.require_channels()), target, world)
         run.require_covered(target)
+    warn_of_limits(run)
 
 
 def _restore_npz(run: Run, target: Target, ranks: list[RankSet[Node]]) -> None:
@@ -186,6 +188,7 @@ def _quantize_worlds(run: Run, worlds: Iterable[int]) -> None:
         for rank_set in (rank_set for world in worlds for rank_set in target.ranges[world]):
             weights = partial(run.plan.read_rank_weight, rank=rank_set.rank, topology=run.topology(rank_set.world))
             nodes = select_nodes(rank_set, target.quant_config)
-            scales = compute_scales(nodes, method, scales_device, weights=weights)
+            hp_dtype = target.quant_config.hp_dtype
+            scales = compute_scales(nodes, method, scales_device, weights=weights, hp_dtype=hp_dtype)
             written = write_rank_set(run.staging / target.device.name, scales, method=method.file_tag)
             run.record_scales(target, scales, written)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gaudi_calib.config.file import read_quant_config, write_quant_config
-from gaudi_calib.config.model import QuantConfig, to_content, with_dump_stats_path
+from gaudi_calib.config.model import QuantConfig, describe_dtype, to_content, with_dump_stats_path
 from gaudi_calib.config.presets import change_method, measure_config, quant_config
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError, UsageError
 from gaudi_calib.files import write_bytes
-from gaudi_calib.fp8 import DEVICES
+from gaudi_calib.fp8 import DEVICES, HP_DTYPES
 from gaudi_calib.layout import DeviceLayout
 from gaudi_calib.models.families import Family
 from gaudi_calib.runs.options import RunOptions
@@ -54,10 +54,53 @@ def choose_devices(options: RunOptions, *, fresh: bool) -> tuple[str, ...]:
     return tuple(there) or options.devices
 
 
-def choose_measure_config(options: RunOptions, layout: DeviceLayout, family: Family, *, fresh: bool) -> QuantConfig:
+def choose_dtype(options: RunOptions, *, fresh: bool) -> str:
+    """Return what the model is served in: as asked for, else as the run was measured or its config says.
+
+    Raises:
+        UsageError: another is asked for than was measured.
+    """
+    places = [CalibrationDir(options.layout.device(name).directory) for name in options.devices]
+    if fresh:
+        in_place = (place.quant_config for place in places if not options.quant_config)
+        return options.dtype or next((config.dtype for config in in_place if config), "bfloat16")
+    known = (place.origin.dtype for place in places if place.origin and place.origin.dtype)
+    measured, asked = next(known, None), options.dtype
+    if measured and asked and measured != asked:
+        raise UsageError(
+            f"--dtype {asked}, and the ranges were measured for {measured}",
+            where=options.layout.root,
+            why="weights were rounded to it before they were measured",
+            fix=f"leave --dtype out, or run `gaudi-calib calibrate` with --dtype {asked}",
+        )
+    return measured or asked or "bfloat16"
+
+
+def _settle_dtype(config: QuantConfig, dtype: str, given: Path | None) -> QuantConfig:
+    """Return a config of a model that is served in `dtype`; one that is `given` says so itself.
+
+    Raises:
+        ConfigError: it is for another.
+    """
+    if config.dtype == dtype:
+        return config
+    if given is None:
+        return config.model_copy(update={"hp_dtype": HP_DTYPES[dtype]})
+    raise ConfigError(
+        f"hp_dtype is {config.hp_dtype}, and the model is served in {dtype}",
+        where=given,
+        why="INC converts to and from hp_dtype; it is to be the type of the model (--dtype)",
+        fix=f"give --dtype {config.dtype}, or make it hp_dtype {HP_DTYPES[dtype]} in the file",
+    )
+
+
+def choose_measure_config(
+    options: RunOptions, layout: DeviceLayout, family: Family, dtype: str, *, fresh: bool
+) -> QuantConfig:
     """Return the MEASURE config of a device.
 
     Args:
+        dtype: what the model is served in.
         fresh: the run measures; otherwise the config that was measured with counts where there is no file.
 
     Raises:
@@ -70,7 +113,7 @@ def choose_measure_config(options: RunOptions, layout: DeviceLayout, family: Fam
     elif not fresh:
         config = CalibrationDir(layout.directory).measure_config
     if config is None:
-        return measure_config(family, layout.dump_stats_path)
+        return measure_config(family, layout.dump_stats_path, **describe_dtype(dtype))
     if config.mode != "MEASURE" or config.measure_exclude != "OUTPUT":
         raise ConfigError(
             "not usable as a MEASURE config here",
@@ -79,10 +122,10 @@ def choose_measure_config(options: RunOptions, layout: DeviceLayout, family: Fam
             "inputs, weights and the outputs INC requires",
             fix="set mode to MEASURE and leave measure_exclude out",
         )
-    return with_dump_stats_path(config, layout.dump_stats_path)
+    return with_dump_stats_path(_settle_dtype(config, dtype, options.measure_config), layout.dump_stats_path)
 
 
-def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Family) -> QuantConfig:
+def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Family, dtype: str) -> QuantConfig:
     """Return the QUANTIZE config of a device.
 
     Raises:
@@ -90,7 +133,7 @@ def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Famil
     """
     path, method = options.quant_config or layout.quant_config, options.scale_method
     if not path.is_file():
-        return quant_config(family, layout.dump_stats_path, method or "maxabs_hw")
+        return quant_config(family, layout.dump_stats_path, method or "maxabs_hw", **describe_dtype(dtype))
     config = with_dump_stats_path(read_quant_config(path), layout.dump_stats_path)
     if config.mode not in ("QUANTIZE", "LOAD") or config.fp8_config != "E4M3":
         raise ConfigError(
@@ -99,6 +142,7 @@ def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Famil
             why=f"mode is {config.mode}, fp8_config {config.fp8_config}",
             fix="set mode to QUANTIZE, and fp8_config to E4M3, for which scales are computed",
         )
+    config = _settle_dtype(config, dtype, options.quant_config)
     return change_method(config, family, method) if method else config
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.files import expand_path
 from gaudi_calib.ranges.experts import choose_part
 from gaudi_calib.ranges.unify import expand_ranks, gather_world
 from gaudi_calib.runs.conversion import Conversion, write_converted
@@ -22,7 +23,7 @@ def expand_dir(
         FileError: a rank of `from_world` is missing or malformed; nothing is written.
         TopologyError, RangeError: see `gather_world`, `settle_expert_parallel`, `expand_ranks`.
     """
-    source, conversion = CalibrationDir(directory), conversion or Conversion()
+    source, conversion = CalibrationDir(expand_path(directory)), conversion or Conversion()
     ranks = gather_world(source.read_world(from_world))
     evidence = find_evidence(source, ranks, conversion.model)
     if from_world == 1 and conversion.expert_parallel is not None:
@@ -31,4 +32,4 @@ def expand_dir(
     expanded = expand_ranks(ranks, world, expert_parallel=split)
     choose = choose_part(world // from_world, 0) if split else None
     converted = Converted(from_world, ranks.inventory, expanded, choose, split if ranks.layers else None)
-    return write_converted(source, out, converted, conversion)
+    return write_converted(source, expand_path(out), converted, conversion)

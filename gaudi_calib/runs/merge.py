@@ -14,6 +14,7 @@ from typing import Any
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, ModelError, UsageError
+from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, RankFile, list_rank_files
 from gaudi_calib.manifest import Manifest, WorldFacts, record_run
@@ -66,7 +67,8 @@ def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
     """
     if len(directories) < 2:
         raise UsageError("nothing to merge with", where=directories, fix="give the directories of two or more runs")
-    runs = _find_runs(directories)
+    out = expand_path(out)
+    runs = _find_runs([expand_path(path) for path in directories])
     for places in (list(run.devices.values()) for run in runs if run.devices):
         warn_of_move(places[0])
     _check_kind(out, runs)

@@ -1,12 +1,14 @@
 """What to calibrate, and how: the options of a run, and which of them go together."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaudi_calib.errors import UsageError
-from gaudi_calib.fp8 import DEVICES
+from gaudi_calib.files import expand_path
+from gaudi_calib.fp8 import DEVICES, HP_DTYPES
 from gaudi_calib.layout import RunLayout
 
 if TYPE_CHECKING:
@@ -15,15 +17,32 @@ if TYPE_CHECKING:
 # What some fields of `RunOptions` may be.
 CHOICES = {
     "engine": ("auto", "torch", "vllm"),
-    "dtype": ("bfloat16", "float16", "float32"),
+    "dtype": tuple(HP_DTYPES),
     "compute_dtype": ("float32", "bfloat16"),
     "cold_experts": ("fill", "ignore", "error"),
+}
+# Options that one engine alone obeys, with their flags: fields of `RunOptions` for torch, of `EngineOptions` for vllm.
+# (Not `enforce_eager`: the torch engine does what it asks for. Not `batch_size`, `trust_remote_code`: both obey.)
+OPTIONS_OF = {
+    "torch": {
+        "compute_dtype": "--compute-dtype",
+        "min_expert_tokens": "--min-expert-tokens",
+        "vllm": "--vllm",
+    },
+    "vllm": {
+        "max_new_tokens": "--max-new-tokens",
+        "max_model_len": "--max-model-len",
+        "gpu_memory_utilization": "--gpu-memory-utilization",
+        "executor": "--executor",
+        "args": "--engine-arg",
+        "env": "--env",
+    },
 }
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What to calibrate, and how. Relative paths count from the caller's directory.
+    """What to calibrate, and how. Relative paths count from the caller's directory, `~` is a home.
 
     Attributes:
         model: directory or hub name of the checkpoint.
@@ -36,7 +55,7 @@ class RunOptions:
         platform: what measures now, `hpu`, `cuda` or `cpu`.
         engine_options: how the `vllm` engine runs, or None for its defaults.
         batch_size: sequences that run together, at most.
-        dtype: what the model is served in.
+        dtype: what the model is served in; None: as it was measured, else bfloat16.
         expert_parallel: whether ranks hold whole experts (-u); None: as the family is served.
         vllm: version of the vLLM that will serve, or None for a current one.
         cold_experts: what to do with experts that see fewer than `min_expert_tokens` tokens:
@@ -58,7 +77,7 @@ class RunOptions:
     platform: str = "cpu"
     engine_options: "EngineOptions | None" = None
     batch_size: int = 32
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     compute_dtype: str = "float32"
     expert_parallel: bool | None = None
     vllm: str | None = None
@@ -69,13 +88,28 @@ class RunOptions:
     quant_config: Path | None = None
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", os.path.expanduser(self.model))
+        for name in ("out", "measure_config", "quant_config"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, expand_path(getattr(self, name)))
+
     @property
     def layout(self) -> RunLayout:
-        return RunLayout(self.out.expanduser().resolve(), self.model, self.name)
+        return RunLayout(self.out.resolve(), self.model, self.name)
 
     @property
     def worlds(self) -> tuple[int, ...]:
         return tuple(sorted({self.world, self.unified_world or self.world}))
+
+    def list_ignored(self, engine: str) -> list[str]:
+        """Return the flags of options that `engine` ignores and that are not as they are by default."""
+        from gaudi_calib.engines.vllm_runner.phases import EngineOptions
+
+        (other,) = OPTIONS_OF.keys() - {engine}
+        given, defaults = (self, RunOptions("", Path())) if other == "torch" else (self.engine_options, EngineOptions())
+        flags = OPTIONS_OF[other].items() if given is not None else ()
+        return [flag for name, flag in flags if getattr(given, name) != getattr(defaults, name)]
 
 
 def check_options(options: RunOptions) -> None:
@@ -84,7 +118,7 @@ def check_options(options: RunOptions) -> None:
     from gaudi_calib.ranges.derive import parse_vllm_version
 
     for name, choices in CHOICES.items():
-        if getattr(options, name) not in choices:
+        if getattr(options, name) not in (*choices, getattr(RunOptions, name)):
             raise UsageError(f"unknown {name} {getattr(options, name)!r}", fix=f"choose one of {', '.join(choices)}")
     if options.name is not None and (options.name in ("", "..") or Path(options.name).name != options.name):
         raise UsageError(f"--name {options.name!r} is no name of a directory", fix="give the root of the runs with -o")

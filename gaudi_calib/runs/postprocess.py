@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.files import expand_path
 from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.rankfiles.store import write_rank_sets
@@ -22,6 +23,7 @@ def postprocess_dir(directory: Path, out: Path) -> list[Path]:
     Raises:
         FileError: no ranges in `directory`, or one is malformed; nothing is written.
     """
+    directory, out = expand_path(directory), expand_path(out)
     source = CalibrationDir(directory)
     warn_of_move(source)
     worlds = {

@@ -71,6 +71,11 @@ class Recipe(NamedTuple):
         return describe_scaling(config, self.device)
 
     @property
+    def hp_dtype(self) -> str:
+        """What INC computes them in."""
+        return self.config.hp_dtype if self.config else "BF16"
+
+    @property
     def scales_device(self) -> Device:
         """The device whose FP8 range and free scales apply."""
         if self.config is None:
@@ -163,7 +168,9 @@ def _compute(
         table = tabulate_ranges(rank_set.nodes)
         if last is None or last[0] is not table or last[1] != chosen:
             picked = replace(rank_set, nodes=_pick_nodes(table, chosen))
-            solved = compute_scales(picked, recipe.table, recipe.scales_device, weights=lambda _: None)
+            solved = compute_scales(
+                picked, recipe.table, recipe.scales_device, weights=lambda _: None, hp_dtype=recipe.hp_dtype
+            )
             last = table, chosen
         scales.append(replace(solved, rank=rank_set.rank, dump=rank_set.dump))
     return scales

@@ -7,6 +7,7 @@ from pathlib import Path
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, TopologyError
+from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES, get_device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout, list_rank_files
 from gaudi_calib.moved import warn_of_move
@@ -44,7 +45,7 @@ def reshard_dir(
         FileError: no channel ranges, or they are damaged.
         TopologyError: the model does not divide over the ranks, or it is not known how they share experts.
     """
-    run, devices = _find_run(run, devices)
+    run, devices = _find_run(expand_path(run), devices)
     sources = [CalibrationDir(run / name) for name in devices]
     warn_of_move(sources[0])
     paths = {source.require_channels() for source in sources}
@@ -61,7 +62,7 @@ def reshard_dir(
     written: list[Path] = []
     for source, (topology, ranks) in zip(sources, results, strict=True):
         split = topology.expert_parallel if channels.has_experts else None
-        target = (out or run) / source.path.name
+        target = (expand_path(out) if out else run) / source.path.name
         written += write_world(source, target, ranks, expert_parallel=split, is_bounded=is_bounded)
     return written
 

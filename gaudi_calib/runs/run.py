@@ -37,6 +37,7 @@ from gaudi_calib.ranges.topology import Topology
 from gaudi_calib.ranges.unify import gather_world
 from gaudi_calib.runs.configs import (
     choose_devices,
+    choose_dtype,
     choose_measure_config,
     choose_quant_config,
     find_side_config,
@@ -53,7 +54,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # Facts of a measurement that hold for every device.
-_INHERITED = ("dataset", "platform", "engine", "vllm", "measured_world", "measurement", "merged", "merged_datasets")
+_INHERITED = (
+    "dataset",
+    "platform",
+    "engine",
+    "dtype",
+    "vllm",
+    "measured_world",
+    "measurement",
+    "merged",
+    "merged_datasets",
+)
 
 
 @dataclass(frozen=True)
@@ -127,11 +138,17 @@ class Run:
         self.warnings: list[str] = []
         self.layout, self.serves, self.fresh = options.layout, serves, fresh
         self.options = options = replace(options, devices=choose_devices(options, fresh=fresh))
-        self.plan: ModelPlan = plan_model(download_model(options.model), options.dtype, options.vllm)
+        self.dtype = choose_dtype(options, fresh=fresh)
+        self.plan: ModelPlan = plan_model(download_model(options.model), self.dtype, options.vllm)
         if self.plan.head and (told := self.plan.head.describe(self.plan.checkpoint)):
             self.warn(told)
         if options.expert_parallel and not self.plan.experts:
             self.warn("-u/--expert-parallel has no effect: the model has no experts")
+        if self.dtype != "bfloat16":
+            self.warn(
+                f"--dtype {self.dtype}: vllm-gaudi serves every model in bfloat16, and INC would convert to "
+                f"{self.dtype}; leave --dtype out unless another vLLM serves"
+            )
         for world in options.worlds:
             self.plan.require_topology(self.topology(world))
         self._require_own_root()
@@ -195,6 +212,7 @@ class Run:
         with ExitStack() as stack:
             for target in self.targets:
                 made = {"device": target.device.name, "platform": self.options.platform, "engine": self.options.engine}
+                made["dtype"] = self.dtype
                 fresh = self.fresh and (self.needs_ranges or target.placed.manifest is None)
                 facts = made if fresh else self._inherit(target)
                 recorded = record_run(target.layout.manifest, fresh=fresh, model=self.model, **facts)
@@ -322,8 +340,8 @@ class Run:
 
     def _make_target(self, device: Device) -> Target:
         options, layout, family = self.options, self.layout.device(device.name), self.plan.family
-        measuring = choose_measure_config(options, layout, family, fresh=self.fresh)
-        serving = choose_quant_config(options, layout, family)
+        measuring = choose_measure_config(options, layout, family, self.dtype, fresh=self.fresh)
+        serving = choose_quant_config(options, layout, family, self.dtype)
         get_scales_device(serving, device)
         path = find_side_config(options) or layout.quant_config
         require_blocked(measuring, self.plan, layout.measure_config)

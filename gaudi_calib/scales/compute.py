@@ -25,11 +25,11 @@ import numpy as np
 from gaudi_calib.config.methods import MethodTable, ScaleMethod, TensorScaling, get_scale_method
 from gaudi_calib.errors import ConfigError, RangeError
 from gaudi_calib.fp8 import Device
-from gaudi_calib.ranges import bf16
 from gaudi_calib.ranges.layer_types import find_layer_type, is_expert_matmul
 from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, RankSet, ScaleNode, find_op
 from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, ScaleShape, ScaleTable, tabulate_ranges
 from gaudi_calib.scales.optimal import choose_tensor_scale
+from gaudi_calib.scales.precision import FP32, PRECISIONS, Precision
 from gaudi_calib.scales.rounding import round_scales
 from gaudi_calib.scales.tensor import scale_channels, scale_ranges
 
@@ -44,17 +44,19 @@ def compute_scales(
     *,
     weights: WeightReader,
     layer_types: Mapping[str, str] | None = None,
+    hp_dtype: str = "BF16",
 ) -> RankSet[ScaleNode]:
     """Return the scales of one rank, bit for bit those INC computes.
 
     Args:
-        ranges: one rank's ranges; rounded to bfloat16 first, as INC does.
+        ranges: one rank's ranges; rounded to `hp_dtype` first, as INC does.
         method: a published name, or the table of a dict form. Dynamic-only methods are computed as
             if static (a per-channel activation gets one scale from its range).
         device: the device that will serve.
         weights: returns the rank's weight of a node, float32 of shape (out, in), or None.
             Called only for per-channel and `OPT` rules, and where a weight has no range.
         layer_types: module class by node name, for nodes `find_layer_type` gets wrong.
+        hp_dtype: what INC computes in: `BF16`, `FP16` or `FP32`, as in QUANT_CONFIG.
 
     Returns:
         Nodes in the order of `ranges`. Scales are floats; output scales of a linear
@@ -64,20 +66,22 @@ def compute_scales(
     Raises:
         RangeError: a range that is needed is missing, NaN, infinite, negative, or leads to a
             scale of 0 (a division by zero when serving), or a weight is missing or malformed.
-        ConfigError: the table has `layer_types` and a node's class is not known.
+        ConfigError: the table has `layer_types` and a node's class is not known, or an `OPT` rule and another
+            `hp_dtype` than BF16.
     """
     table = MethodTable(get_scale_method(method)) if isinstance(method, str) else method
+    formats = _choose_formats(table, device, hp_dtype)
     measured = tabulate_ranges(ranges.nodes)
     names, count = measured.inventory.names, len(measured.inventory.names)
     shapes = [ScaleShape(0, 0, False)] * count
     solved = []
     others: dict[str, ScaleNode] = {}
     for alike in _find_classes(measured.inventory, table, layer_types or {}):
-        scales = _solve_class(alike, measured, device)
+        scales = _solve_class(alike, measured, formats)
         if scales.weight_rule is not None:
             for row, inputs, output in zip(alike.rows.tolist(), scales.inputs, scales.output, strict=True):
                 rule = scales.weight_rule
-                others[names[row]] = _scale_node(names[row], inputs.tolist(), output, rule, weights, device)
+                others[names[row]] = _scale_node(names[row], inputs.tolist(), output, rule, weights, formats)
             continue
         shape = ScaleShape(scales.inputs.shape[1], 1, scales.weight is not None)
         for row in alike.rows.tolist():
@@ -90,6 +94,29 @@ def compute_scales(
         numbers[inventory.starts[rows][:, None] + np.arange(matrix.shape[1])] = matrix
     nodes = ScaleTable(inventory, numbers, others)
     return RankSet(ranges.rank, ranges.world, nodes, ranges.modules, dump=ranges.dump)
+
+
+class _Formats(NamedTuple):
+    """The number formats of the scaled values and of the scales.
+
+    Attributes:
+        device: whose FP8 applies.
+        precision: what scales are computed in.
+    """
+
+    device: Device
+    precision: Precision
+
+
+def _choose_formats(table: MethodTable, device: Device, hp_dtype: str) -> _Formats:
+    if hp_dtype != "BF16" and any(method.weight.scale_value_type == "OPT" for method in table.methods):
+        raise ConfigError(
+            f"{table.file_tag.lower()} is computed for bfloat16 only, and hp_dtype is {hp_dtype}",
+            where="scale_method",
+            why="it tries scales on every weight in the arithmetic of that type",
+            fix="serve in bfloat16, or choose a method without OPT, such as maxabs_hw",
+        )
+    return _Formats(device, PRECISIONS[hp_dtype])
 
 
 class _Class(NamedTuple):
@@ -151,7 +178,7 @@ def _find_rules(name: str, op: Op, table: MethodTable, layer_types: Mapping[str,
     return table.for_node(name, layer_type)
 
 
-def _find_sources(op: Op, shape: RangeShape) -> tuple[list[Part], Part | None]:
+def find_sources(op: Op, shape: RangeShape) -> tuple[list[Part], Part | None]:
     """Return the ranges that the inputs' scales come from, and that of the output where it has its own."""
     if op is Op.MATMUL:
         return [("inputs", 0), ("inputs", 1)], None
@@ -167,43 +194,44 @@ def _find_sources(op: Op, shape: RangeShape) -> tuple[list[Part], Part | None]:
     return [("inputs", 0)], ("outputs", 0) if op is Op.ROW_PARALLEL_LINEAR else None
 
 
-def _solve_class(alike: _Class, measured: RangeTable, device: Device) -> _ClassScales:
-    activation, (inputs, output) = alike.rules.activation, _find_sources(alike.op, alike.shape)
+def _solve_class(alike: _Class, measured: RangeTable, formats: _Formats) -> _ClassScales:
+    activation, (inputs, output) = alike.rules.activation, find_sources(alike.op, alike.shape)
     is_linear = alike.op in (Op.LINEAR, Op.ROW_PARALLEL_LINEAR)
     if is_linear and activation.is_fixed:
         output = ("outputs", 0)
     parts = inputs if output is None else [*inputs, output]
-    scales = _scale_parts(alike, parts, activation, measured, device)
+    scales = _scale_parts(alike, parts, activation, measured, formats)
     entries = scales[:, : len(inputs)]
     if alike.op is Op.KV_CACHE:
         return _ClassScales(entries, entries[:, 0])
     if not is_linear:
-        product = bf16.multiply(entries[:, 0], entries[:, 1]) if output is None else scales[:, -1]
+        product = formats.precision.multiply(entries[:, 0], entries[:, 1]) if output is None else scales[:, -1]
         return _ClassScales(entries, product)
     rule, own = alike.rules.weight, scales[:, -1] if output is not None else None
     has_range = alike.shape.weight is not None and rule.scale_value_type == "MAXABS" and not rule.is_per_channel
     if not (rule.is_fixed or has_range):
         return _ClassScales(entries, np.full(len(scales), np.nan) if own is None else own, weight_rule=rule)
-    weight = _scale_parts(alike, [("weight", 0)], rule, measured, device)[:, 0]
-    return _ClassScales(entries, bf16.multiply(weight, entries[:, 0]) if own is None else own, weight)
+    weight = _scale_parts(alike, [("weight", 0)], rule, measured, formats)[:, 0]
+    return _ClassScales(entries, formats.precision.multiply(weight, entries[:, 0]) if own is None else own, weight)
 
 
 def _scale_parts(
-    alike: _Class, parts: Sequence[Part], rule: TensorScaling, measured: RangeTable, device: Device
+    alike: _Class, parts: Sequence[Part], rule: TensorScaling, measured: RangeTable, formats: _Formats
 ) -> np.ndarray:
     """Return the scales of some ranges of a class: float32, shape (nodes, parts)."""
     if rule.is_fixed:
-        return scale_ranges(np.zeros((len(alike.rows), len(parts))), rule, device)
+        return scale_ranges(np.zeros((len(alike.rows), len(parts))), rule, *formats)
     measured_ranges = _take_ranges(alike, parts, measured)
-    ranges = bf16.round_to_bf16(measured_ranges)
+    ranges = formats.precision.round(measured_ranges)
     bad = ~(np.isfinite(ranges) & (ranges >= 0))
     if bad.any():
         node, part = np.argwhere(bad)[0].tolist()
         found = float(measured_ranges[node, part])
-        raise _bad_range(alike.names[alike.rows[node]], _label(parts[part]), found, int(bad.sum()))
-    scales = scale_ranges(ranges, rule, device)
+        name, label = alike.names[alike.rows[node]], label_part(parts[part])
+        raise _bad_range(name, label, found, int(bad.sum()), formats.precision)
+    scales = scale_ranges(ranges, rule, *formats)
     for node, part in np.argwhere((scales == 0) | ~np.isfinite(scales)).tolist():
-        name, label = alike.names[alike.rows[node]], _label(parts[part])
+        name, label = alike.names[alike.rows[node]], label_part(parts[part])
         if not (ranges[node, part] == 0 and is_expert_matmul(name) and label == "inputs[0]"):
             raise _bad_scale(name, label, float(measured_ranges[node, part]), float(scales[node, part]), rule)
     return scales
@@ -221,7 +249,7 @@ def _take_ranges(alike: _Class, parts: Sequence[Part], measured: RangeTable) -> 
     missing = next((part for part in parts if places.get(part, (0, 0))[1] == 0), None)
     if missing is not None:
         raise RangeError(
-            f"node {alike.names[alike.rows[0]]!r} has no range {_label(missing)}",
+            f"node {alike.names[alike.rows[0]]!r} has no range {label_part(missing)}",
             where=alike.names[alike.rows[0]],
             why=f"the scales of a {alike.op.value} need it",
             fix="measure the model again",
@@ -234,40 +262,40 @@ def _take_ranges(alike: _Class, parts: Sequence[Part], measured: RangeTable) -> 
     return np.stack(columns, axis=1)
 
 
-def _label(part: Part) -> str:
+def label_part(part: Part) -> str:
+    """Return how messages call a range of a node: `inputs[0]`, `weight`."""
     return "weight" if part[0] == "weight" else f"{part[0]}[{part[1]}]"
 
 
 def _scale_node(
-    name: str, inputs: list[float], output: float, rule: TensorScaling, weights: WeightReader, device: Device
+    name: str, inputs: list[float], output: float, rule: TensorScaling, weights: WeightReader, formats: _Formats
 ) -> ScaleNode:
     """Return the scales of a linear layer whose weight has to be looked at; `output` is NaN where it follows."""
-    scales, stored = _scale_weight(name, rule, weights, device)
+    scales, stored = _scale_weight(name, rule, weights, formats)
     if not np.isnan(output):
         return ScaleNode(tuple(inputs), (float(output),), stored)
     product = np.multiply(scales, np.float32(inputs[0]))
     if rule.scale_value_type != "OPT" or rule.is_per_channel:
-        product = bf16.round_to_bf16(product)
+        product = formats.precision.round(product)
     return ScaleNode(tuple(inputs), (float(product) if product.ndim == 0 else product,), stored)
 
 
 def _scale_weight(
-    name: str, rule: TensorScaling, weights: WeightReader, device: Device
+    name: str, rule: TensorScaling, weights: WeightReader, formats: _Formats
 ) -> tuple[np.ndarray, float | np.ndarray | PerChannelWeight]:
     """Return the weight's scales and the form they are stored in."""
     weight = _read_weight(name, weights)
     if rule.is_per_channel:
-        scales = scale_channels(weight, rule, device)
+        scales = scale_channels(weight, rule, *formats)
         stored: float | np.ndarray | PerChannelWeight = PerChannelWeight(
             scales, np.ones(weight.shape[1], dtype=np.float32)
         )
     elif rule.scale_value_type == "OPT":
-        chosen = choose_tensor_scale(weight, rule.find_candidates(device), device)
-        stored = scales = round_scales(
-            np.array([chosen], dtype=np.float32), rule.rounding_method, device, in_bf16=False
-        )
+        chosen = choose_tensor_scale(weight, rule.find_candidates(formats.device), formats.device)
+        # INC keeps these in float32.
+        stored = scales = round_scales(np.array([chosen], dtype=np.float32), rule.rounding_method, formats.device, FP32)
     else:
-        scales = scale_ranges(np.abs(weight).max(initial=0.0), rule, device)
+        scales = scale_ranges(np.abs(weight).max(initial=0.0), rule, *formats)
         stored = float(scales)
     if not np.all(np.isfinite(scales) & (scales > 0)):
         largest = float(np.abs(weight).max(initial=0.0))
@@ -295,12 +323,12 @@ def _read_weight(name: str, weights: WeightReader) -> np.ndarray:
     return weight
 
 
-def _bad_range(name: str, part: str, value: float, count: int) -> RangeError:
+def _bad_range(name: str, part: str, value: float, count: int, precision: Precision) -> RangeError:
     more = f" (and {count - 1} more)" if count > 1 else ""
     return RangeError(
         f"range {part} of node {name!r} is {value}{more}",
         where=name,
-        why="a range is a finite maximum of absolute values that bfloat16 can hold",
+        why=f"a range is a finite maximum of absolute values that {precision.dtype} can hold",
         fix="find the sample that overflows and measure again",
     )
 

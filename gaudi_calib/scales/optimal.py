@@ -15,8 +15,8 @@ from functools import lru_cache
 import numpy as np
 
 from gaudi_calib.fp8 import Device
-from gaudi_calib.ranges import bf16
 from gaudi_calib.scales.cast import cast_to_fp8
+from gaudi_calib.scales.precision import BF16
 
 _MAGNITUDES = 1 << 15
 _CHUNK = 1 << 20  # weight elements looked up at a time
@@ -32,8 +32,8 @@ def quantization_error(x: np.ndarray, scale: float | np.ndarray, device: Device)
     Returns:
         float32 holding bfloat16 values, of the shape of `x`.
     """
-    quantized = cast_to_fp8(bf16.divide(x, scale), device)
-    return bf16.subtract(x, bf16.multiply(quantized, scale))
+    quantized = cast_to_fp8(BF16.divide(x, scale), device)
+    return BF16.subtract(x, BF16.multiply(quantized, scale))
 
 
 def choose_tensor_scale(weight: np.ndarray, candidates: tuple[float, ...], device: Device) -> np.float32:
@@ -53,7 +53,7 @@ def choose_tensor_scale(weight: np.ndarray, candidates: tuple[float, ...], devic
     for scale in candidates:
         total = counts[present] @ _squared_errors(float(scale), device)[present].astype(np.float64)
         with np.errstate(over="ignore"):
-            norm = float(bf16.round_to_bf16(np.sqrt(np.float32(total))))
+            norm = float(BF16.round(np.sqrt(np.float32(total))))
         if norm <= best_norm:
             best, best_norm = np.float32(scale), norm
     return best
@@ -79,11 +79,11 @@ def choose_channel_scales(
         chunk = slice(start, start + rows)
         magnitudes = _find_magnitudes(weight[chunk])
         for factor in map(np.float32, factors):
-            error = _channel_errors(magnitudes, bf16.multiply(reference[chunk], bf16.round_to_bf16(factor)), device)
+            error = _channel_errors(magnitudes, BF16.multiply(reference[chunk], BF16.round(factor)), device)
             better = error < best_error[chunk]
-            best[chunk][better] = bf16.round_to_bf16(factor)
+            best[chunk][better] = BF16.round(factor)
             best_error[chunk][better] = error[better]
-    return bf16.multiply(best, reference)
+    return BF16.multiply(best, reference)
 
 
 def _channel_errors(magnitudes: np.ndarray, scales: np.ndarray, device: Device) -> np.ndarray:
@@ -93,12 +93,12 @@ def _channel_errors(magnitudes: np.ndarray, scales: np.ndarray, device: Device) 
         rows = scales == scale
         totals[rows] = _rounded_squares(float(scale), device)[magnitudes[rows]].sum(axis=1, dtype=np.float64)
     with np.errstate(over="ignore"):
-        return bf16.round_to_bf16(totals.astype(np.float32))
+        return BF16.round(totals.astype(np.float32))
 
 
 def _find_magnitudes(weight: np.ndarray) -> np.ndarray:
     """Return the bfloat16 bit patterns of |weight|, uint16 of the same shape."""
-    bits = bf16.round_to_bf16(weight).view(np.uint32) >> np.uint32(16)
+    bits = BF16.round(weight).view(np.uint32) >> np.uint32(16)
     return (bits & np.uint32(_MAGNITUDES - 1)).astype(np.uint16)
 
 
@@ -122,4 +122,4 @@ def _squared_errors(scale: float, device: Device) -> np.ndarray:
 @lru_cache(maxsize=128)
 def _rounded_squares(scale: float, device: Device) -> np.ndarray:
     """Return `_squared_errors` rounded to bfloat16, as the per-channel methods add them."""
-    return bf16.round_to_bf16(_squared_errors(scale, device))
+    return BF16.round(_squared_errors(scale, device))

@@ -4,11 +4,11 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from gaudi_calib.engines.detect import detect_apart
 from gaudi_calib.engines.vllm_runner.child import open_engine
+from gaudi_calib.files import expand_path
 from gaudi_calib.serve.arguments import Asked
 from gaudi_calib.serve.command import ServeOptions, plan_engine
 
@@ -48,7 +48,11 @@ def open_llm(
             print(llm.generate("Paris is")[0].outputs[0].text)
     """
     options = ServeOptions(
-        str(model), None if quant_config is None else Path(quant_config), tensor_parallel_size, device, expert_parallel
+        os.path.expanduser(model),
+        None if quant_config is None else expand_path(quant_config),
+        tensor_parallel_size,
+        device,
+        expert_parallel,
     )
     asked = [Asked(f"{name}={value!r}", name, value) for name, value in engine_args.items()]
     settings, note, warnings = plan_engine(options, detect_apart(), asked)

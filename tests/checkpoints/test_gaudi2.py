@@ -194,6 +194,11 @@ def test_a_dry_run_prints_files_and_sizes_and_touches_nothing(
     assert "model-00002-of-00002.safetensors  " in printed and "kB" in printed
     assert "tokenizer.json  26 B" in printed
     assert "not converted, though FP8: consolidated.safetensors" in printed
+    assert main(["convert-weights", "-m", str(source), "-o", str(tmp_path / "out"), "--dry-run", "--json"]) == 0
+    names = {
+        Path(path).relative_to(tmp_path / "out").as_posix() for path in json.loads(capsys.readouterr().out)["files"]
+    }
+    assert {"model-00002-of-00002.safetensors", "tokenizer.json", "config.json"} <= names
     assert not (tmp_path / "out").exists() and snapshot(source) == before
 
 

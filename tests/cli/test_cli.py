@@ -14,6 +14,7 @@ import pytest
 from gaudi_calib import errors
 from gaudi_calib.cli import main as cli_main
 from gaudi_calib.cli.main import COMMANDS, cli, main
+from gaudi_calib.cli.options import PathOrNameType, PathType
 from tests.support import paths
 from tests.support.processes import run_cli
 
@@ -117,6 +118,15 @@ def test_help_of_many_options_is_in_sections(capsys: pytest.CaptureFixture[str])
     assert shown == {next(opt for opt in param.opts if opt[:2] == "--") for param in LEAVES["calibrate",].params} | {
         "--help"
     }
+
+
+@pytest.mark.parametrize("words", LEAVES, ids=" ".join)
+def test_every_path_of_every_command_knows_a_home(words: tuple[str, ...]) -> None:
+    """Paths are of our type, which expands `~`; so are models and datasets, which may be names."""
+    for parameter in LEAVES[words].params:
+        assert isinstance(parameter.type, PathType) or not isinstance(parameter.type, click.Path), parameter.name
+        if parameter.name in ("model", "dataset"):
+            assert isinstance(parameter.type, PathType | PathOrNameType), parameter.name
 
 
 def test_output_is_one_word_everywhere() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gaudi_calib.cli.main import main
+from gaudi_calib.cli.measure import measure
 from gaudi_calib.config.presets import measure_config, quant_config
 from gaudi_calib.engines import detect
 from gaudi_calib.engines.detect import Platform
@@ -28,9 +29,10 @@ from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.models.families import find_family
 from gaudi_calib.runs import calibrate as pipeline
 from gaudi_calib.runs.calibrate import RunResult
-from gaudi_calib.runs.options import RunOptions
+from gaudi_calib.runs.options import OPTIONS_OF, RunOptions
 from gaudi_calib.runs.vllm_steps import computes_scales, settle_engine
 
+RESULT = RunResult(Path(), (), {}, ())
 PROMPTS = [[1] * 100, [2] * 300]
 BLOCK_FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
@@ -183,7 +185,7 @@ def test_static_per_channel_scales_need_a_variable():
 def test_the_command_line_reaches_the_engine(monkeypatch):
     """Every option of the vllm engine arrives; --engine-arg takes JSON values, --env plain text."""
     runs = []
-    monkeypatch.setattr(pipeline, "measure", lambda options: runs.append(options) or RunResult(Path(), (), {}, ()))
+    monkeypatch.setattr(pipeline, "measure", lambda options: runs.append(options) or RESULT)
     words = "measure -m m -d builtin -o out -t 2 --engine vllm -e --max-new-tokens 3 --max-model-len 64 --executor mp"
     more = "--gpu-memory-utilization 0.5 --engine-arg block-size=128 --engine-arg dtype=auto --env A=1=2 --env B="
     assert main([*words.split(), *more.split()]) == 0
@@ -249,6 +251,8 @@ def test_a_gaudi_measures_with_vllm_and_for_itself(on_gaudi3):
     assert settle_engine(RunOptions("m", Path("out"), engine="torch")).engine == "torch"
     with pytest.raises(UsageError, match=r"this is a g3.*g2"):
         settle_engine(RunOptions("m", Path("out"), devices=(GAUDI2.name,)))
+    with pytest.raises(UsageError, match="--dtype float16: vllm-gaudi measures in bfloat16"):
+        settle_engine(RunOptions("m", Path("out"), dtype="float16"))
 
 
 def test_without_a_gaudi_torch_measures(monkeypatch):
@@ -260,6 +264,38 @@ def test_without_a_gaudi_torch_measures(monkeypatch):
     settled = settle_engine(replace(options, engine="vllm"))
     assert (settled.engine, settled.devices) == ("vllm", ("g2", "g3"))
     assert not computes_scales(settled)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--engine torch --max-new-tokens 3 --env A=1", "--max-new-tokens, --env have no effect: the torch engine"),
+        ("--executor mp --engine-arg a=1", "--executor, --engine-arg have no effect: the torch engine"),
+        ("--gpu-memory-utilization 0.5 --max-model-len 64", "--max-model-len, --gpu-memory-utilization have no"),
+        ("--engine vllm --compute-dtype bfloat16", "--compute-dtype has no effect: the vllm engine"),
+        ("--engine vllm --min-expert-tokens 3 --vllm 0.23", "--min-expert-tokens, --vllm have no effect: the vllm"),
+        ("--engine torch --compute-dtype bfloat16 --vllm 0.23 -e -b 3", None),
+        ("--engine vllm --max-new-tokens 3 -e -b 3 --cold-experts error", None),
+        ("", None),
+    ],
+)
+def test_options_that_an_engine_ignores_are_named(words, told, monkeypatch, capsys):
+    """In both directions, and only those that are given; -e asks for what torch does anyway."""
+    monkeypatch.setattr("gaudi_calib.runs.vllm_steps.find_spec", lambda name: True)
+    settled = []
+    monkeypatch.setattr(pipeline, "measure", lambda options: settled.append(settle_engine(options)) or RESULT)
+    assert main(["measure", "-m", "m", "-d", "builtin", "-o", "out", *words.split()]) == 0
+    assert len(settled) == 1
+    err = capsys.readouterr().err
+    assert told in err if told else "effect" not in err
+
+
+def test_options_of_an_engine_are_fields_and_flags():
+    """What belongs to one engine is an option of the command line and of Python."""
+    flags = {name for option in measure.params for name in option.opts}
+    for engine, fields in (("torch", RunOptions), ("vllm", EngineOptions)):
+        assert OPTIONS_OF[engine].keys() <= fields.__dataclass_fields__.keys()
+        assert set(OPTIONS_OF[engine].values()) <= flags
 
 
 def test_a_gaudi_is_asked_in_another_process(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ class IncScales:
         device: the device INC shall believe it computes for.
     """
 
-    def __init__(self, device: Device):
+    def __init__(self, device: Device, hp_dtype: torch.dtype = torch.bfloat16):
         from neural_compressor.torch.algorithms.fp8_quant._core import common, fp_utils
         from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods import (
             ops_quantizer,
@@ -50,7 +50,7 @@ class IncScales:
         from neural_compressor.torch.algorithms.fp8_quant.model_configs import ModuleConfig
         from neural_compressor.torch.utils.auto_accelerator import INCAcceleratorType
 
-        self.device = device
+        self.device, self.hp_dtype = device, hp_dtype
         self.common, self.fp_utils, self.ops_quantizer = common, fp_utils, ops_quantizer
         self.config, self.parser, self.ModuleConfig = scale_method_config, scale_method_parser, ModuleConfig
         self.roundings = round_scales_function
@@ -84,12 +84,12 @@ class IncScales:
         return self.config.find_node_scale_method_config(table, name, layer_type)
 
     def round(self, scales: np.ndarray, rounding: str) -> np.ndarray:
-        """Return bfloat16 scales (as float32) rounded by INC's `POW2` or `HW_ALIGNED`."""
+        """Return scales (as float32, values of `hp_dtype`) rounded by INC's `POW2` or `HW_ALIGNED`."""
         by_name = {
             "POW2": self.roundings.ScaleToPow2(),
             "HW_ALIGNED": self.roundings.ScaleToHwAligned(self.inc_device),
         }
-        return by_name[rounding].calc(torch.from_numpy(scales).to(torch.bfloat16)).float().numpy()
+        return by_name[rounding].calc(torch.from_numpy(scales).to(self.hp_dtype)).float().numpy()
 
     def compute(
         self, nodes: Mapping[str, Node], method: str | dict, weights: Mapping[str, np.ndarray]
@@ -97,7 +97,7 @@ class IncScales:
         """Return the scales of all nodes as INC writes them to JSON.
 
         Args:
-            weights: float32 holding bfloat16 values, shape (out, in), by node name.
+            weights: float32 holding values of `hp_dtype`, shape (out, in), by node name.
         """
         table = self.parse(method)
         with self._on_device(), torch.no_grad():
@@ -108,7 +108,7 @@ class IncScales:
         layer_type = CLASS_OF_OP[op]
         module = SimpleNamespace(__hqt_config__=self.hqt_config)
         if weight is not None:
-            module.weight = torch.from_numpy(weight).to(torch.bfloat16)
+            module.weight = torch.from_numpy(weight).to(self.hp_dtype)
         if op is Op.DYNAMIC_MOE:
             module.local_num_experts = len(node.outputs or ()) - 1
         measurement = self.ModuleConfig(
@@ -116,7 +116,7 @@ class IncScales:
             (None,) if node.outputs is None else tuple(_to_matrix(x) for x in node.outputs),
             {},
         )
-        params = {"hp_dtype": torch.bfloat16, "lp_dtype": torch.float8_e4m3fn}
+        params = {"hp_dtype": self.hp_dtype, "lp_dtype": torch.float8_e4m3fn}
         rules = self.find_rules(table, name, layer_type)
         quantizer = self.ops_quantizer.get_op_quantizer(rules, module, measurement, params, layer_type)
         scales = quantizer.get_scales_module_config()

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gaudi_calib.cli.main import main
 from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import FileError, ModelError
+from gaudi_calib.errors import ConfigError, FileError, ModelError, UsageError
 from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file
 from gaudi_calib.manifest import read_manifest
 from gaudi_calib.rankfiles.store import read_ranges, read_scales
@@ -149,6 +150,52 @@ def test_a_dry_run_refuses_what_is_no_weight(dataset: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == files
     assert run(*words, "-d", "builtin=none") == 2
     assert "the weight of dataset builtin is 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hp_dtype"), [(None, None), ("bfloat16", None), ("float16", "FP16"), ("float32", "FP32")]
+)
+def test_the_served_dtype_reaches_everything(dtype: str | None, hp_dtype: str | None, dataset: Path):
+    """Both configs, the manifest, the serve command, and what quantize makes later; bfloat16 is INC's default."""
+    result = calibrate(options(dataset, devices=("g3",), dtype=dtype))
+    made = (result.root / "maxabs_measure_g3.json", result.quant_configs["g3"])
+    assert [json.loads(path.read_text()).get("hp_dtype") for path in made] == [hp_dtype, hp_dtype]
+    manifest = read_manifest(result.root / "g3" / MANIFEST_NAME)
+    assert manifest.dtype == (dtype or "bfloat16")
+    assert {origin.settings["hp_dtype"] for origin in manifest.scales.values()} == {hp_dtype or "BF16"}
+    assert any("vllm-gaudi serves every model in bfloat16" in text for text in result.warnings) == bool(hp_dtype)
+    later = quantize(options(dataset, devices=("g3",), world=2))
+    assert json.loads(later.quant_configs["g3"].read_text()).get("hp_dtype") == hp_dtype
+    words = serve(later, world=2).argv
+    assert words[words.index("--dtype") + 1] == (dtype or "bfloat16")
+
+
+def test_dtypes_that_contradict_each_other_are_refused(dataset: Path, tmp_path: Path):
+    """An option against a user's config of either phase, and against what was measured; both are named."""
+    config = tmp_path / "quant.json"
+    config.write_text(json.dumps({"mode": "QUANTIZE", "hp_dtype": "fp16", "dump_stats_path": "x/inc"}))
+    with pytest.raises(ConfigError, match="hp_dtype is FP16, and the model is served in bfloat16"):
+        calibrate(options(dataset, quant_config=config))
+    config.write_text(json.dumps({"mode": "MEASURE", "dump_stats_path": "x/inc"}))
+    with pytest.raises(ConfigError, match="hp_dtype is BF16, and the model is served in float16"):
+        calibrate(options(dataset, measure_config=config, dtype="float16"))
+    measure(options(dataset, dtype="float16"))
+    with pytest.raises(UsageError, match="--dtype bfloat16, and the ranges were measured for float16"):
+        quantize(options(dataset, dtype="bfloat16"))
+
+
+def test_ranges_that_make_bad_scales_are_told_once(dataset: Path, tmp_path: Path):
+    """A weight of zeros for both devices alike; a weight beyond the largest free scale for Gaudi 2 alone."""
+    model = make_tiny_model("llama", tmp_path / "model", tokenizer=False)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"].zero_()
+    tensors["lm_head.weight"][0, 0] = 5000.0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    result = calibrate(options(dataset, model=str(model), world=2, unified_world=1))
+    zero, saturated = (text for text in result.warnings if text.startswith("ranges "))
+    node = "model.layers.1.self_attn.o_proj"
+    assert zero.startswith(f"ranges of 0: 2 ({node} outputs[0], {node} weight)")
+    assert saturated.startswith("ranges beyond 3840, the most that g2 scales at no cost: 1 (lm_head weight)")
 
 
 def test_quantize_adds_worlds_and_methods_later(dataset: Path):
@@ -332,6 +379,25 @@ def test_each_required_flag_is_asked_for(flag: str, dataset: Path, capsys: pytes
     del words[flag]
     assert run("calibrate", *(word for pair in words.items() for word in pair)) == 2
     assert f"'{flag}'" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_json(dataset: Path, capsys: pytest.CaptureFixture[str]):
+    """What programs read is what people read, and nothing is written."""
+    words = [
+        "calibrate",
+        "-m",
+        str(GOLDEN / "model"),
+        "-d",
+        str(dataset),
+        "-o",
+        str(dataset.parent / "out"),
+        "--dry-run",
+    ]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"files": lines} and len(lines) > 10
+    assert not (dataset.parent / "out").exists()
 
 
 def test_full_disk_keeps_the_last_result(dataset: Path):

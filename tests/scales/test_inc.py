@@ -4,16 +4,19 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gaudi_calib.config.methods import SCALE_METHODS, TensorScaling
 from gaudi_calib.config.model import QuantConfig
+from gaudi_calib.errors import ConfigError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import Node, Op, RankSet, find_op
 from gaudi_calib.scales.compute import compute_scales
+from gaudi_calib.scales.precision import PRECISIONS
 from gaudi_calib.scales.rounding import round_scales
 
 pytest.importorskip("neural_compressor")
@@ -100,6 +103,45 @@ def test_roundings_of_every_scale_equal_inc(rounding: str, inc: IncScales):
     """All 32,640 bfloat16 values that are not negative: bits equal, zero and subnormals included."""
     values = (np.arange(0x7F80, dtype=np.uint32) << 16).view(np.float32)
     np.testing.assert_array_equal(round_scales(values, rounding, inc.device), inc.round(values, rounding))
+
+
+@pytest.mark.parametrize("hp_dtype", ["FP16", "FP32"])
+@pytest.mark.parametrize("op", list(Op), ids=lambda op: op.value)
+@pytest.mark.parametrize("method", [name for name in SCALE_METHODS if "OPT" not in name])
+def test_scales_in_another_precision_equal_inc(method: str, op: Op, hp_dtype: str, inc: IncScales):
+    """`hp_dtype` FP16 and FP32: INC computes in it; ranges from 2**-6 to 2**15."""
+    precision = PRECISIONS[hp_dtype]
+    random = np.random.default_rng(0)
+
+    def moderate(ranges: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        return tuple(precision.round(np.exp2(random.uniform(-6, 15, np.shape(value)))) for value in ranges)
+
+    found, stored = random_nodes(op)
+    weights = {name: precision.round(random.standard_normal(weight.shape)) for name, weight in stored.items()}
+    nodes = {}
+    for name, node in found.items():
+        weight = np.abs(weights[name]).max().reshape(1) if name in weights else None
+        nodes[name] = Node(moderate(node.inputs), None if node.outputs is None else moderate(node.outputs), weight)
+    oracle = IncScales(inc.device, getattr(torch, precision.dtype))
+    ours = compute_scales(RankSet(0, 1, nodes), method, inc.device, weights=weights.get, hp_dtype=hp_dtype).nodes
+    assert {name: to_json(node) for name, node in ours.items()} == oracle.compute(nodes, method, weights)
+
+
+@pytest.mark.parametrize("hp_dtype", ["FP16", "FP32"])
+@pytest.mark.parametrize("rounding", ["POW2", "HW_ALIGNED"])
+def test_roundings_in_another_precision_equal_inc(rounding: str, hp_dtype: str, inc: IncScales):
+    """Every float16 value that is not negative; as many of float32."""
+    values = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    precision = PRECISIONS[hp_dtype]
+    oracle = IncScales(inc.device, getattr(torch, precision.dtype))
+    ours = round_scales(values, rounding, inc.device, precision)
+    np.testing.assert_array_equal(ours, oracle.round(values, rounding))
+
+
+def test_opt_methods_are_refused_in_another_precision(inc: IncScales):
+    """Their search runs over every bfloat16 magnitude."""
+    with pytest.raises(ConfigError, match="computed for bfloat16 only"):
+        compute_scales(RankSet(0, 1, {}), "maxabs_hw_opt_weight", inc.device, weights=lambda _: None, hp_dtype="FP16")
 
 
 @pytest.mark.parametrize("method", ["MAXABS_HW", "MAXABS_HW_OPT_WEIGHT", "ACT_MAXABS_HW_WEIGHTS_PCS_OPT_POW2"])

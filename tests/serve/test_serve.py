@@ -40,9 +40,9 @@ def run(pristine, tmp_path) -> Calibrated:
 @pytest.mark.parametrize(
     ("device", "platform", "world", "flags", "env"),
     [
-        ("g3", HPU3, 1, "--quantization inc --kv-cache-dtype fp8_inc --tensor-parallel-size 1", {}),
+        ("g3", HPU3, 1, "--quantization inc --kv-cache-dtype fp8_inc --dtype bfloat16 --tensor-parallel-size 1", {}),
         (
-            "g2", HPU2, 2, "--quantization inc --kv-cache-dtype fp8_inc --tensor-parallel-size 2",
+            "g2", HPU2, 2, "--quantization inc --kv-cache-dtype fp8_inc --dtype bfloat16 --tensor-parallel-size 2",
             {"PT_HPU_ENABLE_LAZY_COLLECTIVES": "true"},
         ),
         ("g2", Platform("cuda"), 1,
@@ -63,8 +63,9 @@ def test_sixteen_ranks_span_two_nodes(tmp_path):
     config = tmp_path / "quant.json"
     config.write_text(json.dumps({"mode": "QUANTIZE", "scale_method": "unit_scale"}))
     command = plan_serve(ServeOptions(str(MODEL), config, world=16), HPU2)
-    flags = "--quantization inc --kv-cache-dtype fp8_inc --tensor-parallel-size 16 --distributed-executor-backend ray"
-    assert list(command.argv) == ["vllm", "serve", str(MODEL), *flags.split(), "--port", "8000"]
+    flags = "--quantization inc --kv-cache-dtype fp8_inc --dtype bfloat16 --tensor-parallel-size 16"
+    more = ["--distributed-executor-backend", "ray", "--port", "8000"]
+    assert list(command.argv) == ["vllm", "serve", str(MODEL), *flags.split(), *more]
     assert command.env == {
         "QUANT_CONFIG": str(config),
         "PT_HPU_ENABLE_LAZY_COLLECTIVES": "true",

@@ -21,6 +21,7 @@ from gaudi_calib.engines.vllm_plugin.attention import find_metadata
 from gaudi_calib.engines.vllm_plugin.scales import ScaleSource, stand_in
 from gaudi_calib.engines.vllm_plugin.sequences import Sequences
 from gaudi_calib.errors import ConfigError
+from gaudi_calib.fp8 import HP_DTYPES
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import ATTENTION_OPS, Op, ScaleNode
 
@@ -100,7 +101,7 @@ def quantize_attention(layer: Attention, source: ScaleSource) -> None:
 
 
 def _require_plain_cache(layer: Attention, source: ScaleSource) -> None:
-    if layer.kv_cache_dtype not in ("auto", "bfloat16", "float32"):
+    if layer.kv_cache_dtype not in ("auto", *HP_DTYPES):
         raise ConfigError(
             f"--kv-cache-dtype {layer.kv_cache_dtype} does not go with quantization gaudi_fp8",
             where=source.session.path,

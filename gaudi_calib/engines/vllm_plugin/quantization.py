@@ -8,6 +8,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from gaudi_calib.engines import QUANTIZATION
 from gaudi_calib.errors import ConfigError, ModelError
+from gaudi_calib.fp8 import HP_DTYPES
 
 # Classes of linear layers that INC patches; it compares names as a whole, so a subclass is not one of them.
 # Source: INC `_mod_default_dict`, fp8_quant/_core/patching_common.py.
@@ -40,7 +41,7 @@ class GaudiFp8Config(QuantizationConfig):
         return QUANTIZATION
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float32]
+        return [getattr(torch, dtype) for dtype in HP_DTYPES]
 
     @classmethod
     def get_min_capability(cls) -> int:

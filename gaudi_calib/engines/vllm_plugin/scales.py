@@ -17,6 +17,7 @@ from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
 from gaudi_calib.rankfiles.store import read_ranges, read_scales
 from gaudi_calib.scales.compute import compute_scales
+from gaudi_calib.scales.precision import PRECISIONS
 from gaudi_calib.scales.tensor import scale_ranges
 
 _ANY = np.ones(1, dtype=np.float32)
@@ -90,7 +91,8 @@ class ScaleSource:
             return stored
         rule = self.table.for_node(node, layer_type).activation
         largest = max_magnitude(x, -1).unsqueeze(-1).float()
-        scales = torch.from_numpy(scale_ranges(largest.cpu().numpy(), rule, self.device)).to(x.device)
+        precision = PRECISIONS[self.session.config.hp_dtype]
+        scales = torch.from_numpy(scale_ranges(largest.cpu().numpy(), rule, self.device, precision)).to(x.device)
         return torch.where(scales > 0, scales, torch.ones_like(scales))
 
     def _compute(self, nodes: Mapping[str, Node], weights: Mapping[str, torch.Tensor]) -> dict[str, ScaleNode]:
@@ -98,7 +100,8 @@ class ScaleSource:
             return weights[name].detach().float().cpu().numpy()
 
         device = get_scales_device(self.session.config, self.device)
-        return dict(compute_scales(RankSet(*self.rank, nodes), self.table, device, weights=read).nodes)
+        ranges, hp_dtype = RankSet(*self.rank, nodes), self.session.config.hp_dtype
+        return dict(compute_scales(ranges, self.table, device, weights=read, hp_dtype=hp_dtype).nodes)
 
     @cached_property
     def _ranges(self) -> Mapping[str, Node]:

@@ -150,7 +150,6 @@ def plan_phase(
         default = -(-(max(map(len, prompts)) + new) // _LENGTH_STEP) * _LENGTH_STEP
     limit = get_asked_length(options, facts) or min(default, deployed.context or default)
     settings = plan_settings(platform, config, quant_config, deployed).with_args(
-        dtype="bfloat16",
         max_model_len=limit,
         max_num_seqs=options.batch_size,
         enforce_eager=options.enforce_eager or platform != "hpu",

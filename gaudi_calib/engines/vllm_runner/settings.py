@@ -95,11 +95,11 @@ def plan_settings(platform: str, config: QuantConfig, quant_config: Path, deploy
         quant_config: file of `config`; QUANT_CONFIG is set to it.
     """
     env = {"QUANT_CONFIG": str(quant_config.resolve())}
-    shared: dict[str, object] = {"tensor_parallel_size": deployed.world}
+    shared: dict[str, object] = {"dtype": config.dtype, "tensor_parallel_size": deployed.world}
     if deployed.expert_parallel and deployed.world > 1:
         shared["enable_expert_parallel"] = True
     if platform != "hpu":
-        return Settings({"quantization": QUANTIZATION, "enforce_eager": True, "dtype": "bfloat16", **shared}, env)
+        return Settings({"quantization": QUANTIZATION, "enforce_eager": True, **shared}, env)
     args: dict[str, object] = {} if deployed.quantization else {"quantization": "inc"}
     if deployed.quantization and deployed.quantization.get("weight_block_size"):
         env["VLLM_HPU_FORCE_CHANNEL_FP8"] = "0"
