@@ -56,7 +56,8 @@ def test_words_that_contradict_the_calibration_are_refused(words, what, why, run
 @pytest.mark.parametrize(
     "words",
     [
-        "-tp 2 --dtype bfloat16 -pp 1 --data-parallel-size=1 --port 8000 -q inc --kv-cache-dtype fp8_inc --no-enable-expert-parallel",
+        "-tp 2 --dtype bfloat16 -pp 1 --data-parallel-size=1 --port 8000",
+        "-q inc --kv-cache-dtype fp8_inc --no-enable-expert-parallel",
         "--max-model-len 4096 --served-model-name a b --quantization-config {} --model-impl auto -O3 --seed -1",
         "--host 0.0.0.0 -r 0 -n 1 --enforce-eager",
     ],
