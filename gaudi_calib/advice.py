@@ -96,5 +96,13 @@ class Advice:
         return words
 
 
+def advise_repeating(command: Sequence[str]) -> str:
+    """What to do about a run that failed, given the command line that its manifest records."""
+    program, *words = command or [""]
+    if words and Path(program).name in ("gaudi-calib", "__main__.py"):
+        return f"run it again: {_spell(*words)}"
+    return "calibrate again"
+
+
 def _spell(*words: object) -> str:
     return shlex.join(["gaudi-calib", *map(str, words)])

@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import FileError
 from gaudi_calib.files import read_json
 
 _log = logging.getLogger(__name__)
@@ -25,7 +24,8 @@ def find_beside(config_path: Path, dump_stats_path: str) -> Path | None:
     for parent in dict.fromkeys((config_path.absolute().parent, config_path.resolve().parent)):
         for directory in (parent / named.parent.name, parent):
             if directory.name == named.parent.name and CalibrationDir(directory, dump=named.name).is_filled:
-                return None if is_same_place(directory, named.parent) else directory.resolve() / named.name
+                place = directory.parent.resolve() / directory.name
+                return None if is_same_place(place, named.parent) else place / named.name
     return None
 
 
@@ -41,9 +41,10 @@ def list_quant_configs(run: Path) -> dict[Path, str]:
     """Return the `dump_stats_path` of every QUANT_CONFIG file directly in a run directory."""
     found = {}
     for path in sorted(run.glob("[!.]*.json")):
-        with contextlib.suppress(OSError, FileError, RecursionError):  # anybody's JSON
-            content = read_json(path) if path.stat().st_size <= _MOST_OF_A_CONFIG else None
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # anybody's JSON
+            content = read_json(path) if path.is_file() and path.stat().st_size <= _MOST_OF_A_CONFIG else None
             if isinstance(content, dict) and isinstance(content.get("dump_stats_path"), str):
+                os.fsencode(content["dump_stats_path"])  # no path otherwise
                 found[path] = content["dump_stats_path"]
     return found
 

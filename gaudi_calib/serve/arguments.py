@@ -125,7 +125,7 @@ def read_words(words: Sequence[str]) -> list[Asked]:
 
 def _read_words(words: Sequence[str]) -> Iterator[Asked]:
     for word, after in zip(words, [*words[1:], "-"], strict=False):
-        flag, sign, value = word.partition("=")
+        flag, sign, value = _split(word)
         name = _find_name(flag)
         if name is None:
             continue
@@ -136,6 +136,13 @@ def _read_words(words: Sequence[str]) -> Iterator[Asked]:
             yield Asked(flag, name, not flag.startswith("--no-"))
         else:
             yield Asked(f"{flag} {given}", name, given)
+
+
+def _split(word: str) -> tuple[str, str, str]:
+    """Return flag, sign and value of one word; the value of a flag of one letter may follow at once."""
+    if word.startswith("-q") and word != "-q":
+        return "-q", "=", word[2:].removeprefix("=")
+    return word.partition("=")
 
 
 def _find_name(flag: str) -> str | None:

@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from gaudi_calib.advice import Advice
+from gaudi_calib.advice import Advice, advise_repeating
 from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.config.model import (
     QuantConfig,
@@ -91,7 +91,7 @@ def open_calibration(path: Path) -> Calibration:
             "the calibration did not finish",
             where=placed.path / MANIFEST_NAME,
             why=f"its status is {newest.status}" + (f": {newest.error}" if newest.error else ""),
-            fix="run `gaudi-calib calibrate` again",
+            fix=advise_repeating(newest.command),
         )
     return Calibration(path, with_dump_stats_path(config, beside) if beside else config, placed, old_place)
 

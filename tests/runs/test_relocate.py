@@ -1,6 +1,7 @@
 """`relocate`: the configs of a run that was moved name the place where it is now."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -82,6 +83,7 @@ def test_what_is_no_run_is_refused(tmp_path, copy):
     (tmp_path / "b.json").write_bytes(b"\xff")
     (tmp_path / "c.json").write_text('{"dump_stats_path": 7}')
     (tmp_path / "d.json").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "e.json")
     for directory in (tmp_path, copy.parent):
         with pytest.raises(FileError, match="no run in the directory"):
             relocate_run(directory)

@@ -33,6 +33,9 @@ def run(tmp_path_factory) -> Calibrated:
         ("--port=8001", "port is 8000", "before vLLM starts"),
         ("--port 8001", "port is 8000", "before vLLM starts"),
         ("-q fp8", "quantization is inc", "QUANT_CONFIG names the method"),
+        ("-qfp8", "quantization is inc", "QUANT_CONFIG names the method"),
+        ("--dtype float16", "dtype is bfloat16", "hp_dtype"),
+        ("--dtype=auto", "dtype is bfloat16", "hp_dtype"),
         ("--kv_cache_dtype auto", "kv_cache_dtype is fp8_inc", "the config does not block|QUANT_CONFIG does not block"),
         ("-ep", "enable_expert_parallel is false", "whole experts, or a slice"),
         ("--enable-expert", "enable_expert_parallel is false", "whole experts, or a slice"),
@@ -53,7 +56,8 @@ def test_words_that_contradict_the_calibration_are_refused(words, what, why, run
 @pytest.mark.parametrize(
     "words",
     [
-        "-tp 2 -pp 1 --data-parallel-size=1 --port 8000 -q inc --kv-cache-dtype fp8_inc --no-enable-expert-parallel",
+        "-tp 2 --dtype bfloat16 -pp 1 --data-parallel-size=1 --port 8000",
+        "-q inc --kv-cache-dtype fp8_inc --no-enable-expert-parallel",
         "--max-model-len 4096 --served-model-name a b --quantization-config {} --model-impl auto -O3 --seed -1",
         "--host 0.0.0.0 -r 0 -n 1 --enforce-eager",
     ],

@@ -86,6 +86,13 @@ def test_a_directory_of_symlinks_is_a_run(pristine, tmp_path):
     assert read_served(snapshot.plan())["dump_stats_path"] == f"{snapshot.root}/g3/inc_output"
 
 
+def test_a_config_among_the_rank_files(moved):
+    """A side config may lie in the directory that it means."""
+    side = moved.root / "g3" / "mine.json"
+    shutil.copy(moved.config("g3"), side)
+    assert read_served(moved.plan(quant_config=side))["dump_stats_path"] == f"{moved.root}/g3/inc_output"
+
+
 def test_a_relative_path_counts_from_where_one_stands(moved, monkeypatch):
     """From the right directory it leads there; from another one the run beside the config is meant."""
     content = json.loads(moved.config("g3").read_text())

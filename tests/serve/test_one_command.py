@@ -38,13 +38,14 @@ MAKERS: dict[str, Callable[..., Path]] = {
     ("kind", "words", "count", "parts"),
     [
         ("llama", [], 4, [MANY, "--kv-cache-dtype fp8_inc"]),
+        ("llama", ["--dtype", "float16"], 4, ["--dtype float16"]),
         ("mixtral", ["-u"], 4, [MANY, EXPERTS]),
         ("mixtral", ["--scale-method", "unit_scale", "-u"], 2, [MANY, EXPERTS]),
         ("block-fp8", ["--device", "g3"], 2, [MANY, BLOCKS]),
         ("converted", ["--device", "g2"], 2, [MANY, BLOCKS, HALVED]),
         ("quoted", [], 4, [MANY]),
     ],
-    ids=["llama", "mixtral", "unit-scale", "block-fp8", "converted", "quoted"],
+    ids=["llama", "float16", "mixtral", "unit-scale", "block-fp8", "converted", "quoted"],
 )
 def test_calibrate_prints_what_serve_prints(kind, words, count, parts, tiny_model, tmp_path, capsys):
     """For each device and world, character by character; what a shell makes of the line is what is served."""

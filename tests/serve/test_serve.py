@@ -123,6 +123,21 @@ def test_experts_are_shared_as_the_files_were_made(tiny_model, tmp_path):
     assert "gaudi-calib reshard" in caught.value.fix and "--no-expert-parallel" in caught.value.fix
 
 
+def test_patterns_that_match_nothing(tiny_model, tmp_path, capsys):
+    """They are reported; one that blocked a module when it was measured is none of them."""
+    made = expert_run(tiny_model, "mixtral", tmp_path)
+    assert made.plan().warnings == ()
+    content = json.loads(made.config("g3").read_text())
+    content["blocklist"]["names"] += ["lm_haed", r"layers\.0\..*w2_list"]
+    made.config("g3").write_text(json.dumps(content))
+    words = ["serve", "-m", str(made.model), "--quant-config", str(made.config("g3")), "--print", "--device", "g3"]
+    assert main(words) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning")]
+    assert (
+        warning == f"Warning: pattern 'lm_haed' matches no node of the model (blocklist.names in {made.config('g3')})"
+    )
+
+
 def remove(pattern: str) -> Callable[[Calibrated], None]:
     def damage(run: Calibrated) -> None:
         for path in (run.root / "g3").glob(pattern):
@@ -152,7 +167,8 @@ def change_backoff(run: Calibrated) -> None:
 def fail_calibration(run: Calibrated) -> None:
     path = run.root / "g3" / "calibration_manifest.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "status": "failed", "error": "disk full", "last_good": None}))
+    path.write_text(json.dumps({**content, "status": "failed", "error": "disk full", "last_good": None,
+                                "command": ["/usr/bin/gaudi-calib", "calibrate", "-m", "a model"]}))  # fmt: skip
 
 
 def move_away(run: Calibrated) -> None:
@@ -169,7 +185,7 @@ def move_away(run: Calibrated) -> None:
         (change_backoff, FileError, "stale", "quantize"),
         (break_config, ConfigError, r"not valid JSON \(line 1, column 2\)", "correct that line"),
         (measuring_config, ConfigError, "its mode is MEASURE", "maxabs_quant_"),
-        (fail_calibration, FileError, "did not finish", "calibrate"),
+        (fail_calibration, FileError, "did not finish", "gaudi-calib calibrate -m 'a model'$"),
         (move_away, FileError, "directory of ranges and scales", "copy g3 beside .*maxabs_quant_g3.json"),
         (lambda run: run.config("g3").unlink(), ConfigError, "cannot read", "QUANT_CONFIG"),
     ],
@@ -239,6 +255,24 @@ def test_quantized_checkpoints_keep_their_method(quantization, method, tmp_path)
     command = plan_serve(ServeOptions(str(tmp_path), world=2), HPU3)
     assert list(command.argv) == ["vllm", "serve", str(tmp_path), "--tensor-parallel-size", "2", "--port", "8000"]
     assert command.env == {} and method in command.note
+
+
+@pytest.mark.parametrize(
+    ("quantization", "env"),
+    [
+        ({"quant_method": "fp8"}, {"VLLM_SCALE_ADJUSTMENT": "0"}),
+        ({"quant_method": "compressed-tensors", "fp8_dtype_flavor": "float8_e4m3fnuz"}, {}),
+    ],
+    ids=["fp8", "flavored"],
+)
+def test_weights_that_were_halved_for_gaudi_2_stay(quantization, env, tmp_path):
+    """`convert-weights` left its record; vllm-gaudi would halve them again where config.json cannot say so."""
+    config = {"model_type": "llama", "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan_serve(ServeOptions(str(tmp_path)), HPU2).env == {}
+    (tmp_path / "gaudi2_conversion.json").write_text("{}")
+    assert plan_serve(ServeOptions(str(tmp_path)), HPU2).env == env
+    assert "VLLM_SCALE_ADJUSTMENT" not in plan_serve(ServeOptions(str(tmp_path)), CPU).env
 
 
 def test_what_quant_config_cannot_quantize(run, tmp_path):
