@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gaudi_calib.errors import UsageError
+from gaudi_calib.files import expand_path
 
 DUMP_NAME = "inc_output"
 MANIFEST_NAME = "calibration_manifest.json"
@@ -169,7 +170,7 @@ class RunLayout:
         """
         if self.name:
             return self.out / self.name
-        given = Path(self.model).expanduser()
+        given = expand_path(self.model)
         name = given.name if given.name not in ("", "..") else given.resolve().name
         if not (self.model and name):
             raise UsageError(

@@ -177,7 +177,7 @@ def test_damaged_scales_do_not_serve(
     assert serve(root, "-t", 2) == 1
     printed = capsys.readouterr().err
     assert "is not the file that the run wrote" in printed
-    assert f"gaudi-calib quantize -m {MODEL} -o {root} -t 2 --device g3" in printed
+    assert f"gaudi-calib quantize -m {MODEL} -o {root.parent} -t 2 --device g3" in printed
 
 
 def test_unify_after_another_method_leaves_fresh_scales(runs: Path) -> None:

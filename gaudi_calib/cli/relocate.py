@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from gaudi_calib.cli.options import DIRECTORY
 from gaudi_calib.cli.pipeline import print_paths
 from gaudi_calib.cli.sections import command
 
@@ -12,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 @command(epilog="Example: gaudi-calib relocate /mnt/models/llama")
-@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR")
+@click.argument("directory", type=DIRECTORY, metavar="DIR")
 def relocate(directory: Path) -> None:
     """Have the configs of a run that was moved or copied name the place where it is now.
 

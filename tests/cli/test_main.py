@@ -101,6 +101,7 @@ def test_names_beyond_ascii_in_any_locale(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "données.jsonl")
     printed, configs = [], []
     for env in ({"LC_ALL": "C.UTF-8"}, PLAIN):
+        shutil.rmtree(tmp_path / "größe", ignore_errors=True)
         words = ["calibrate", "-m", "Modèle-Ö", "-d", prompts.name, "-o", "größe", "--device", "g3"]
         done = run_cli(*words, cwd=tmp_path, env={**os.environ, **env}, encoding="utf-8")
         assert done.returncode == 0, done.stderr
