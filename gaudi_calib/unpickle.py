@@ -3,8 +3,7 @@
 A pickle is a program: it names classes and functions, calls them and sets their state. Here
 every name must be one its reader knows, and is answered with a recorder, which keeps the
 arguments and the state and does nothing. What comes out are recorders, lists, tuples, dicts, sets,
-text and numbers, from which the reader makes its values; no code of NumPy or pandas runs on the pickle's
-behalf.
+text and numbers, from which the reader makes its values; no code of NumPy or pandas runs for the pickle.
 
 Time and memory follow the size of the pickle, whatever it claims: the opcodes that could make them
 grow beyond it are carried out here, and what it repeats by reference is counted as often as it occurs.
@@ -211,7 +210,10 @@ def _require_keys(keys: Iterable[Any]) -> None:
 
 
 class _Machine(pickle._Unpickler):
-    """The unpickler in Python, which remembers only what it is told to remember, with recorders for objects."""
+    """The unpickler in Python, with recorders for objects.
+
+    The one in C keeps a list as long as the largest number under which an object is remembered, and hashes any key.
+    """
 
     # What pickle._Unpickler has while it loads.
     stack: list[Any]
@@ -241,8 +243,9 @@ class _Machine(pickle._Unpickler):
         try:
             return self._find_class(module, name)
         except LookupError:
+            asked = f"{module:.100}.{name:.100}".encode("unicode_escape").decode()
             raise FileError(
-                f"refused to load {module:.200}.{name:.200} from a pickle",
+                f"refused to load {asked} from a pickle",
                 where=self._name,
                 why="loading data never runs code; only known array and table types are allowed",
                 fix="store the data as .jsonl or .parquet, or get the file from a source you trust",

@@ -153,6 +153,14 @@ def test_other_names_of_table_libraries_are_refused(target):
         read_pickle(io.BytesIO(content), name="bad")
 
 
+def test_a_refused_name_is_printed_safely():
+    """A name cannot write to the terminal, nor fill it."""
+    content = hostile.finish(hostile.text("\x1b[31mos\n") + b"X\x40\x42\x0f\x00" + b"x" * 1_000_000 + b"\x93")
+    with pytest.raises(FileError, match="refused to load") as caught:
+        read_pickle(io.BytesIO(content), name="bad")
+    assert caught.value.what.isprintable() and len(caught.value.what) < 300
+
+
 def test_allowed_names_cannot_be_changed():
     """A pickle that sets attributes on what it may name does not change it for the next."""
     content = b"\x80\x02cpandas\nDataFrame\nN}X\x04\x00\x00\x00nameX\x01\x00\x00\x00xs\x86b."
