@@ -54,6 +54,21 @@ class ModelFacts(_Facts):
     family: str | None = None
 
 
+class DatasetShare(_Facts):
+    """What one of several datasets gave.
+
+    Attributes:
+        name: as given with -d, without its weight.
+        weight: None where its size decided.
+        prompts, tokens: how many come from it.
+    """
+
+    name: str
+    weight: float | None = None
+    prompts: int
+    tokens: int
+
+
 class DatasetFacts(_Facts):
     """The data ranges were measured on.
 
@@ -62,8 +77,7 @@ class DatasetFacts(_Facts):
         hash: `sha256:...` of the file, or of the token ids.
         prompts, tokens: how many were used.
         skipped: rows left out because they could not be used.
-        weight: its weight among several, where it has one.
-        parts: each of several, in their order.
+        shares: of several datasets, in their order.
     """
 
     name: str
@@ -71,8 +85,7 @@ class DatasetFacts(_Facts):
     prompts: int | None = None
     tokens: int | None = None
     skipped: int = 0
-    weight: float | None = None
-    parts: list["DatasetFacts"] = Field(default_factory=list)
+    shares: list[DatasetShare] = Field(default_factory=list)
 
 
 class WorldFacts(_Facts):

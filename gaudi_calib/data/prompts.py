@@ -10,7 +10,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -124,7 +124,7 @@ class Prompts:
             "sha256": self.sha256,
         }
         if len(self.parts) > 1:
-            summary["parts"] = [{**asdict(part), "dataset": str(part.dataset)} for part in self.parts]
+            summary["parts"] = [{**vars(part), "dataset": str(part.dataset)} for part in self.parts]
         return summary
 
 

@@ -27,7 +27,7 @@ from gaudi_calib.errors import FileError, ModelError, UsageError
 from gaudi_calib.files import hash_file
 from gaudi_calib.fp8 import DEVICES, Device, get_device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, DeviceLayout, RankFile, list_rank_files
-from gaudi_calib.manifest import DatasetFacts, ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
+from gaudi_calib.manifest import DatasetFacts, DatasetShare, ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
 from gaudi_calib.models.fingerprint import fingerprint_model
 from gaudi_calib.models.source import download_model
 from gaudi_calib.ranges.channels import ChannelRanges
@@ -382,9 +382,9 @@ class Run:
 
 
 def _describe_dataset(prompts: Prompts) -> DatasetFacts:
-    """What the manifest says about the data of a measurement; a single dataset has no parts."""
-    parts = [
-        DatasetFacts(name=part.dataset.name, weight=part.dataset.weight, prompts=part.prompts, tokens=part.tokens)
+    """What the manifest says about the data of a measurement; a single dataset has no shares."""
+    shares = [
+        DatasetShare(name=part.dataset.name, weight=part.dataset.weight, prompts=part.prompts, tokens=part.tokens)
         for part in prompts.parts
     ]
     return DatasetFacts(
@@ -393,5 +393,5 @@ def _describe_dataset(prompts: Prompts) -> DatasetFacts:
         prompts=len(prompts),
         tokens=prompts.token_count,
         skipped=prompts.skipped,
-        parts=parts if len(parts) > 1 else [],
+        shares=shares if len(shares) > 1 else [],
     )

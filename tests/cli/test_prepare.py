@@ -75,6 +75,12 @@ def test_several_datasets(model, data, tmp_path, capfd):
     assert main([*words, "-d", f"{data}=1", "-d", f"{other}=3", "-l", "8"]) == 0
     text = capfd.readouterr().out
     assert f"of which:  2 of {data}=1 (5 rows)" in text and f"of which:  6 of {other}=3 (9 rows)" in text
+    assert main([*words, "-d", data, "-d", str(other), "-l", "7", "--json"]) == 0
+    parts = json.loads(capfd.readouterr().out)["parts"]
+    assert [(part["dataset"], part["prompts"], part["renderings"]) for part in parts] == [
+        (data, 3, {"chat template": 3}),
+        (str(other), 4, {"chat template": 4}),
+    ]
     assert main([*words, "-d", f"{data}=1", "-d", str(other)]) == 2
     assert f"-d {other}=1" in capfd.readouterr().err
 

@@ -131,14 +131,14 @@ def test_the_manifest_names_every_dataset(dataset: Path):
     facts = read_manifest(root / "g3" / "calibration_manifest.json").dataset
     prompts = prepare_prompts(str(GOLDEN / "model"), **given)
     assert (facts.name, facts.hash, facts.skipped) == (f"{dataset}=1, {other}=2", prompts.sha256, 1)
-    assert [(part.name, part.weight, part.prompts) for part in facts.parts] == [
+    assert [(share.name, share.weight, share.prompts) for share in facts.shares] == [
         (str(dataset), 1, 1),
         (str(other), 2, 2),
     ]
-    assert facts.tokens == sum(part.tokens for part in facts.parts)
+    assert facts.tokens == sum(share.tokens for share in facts.shares)
     root = measure(options(dataset, devices=("g3",))).root
     facts = read_manifest(root / "g3" / "calibration_manifest.json").dataset
-    assert (facts.name, facts.prompts, facts.parts, facts.skipped) == (str(dataset), 3, [], 0)
+    assert (facts.name, facts.prompts, facts.shares, facts.skipped) == (str(dataset), 3, [], 0)
 
 
 def test_a_dry_run_refuses_what_is_no_weight(dataset: Path, capsys: pytest.CaptureFixture):
