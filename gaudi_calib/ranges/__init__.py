@@ -2,7 +2,7 @@
 
 node, layer_types   one measured module; what it computes, and the class of its module in vLLM
 table               all nodes of a rank as flat arrays
-bf16                bfloat16 arithmetic
+bf16                rounding to bfloat16
 topology, channels  how ranks share a model; a whole model's ranges per channel
 derive              what each rank of a topology sees of them
 experts             where a rank's experts are, and which of them another rank gets
