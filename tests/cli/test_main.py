@@ -125,7 +125,8 @@ def test_a_name_that_is_no_text_is_printed_as_its_bytes(tmp_path: Path) -> None:
     name = b"\xff.json"
     (tmp_path / os.fsdecode(name)).write_text("{}")
     words = [*map(os.fsencode, COMMAND), b"config", b"validate", name]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, check=False)
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in every locale but C and C.UTF-8
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, check=False)
     assert done.stdout.startswith(name) and b"unexpected" not in done.stderr
 
 

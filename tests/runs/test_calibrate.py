@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -456,6 +457,32 @@ def test_a_directory_where_a_file_goes_keeps_the_last_result(dataset: Path):
     for device in ("g2", "g3"):
         manifest = read_manifest(root / device / MANIFEST_NAME)
         assert manifest.status == "failed" and manifest.good.worlds.keys() == {1}
+
+
+def test_a_run_killed_while_it_puts_its_files_in_place_is_undone(dataset: Path):
+    """The files, configs and manifests that the next command finds are those of the run before, and fit together."""
+    calibrate(options(dataset))
+    root = dataset.parent / "out/model"
+    before = snapshot_results(root)
+    script = (
+        "import os, signal, sys\n"
+        "from gaudi_calib.cli.main import main\n"
+        "rename, left = os.rename, [None] * 20\n"
+        "def count(*paths):\n"
+        "    left.pop() if left else os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    rename(*paths)\n"
+        "os.rename = count\n"
+        "main(sys.argv[1:])\n"
+    )
+    words = ["calibrate", "-m", GOLDEN / "model", "-d", dataset, "-o", root.parent, "-t", 2]
+    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    for device in ("g2", "g3"):
+        place = CalibrationDir(root / device)
+        assert place.newest_manifest.status == "running" and place.manifest.worlds.keys() == {1}
+        assert place.manifest.files == place.hash_files() and place.find_stale() == []
+    left = {name: content for name, content in snapshot_results(root).items() if ".staging." not in name}
+    assert left == before
 
 
 def test_a_second_run_into_the_same_directory_is_refused(dataset: Path):
