@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaudi_calib.advice import Advice
-from gaudi_calib.errors import ConfigError, FileError, UsageError
+from gaudi_calib.errors import FileError, UsageError
 from gaudi_calib.files import hash_bytes, hash_file
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout, RankFile, list_rank_files
@@ -283,24 +283,6 @@ class CalibrationDir:
                 why=f"its checksum is not in {MANIFEST_NAME}: it was changed, cut short, or copied from another run",
                 fix="restore it" + (f", or make it anew: {anew}" if anew else ", or measure again"),
             )
-
-    def refuse_uncovered(self, names: Sequence[str], config_path: Path, world: int) -> ConfigError:
-        """Return the error about modules that a QUANTIZE config quantizes and that have no ranges.
-
-        Args:
-            names: the modules.
-            config_path: file of the config.
-        """
-        measuring = self.layout.measure_config if self.layout else "the MEASURE config"
-        again = self.advise(config=config_path).derive(world) if self.channel_file.is_file() else None
-        more = f" (nor have {len(names) - 1} more)" if len(names) > 1 else ""
-        return ConfigError(
-            f"{names[0]} is not blocked and has no ranges{more}",
-            where=config_path,
-            why="INC fails where a module runs that it should quantize and has no ranges for",
-            fix=f"block them in {config_path}; or unblock them in {measuring}, then "
-            + (f"run: {again}" if again else "measure again"),
-        )
 
     def advise(self, model: str | None = None, config: Path | None = None) -> Advice:
         """Return what to run over this directory.

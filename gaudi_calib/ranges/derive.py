@@ -1,6 +1,5 @@
 """What each rank of a topology sees of a model that was measured per channel."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -58,7 +57,7 @@ def parse_vllm_version(vllm: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts[:2])
 
 
-def _name_old(name: str) -> str:
+def name_old(name: str) -> str:
     """What vLLM before `ROUTED_EXPERTS_SINCE` calls a module."""
     return name.replace(".routed_experts.moe_op", ".moe_op")
 
@@ -66,8 +65,8 @@ def _name_old(name: str) -> str:
 def _rename_experts(rank_set: RankSet[Node]) -> RankSet[Node]:
     """Call fused expert ops as older vLLM does."""
     table = tabulate_ranges(rank_set.nodes)
-    nodes = table.rename(tuple(map(_name_old, table)))
-    return replace(rank_set, nodes=nodes, modules=tuple(map(_name_old, rank_set.modules)))
+    nodes = table.rename(tuple(map(name_old, table)))
+    return replace(rank_set, nodes=nodes, modules=tuple(map(name_old, rank_set.modules)))
 
 
 def select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
@@ -81,28 +80,6 @@ def select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
 
     modules = tuple(filter(is_kept, rank_set.modules))
     return replace(rank_set, nodes=table.select([is_kept(name) for name in table]), modules=modules)
-
-
-def find_uncovered(
-    ops: Mapping[str, Op], rank_set: RankSet[Node], config: QuantConfig, measured_with: QuantConfig | None
-) -> list[str]:
-    """Return the modules that INC quantizes with `config` and that have no ranges; it fails when one of them runs.
-
-    Args:
-        ops: what each module of the model computes, by name.
-        rank_set: ranges of a rank.
-        measured_with: the MEASURE config, where it is known: a module that it did not block and that is
-            not among those INC patched is none that INC patches.
-    """
-    covered, patched = set(map(_name_old, rank_set.nodes)), set(map(_name_old, rank_set.modules))
-
-    def is_served(name: str, op: Op) -> bool:
-        layer_type = find_layer_type(name, op)
-        if config.is_blocked(name, layer_type):
-            return False
-        return measured_with is None or _name_old(name) in patched or measured_with.is_blocked(name, layer_type)
-
-    return [name for name, op in ops.items() if _name_old(name) not in covered and is_served(name, op)]
 
 
 def derive_rank(channels: ChannelRanges, rank: int, topology: Topology, device: Device) -> RankSet[Node]:

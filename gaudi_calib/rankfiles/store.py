@@ -103,6 +103,15 @@ def read_node_names(path: Path) -> tuple[str, ...]:
     return tuple(require_nodes(path, content))
 
 
+def read_stored_names(path: Path) -> tuple[str, ...]:
+    """Return the names of a rank's nodes, in order, from its `.npz` alone, as INC finds them.
+
+    Raises:
+        FileError: the file is missing or malformed.
+    """
+    return tuple(require_nodes(path, load_value(read_pickle(path), path)))
+
+
 def read_world_files(paths: Sequence[Path]) -> list[RankSet[Node]]:
     """Read ranges of ranks of one world; those with the nodes of the first share its inventory.
 

@@ -26,12 +26,11 @@ from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, ModelError, UsageError
 from gaudi_calib.files import hash_file
 from gaudi_calib.fp8 import DEVICES, Device, get_device
+from gaudi_calib.gaps import find_uncovered, refuse_uncovered
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, DeviceLayout, RankFile, list_rank_files
-from gaudi_calib.manifest import DatasetFacts, DatasetShare, ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
-from gaudi_calib.models.fingerprint import fingerprint_model
+from gaudi_calib.manifest import ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
 from gaudi_calib.models.source import download_model
 from gaudi_calib.ranges.channels import ChannelRanges
-from gaudi_calib.ranges.derive import find_uncovered
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.topology import Topology
 from gaudi_calib.ranges.unify import gather_world
@@ -44,6 +43,7 @@ from gaudi_calib.runs.configs import (
     require_blocked,
     stage_config,
 )
+from gaudi_calib.runs.facts import describe_dataset, describe_model
 from gaudi_calib.runs.options import RunOptions, check_options
 from gaudi_calib.runs.sharing import find_evidence, settle_expert_parallel
 from gaudi_calib.scales.compute import require_precision
@@ -225,13 +225,7 @@ class Run:
     @cached_property
     def model(self) -> ModelFacts:
         """What the manifests say about the model."""
-        directory = self.plan.checkpoint.directory
-        return ModelFacts(
-            name=str(directory) if Path(self.options.model).expanduser().is_dir() else self.options.model,
-            fingerprint=fingerprint_model(directory),
-            model_type=self.plan.checkpoint.source.model_type,
-            family=self.plan.family.name,
-        )
+        return describe_model(self.options.model, self.plan)
 
     def _inherit(self, target: Target) -> dict[str, object]:
         """What a device whose ranges are derived from an earlier measurement takes over from its manifest."""
@@ -281,7 +275,7 @@ class Run:
                 channels = self.staging / CHANNEL_RANGES_NAME if self.channels is not None else None
                 target.record.update(measurement=CalibrationDir(staging).identify(channels))
             if self.prompts is not None:
-                target.record.update(dataset=_describe_dataset(self.prompts))
+                target.record.update(dataset=describe_dataset(self.prompts))
             target.record.stage(staging)
 
     def _warn_changed(self, replaced: Sequence[Path]) -> None:
@@ -363,9 +357,15 @@ class Run:
     def require_covered(self, target: Target) -> None:
         """Raise ConfigError where a module that INC will quantize has no ranges."""
         for rank_set in (rank_set for ranks in target.ranges.values() for rank_set in ranks):
-            uncovered = find_uncovered(self.plan.ops, rank_set, target.quant_config, target.measure_config)
+            uncovered = find_uncovered(
+                self.plan.ops,
+                target.quant_config,
+                rank_set.nodes,
+                modules=rank_set.modules,
+                measured_with=target.measure_config,
+            )
             if uncovered and not target.quant_config.ignore_modules_wo_measures:
-                raise target.placed.refuse_uncovered(uncovered, target.quant_path, rank_set.world)
+                raise refuse_uncovered(target.placed, uncovered, target.quant_path, rank_set.world)
 
     def _set_aside(self, written: Sequence[Path]) -> list[Path]:
         """Move rank files of an earlier measurement out of the way of the new ranges, and return them."""
@@ -379,19 +379,3 @@ class Run:
             replaced += [path for path in old if path.relative_to(self.layout.root) not in written]
         set_aside(self.staging, replaced)
         return replaced
-
-
-def _describe_dataset(prompts: Prompts) -> DatasetFacts:
-    """What the manifest says about the data of a measurement; a single dataset has no shares."""
-    shares = [
-        DatasetShare(name=part.dataset.name, weight=part.dataset.weight, prompts=part.prompts, tokens=part.tokens)
-        for part in prompts.parts
-    ]
-    return DatasetFacts(
-        name=prompts.dataset,
-        hash=prompts.sha256,
-        prompts=len(prompts),
-        tokens=prompts.token_count,
-        skipped=prompts.skipped,
-        shares=shares if len(shares) > 1 else [],
-    )

@@ -12,12 +12,11 @@ from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.config.model import (
     QuantConfig,
     describe_scaling,
-    find_idle_patterns,
     get_scales_device,
     with_dump_stats_path,
 )
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import CalibrationError, ConfigError, FileError, ModelError, TopologyError
+from gaudi_calib.errors import ConfigError, FileError, ModelError, TopologyError
 from gaudi_calib.files import read_json, write_json
 from gaudi_calib.fp8 import Device
 from gaudi_calib.layout import MANIFEST_NAME, RankFile
@@ -165,13 +164,13 @@ def _require_device(calibration: Calibration, model: ModelSource, world: int, de
             f"these files are for {made_for.name}, and {device.name} would serve",
             where=calibration.path,
             why="FP8 range and free scales differ between the devices",
-            fix=_advise(calibration, model).make_for(device, world),
+            fix=advise(calibration, model).make_for(device, world),
         )
     get_scales_device(calibration.config, device)
 
 
 def _require_files(calibration: Calibration, model: ModelSource, world: int) -> None:
-    tag, advice = calibration.config.method_table.file_tag, _advise(calibration, model)
+    tag, advice = calibration.config.method_table.file_tag, advise(calibration, model)
     for method, what in ((None, "ranges"), (tag, "scales")):
         missing = calibration.placed.list_missing(world, method=method)
         if not missing:
@@ -190,12 +189,13 @@ def _require_files(calibration: Calibration, model: ModelSource, world: int) -> 
         )
 
 
-def _advise(calibration: Calibration, model: ModelSource) -> Advice:
+def advise(calibration: Calibration, model: ModelSource) -> Advice:
+    """Return what to run over a calibration of `model`."""
     return calibration.placed.advise(model.name, calibration.path)
 
 
 def _no_world(calibration: Calibration, model: ModelSource, world: int) -> FileError:
-    advice = _advise(calibration, model)
+    advice = advise(calibration, model)
     worlds = [str(size) for size in advice.worlds]
     ways = [advice.derive(world), "serve with " + " or ".join(f"-t {size}" for size in worlds) if worlds else None]
     return FileError(
@@ -214,7 +214,7 @@ def _require_fresh(calibration: Calibration, model: ModelSource, world: int) -> 
     settings = describe_scaling(calibration.config, placed.device) if placed.device else None
     served = placed.list_scales(world, calibration.config.method_table.file_tag)
     for stale in placed.find_stale(served, settings=settings):
-        mend = _advise(calibration, model).compute_scales(world)
+        mend = advise(calibration, model).compute_scales(world)
         raise FileError(f"{stale.path.name} is stale", where=stale.path, why=stale.why, fix=mend)
 
 
@@ -244,24 +244,10 @@ def _choose_sharing(calibration: Calibration, model: ModelSource, world: int, as
     made = manifest.shares_experts(world)
     if asked is not None and asked is not made and world > 1:
         flag = "-u" if asked else "--no-expert-parallel"
-        others = _advise(calibration, model).derive(world, flag=flag)
+        others = advise(calibration, model).derive(world, flag=flag)
         raise TopologyError(
             f"the files of {world} ranks are for {'whole' if made else 'slices of'} experts on each rank",
             where=calibration.placed.path / MANIFEST_NAME,
             fix=f"leave {flag} out" + (f", or make others: {others}" if others else ""),
         )
     return made
-
-
-def find_idle(calibration: Calibration, model: ModelSource, world: int) -> tuple[str, ...]:
-    """Return a sentence for every pattern of the config's lists that matches no node, where the nodes are known."""
-    if model.directory is None or not (calibration.config.allowlist.names or calibration.config.blocklist.names):
-        return ()
-    from gaudi_calib.checkpoints.plan import plan_model
-
-    try:
-        nodes = plan_model(model.directory).node_names
-    except CalibrationError:  # for example of a family that nobody described
-        return ()
-    found = find_idle_patterns(calibration.config, [*nodes, *calibration.list_modules(world)])
-    return tuple(f"{finding.what} ({finding.where} in {calibration.path})" for finding in found)

@@ -27,7 +27,8 @@ from gaudi_calib.manifest import read_versions
 from gaudi_calib.models.source import ModelSource, find_model
 from gaudi_calib.moved import advise_relocation
 from gaudi_calib.serve.arguments import Asked, read_words, require_agreement
-from gaudi_calib.serve.calibration import Calibration, find_idle, open_calibration, place_config, require_fit
+from gaudi_calib.serve.calibration import Calibration, open_calibration, place_config, require_fit
+from gaudi_calib.serve.modules import inspect_modules
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _plan_calibrated(options: ServeOptions, model: ModelSource, quant_config: Pa
             f"\n{calibration.path} names {calibration.old_place}; the run beside it is served, through {served}. "
             f"`{advise_relocation(calibration.placed.path.parent)}` has it name its own place"
         )
-    return EnginePlan(settings, note, find_idle(calibration, model, options.world))
+    return EnginePlan(settings, note, inspect_modules(calibration, model, options.world))
 
 
 def _require_method(model: ModelSource, platform: Platform) -> None:

@@ -1,0 +1,75 @@
+"""Modules that INC quantizes and that the files lack: it fails when the first of them runs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.errors import ConfigError
+from gaudi_calib.ranges.derive import name_old
+from gaudi_calib.ranges.layer_types import find_layer_type
+from gaudi_calib.ranges.node import Op
+from gaudi_calib.rankfiles.store import read_node_names, read_stored_names
+
+if TYPE_CHECKING:
+    from gaudi_calib.config.model import QuantConfig
+
+
+def find_uncovered(
+    ops: Mapping[str, Op],
+    config: "QuantConfig",
+    covered: Iterable[str],
+    *,
+    modules: Iterable[str],
+    measured_with: "QuantConfig | None",
+) -> list[str]:
+    """Return the modules that INC quantizes with `config` and that a rank's file lacks.
+
+    Args:
+        ops: what each module of the model computes, by name.
+        covered: names in the file.
+        modules: those that INC patched when it measured.
+        measured_with: the MEASURE config, where it is known: what it did not block, and INC did not patch
+            then, INC never patches.
+    """
+    named, patched = set(map(name_old, covered)), set(map(name_old, modules))
+
+    def is_served(name: str, op: Op) -> bool:
+        layer_type = find_layer_type(name, op)
+        if config.is_blocked(name, layer_type):
+            return False
+        return measured_with is None or name_old(name) in patched or measured_with.is_blocked(name, layer_type)
+
+    return [name for name, op in ops.items() if name_old(name) not in named and is_served(name, op)]
+
+
+def read_names(placed: CalibrationDir, rank: int, world: int, method: str | None = None) -> tuple[str, ...]:
+    """Return the names of the nodes in a rank's `.npz`: of ranges, or of scales of `method`.
+
+    Raises:
+        FileError: it is missing or malformed, or not the file that the run wrote.
+    """
+    npz = placed.name_file(rank, world, method=method)
+    text = npz.with_suffix(".json")
+    placed.require_recorded([npz, text])
+    # Where both were recorded they hold the same, and the text is read faster.
+    return read_node_names(text) if placed.manifest and text in placed.files else read_stored_names(npz)
+
+
+def refuse_uncovered(placed: CalibrationDir, names: Sequence[str], config_path: Path, world: int) -> ConfigError:
+    """Return the error about modules without ranges.
+
+    Args:
+        names: the modules.
+        config_path: file of the config that quantizes them.
+    """
+    measuring = placed.layout.measure_config if placed.layout else "the MEASURE config"
+    again = placed.advise(config=config_path).derive(world) if placed.channel_file.is_file() else None
+    more = f" (nor have {len(names) - 1} more)" if len(names) > 1 else ""
+    return ConfigError(
+        f"{names[0]} is not blocked and has no ranges{more}",
+        where=config_path,
+        why="INC fails where a module runs that it should quantize and has no ranges for",
+        fix=f"block them in {config_path}; or unblock them in {measuring}, then "
+        + (f"run: {again}" if again else "measure again"),
+    )

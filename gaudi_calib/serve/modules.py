@@ -1,0 +1,73 @@
+"""Whether the lists of a QUANT_CONFIG, the modules of the model and the nodes in the files go together."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from gaudi_calib.config.model import find_idle_patterns
+from gaudi_calib.errors import CalibrationError, FileError
+from gaudi_calib.gaps import find_uncovered, read_names, refuse_uncovered
+from gaudi_calib.models.source import ModelSource
+from gaudi_calib.ranges.node import Op
+from gaudi_calib.serve.calibration import Calibration, advise
+
+if TYPE_CHECKING:
+    from gaudi_calib.checkpoints.plan import ModelPlan
+
+_log = logging.getLogger(__name__)
+
+
+def inspect_modules(calibration: Calibration, model: ModelSource, world: int) -> tuple[str, ...]:
+    """Check the config's lists against the modules of the model and those in the files, where they are known.
+
+    Returns:
+        A sentence for every pattern that matches no module, and for files of unknown origin one for
+        modules that have no ranges or scales.
+
+    Raises:
+        ConfigError: a module that INC will quantize has no ranges. FileError: it has no scales.
+    """
+    plan = _plan_model(calibration, model)
+    if plan is None:
+        return ()
+    config, found = calibration.config, []
+    nodes = [*plan.node_names, *calibration.list_modules(world)]
+    for finding in find_idle_patterns(config, nodes):
+        found.append(f"{finding.what} ({finding.where} in {calibration.path})")
+    if config.uses_stats_files and not config.ignore_modules_wo_measures:
+        found += _find_uncovered(calibration, model, world, plan.ops)
+    return tuple(found)
+
+
+def _plan_model(calibration: Calibration, model: ModelSource) -> "ModelPlan | None":
+    if model.directory is None:
+        return None
+    from gaudi_calib.checkpoints.plan import plan_model
+
+    try:
+        return plan_model(model.directory, calibration.config.dtype)
+    except CalibrationError as error:  # for example of a family that nobody described
+        _log.warning("What the files should hold is not checked: %s", error.what)
+        return None
+
+
+def _find_uncovered(calibration: Calibration, model: ModelSource, world: int, ops: Mapping[str, Op]) -> Iterator[str]:
+    placed, config, tag = calibration.placed, calibration.config, calibration.config.method_table.file_tag
+    modules = calibration.list_modules(world)
+    for method, what in ((None, "ranges"), (tag, "scales")):
+        for rank in range(world):
+            names = read_names(placed, rank, world, method)
+            uncovered = find_uncovered(ops, config, names, modules=modules, measured_with=placed.measure_config)
+            if not uncovered:
+                continue
+            if placed.manifest is None:
+                yield f"{len(uncovered)} modules have no {what} on rank {rank}, the first is {uncovered[0]}"
+                break
+            if method is None:
+                raise refuse_uncovered(placed, uncovered, calibration.path, world)
+            raise FileError(
+                f"{uncovered[0]} is not blocked and has no scales (nor have {len(uncovered) - 1} more)",
+                where=placed.name_file(rank, world, method=method),
+                why=f"{calibration.path.name} blocks less than the config that the scales were computed with",
+                fix=advise(calibration, model).compute_scales(world) or "compute the scales again",
+            )
