@@ -33,6 +33,7 @@ from gaudi_calib.models.source import open_model
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 FOREIGN_CONFIG = "check that config.json belongs to these weights and that all shards are there"
+_PLAIN_TYPES = ("BF16", "F16", "F32", "F64")
 _DAMAGED = "the file is damaged or incomplete; download it again"
 
 
@@ -177,7 +178,7 @@ class Checkpoint:
         elif weight.scale is not None:
             is_known = kind == "F8_E4M3" and scale_kinds[0] in SCALE_TYPES
         else:
-            is_known = not (kind.startswith("F8") or (kind in ("U8", "I8", "I32") and name.endswith(".weight")))
+            is_known = kind in _PLAIN_TYPES or not (kind.startswith("F8") or name.endswith(".weight"))
         if not is_known:
             raise self._cannot_read(name, f"is stored as {' with a scale of '.join([kind, *scale_kinds])}")
         if weight.scale is not None and not weight.packed:

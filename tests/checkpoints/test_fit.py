@@ -38,14 +38,14 @@ def text(content: bytes) -> Damage:
     return lambda model: (model / "config.json").write_bytes(content)
 
 
-def weight(name: str, *shape: int) -> Damage:
-    """Give a weight another shape, or drop it."""
+def weight(name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Damage:
+    """Give a weight another shape or type, or drop it."""
 
     def damage(model: Path) -> None:
         tensors = load_file(model / "model.safetensors")
         del tensors[name]
         if shape:
-            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+            tensors[name] = torch.ones(shape, dtype=dtype)
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
     return damage
@@ -83,6 +83,7 @@ PLANNED = {
     "k_proj of another size": (weight(f"{LAYER}.self_attn.k_proj.weight", 64, 256), "448 output rows"),
     "k_proj of other columns": (weight(f"{LAYER}.self_attn.k_proj.weight", 128, 128), "k_proj.weight' has the shape"),
     "k_proj without shape": (weight(f"{LAYER}.self_attn.k_proj.weight", 128), "k_proj.weight' has the shape"),
+    "a weight of integers": (weight(f"{LAYER}.mlp.up_proj.weight", 512, 256, dtype=torch.int64), "cannot be read"),
     "an output projection of another size": (weight("lm_head.weight", 200, 256), "lm_head.weight' has the shape"),
     "an index that is no object": (index([]), "does not say which file"),
     "an index without a map": (index("model.safetensors", "map"), "does not say which file"),

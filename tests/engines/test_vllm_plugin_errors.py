@@ -170,6 +170,20 @@ def test_a_quantized_checkpoint_keeps_its_method():
         GaudiFp8Config.override_quantization_method({"quant_method": "fp8"}, "gaudi_fp8")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_vllm_may_serve_in_every_dtype_that_a_run_takes(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM asks the method before it loads a model."""
+    import torch
+
+    from gaudi_calib.engines.vllm_plugin.quantization import GaudiFp8Config
+
+    write_ranges(tmp_path, ("lm_head",))
+    monkeypatch.setenv("QUANT_CONFIG", str(write_config(tmp_path)))
+    assert getattr(torch, dtype) in GaudiFp8Config().get_supported_act_dtypes()
+
+
 def test_latent_attention_is_refused_unless_blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Instead of leaving it silently in bfloat16."""
     from gaudi_calib.engines.vllm_plugin.quantization import GaudiFp8Config

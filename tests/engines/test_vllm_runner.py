@@ -70,6 +70,17 @@ LITTLE = {"gpu_memory_utilization": 0.1}
 EXPERTS = {"enable_expert_parallel": True}
 
 
+@pytest.mark.parametrize("platform", ["hpu", "cuda", "cpu"])
+def test_the_engine_is_started_in_the_type_of_the_config(platform: str) -> None:
+    """`hp_dtype` of either phase decides, and bfloat16 is named, too: `auto` would take what config.json says."""
+    llama, dump = find_family("llama"), Path("/data/out/m/g3/inc_output")
+    deployed = Deployment("/models/m", 1, llama)
+    for keys, dtype in (({}, "bfloat16"), ({"hp_dtype": "FP16"}, "float16"), ({"hp_dtype": "FP32"}, "float32")):
+        config = measure_config(llama, dump, **keys)
+        phase = plan_phase("measure", platform, config, Path("q.json"), deployed, PROMPTS, EngineOptions())
+        assert phase.settings.args["dtype"] == dtype
+
+
 @pytest.mark.parametrize("device", ["g2", "g3"])
 @pytest.mark.parametrize(
     ("model_type", "world", "facts", "measure", "quantize", "env"),
