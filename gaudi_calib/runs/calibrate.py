@@ -103,7 +103,7 @@ def _require_ranges(run: Run, target: Target) -> None:
     """Raise FileError where there is nothing to compute scales from, before a manifest says that anything runs."""
     placed, advice = target.placed, target.placed.advise(run.options.model, target.quant_path)
     for world in run.options.worlds:
-        if world not in (placed.worlds if placed.path.is_dir() else ()) and not placed.channel_file.is_file():
+        if world not in (placed.worlds if placed.files else ()) and not placed.channel_file.is_file():
             raise FileError(
                 f"no ranges for {world} ranks on {target.device.name}",
                 where=placed.path,

@@ -170,7 +170,7 @@ class Run:
             placed = CalibrationDir(self.layout.device(name).directory)
             if placed.origin is not None and placed.origin.worlds:
                 return placed.origin.shares_experts(self.options.world)
-            if self.options.world in placed.worlds:
+            if placed.files and self.options.world in placed.worlds:
                 world = gather_world(placed.read_world(self.options.world))
                 return settle_expert_parallel(world, None, find_evidence(placed, world, self.plan.checkpoint.directory))
         return self.plan.family.expert_parallel
