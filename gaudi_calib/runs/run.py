@@ -314,7 +314,7 @@ class Run:
                         f"the calibration of another checkpoint is in {self.layout.root.name}/",
                         where=self.layout.root,
                         why=f"{measured.name} was measured there, and this is {self.model.name}",
-                        fix=f"give another -o, or move that calibration away: mv {root} {root}.other",
+                        fix=f"give this one a name (--name) or another -o, or move that away: mv {root} {root}.other",
                     )
                 if name not in self.options.devices:
                     self.warn(f"the files for {name} stay those of the checkpoint as it was before")
