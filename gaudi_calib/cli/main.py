@@ -8,22 +8,17 @@ Exit codes: 0 done, 1 failed or findings, 2 usage, 130 interrupted, 143 and 129 
 and SIGHUP. The scripts/ share them through `report_errors`.
 """
 
-import codecs
-import io
 import logging
-import os
 import re
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
 import click
 
 from gaudi_calib import __version__
+from gaudi_calib.cli.process import Ended, orderly_ends, print_utf8, use_utf8
 from gaudi_calib.errors import CalibrationError
 
 PROGRAM = "gaudi-calib"
@@ -106,7 +101,7 @@ def main(arguments: Sequence[str] | None = None, *, flags: Mapping[str, str] | N
     2
     """
     if arguments is None:
-        _use_utf8()
+        use_utf8()
     return report_errors(lambda: cli.main(args=arguments, prog_name=PROGRAM, standalone_mode=False), flags=flags)
 
 
@@ -116,9 +111,9 @@ def report_errors(call: Callable[[], object], *, flags: Mapping[str, str] | None
     Args:
         flags: our flags to those of the script that calls, for what errors advise.
     """
-    _print_utf8()
+    print_utf8()
     try:
-        with _orderly_ends():
+        with orderly_ends():
             result = call()
     except Ended as error:
         return _fail(f"ended by {error}; files written before this run are as they were", exit_code=128 + error.number)
@@ -144,64 +139,6 @@ def report_errors(call: Callable[[], object], *, flags: Mapping[str, str] | None
             exit_code=1,
         )
     return result if isinstance(result, int) else 0
-
-
-class Ended(BaseException):
-    """A signal asks this process to end; as KeyboardInterrupt, it is for nobody but `finally` and the program."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
-@contextmanager
-def _orderly_ends() -> Iterator[None]:
-    """Raise `Ended` when SIGTERM or SIGHUP comes, unless it is ignored (nohup), so that manifests and children end.
-
-    What comes later is ignored: tidying up ends soon.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-
-    def end(number: int, _frame: object) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise Ended(number)
-
-    try:
-        for number in numbers:
-            signal.signal(number, end)
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _use_utf8() -> None:
-    """Start the program again in Python's UTF-8 mode where the locale is another: paths in configs are UTF-8."""
-    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
-
-
-def _print_utf8() -> None:
-    """Print UTF-8 whatever the locale, and names that are not as the bytes they are on disk."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors=_UNENCODABLE)
-
-
-def _encode_rest(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Turn what a file name has beside UTF-8 into its bytes again, and any other half character into an escape."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeError:
-        return codecs.backslashreplace_errors(error)
-
-
-_UNENCODABLE = "gaudi_calib.unencodable"
-codecs.register_error(_UNENCODABLE, _encode_rest)
 
 
 def respell(text: str, flags: Mapping[str, str]) -> str:
