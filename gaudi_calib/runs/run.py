@@ -27,7 +27,7 @@ from gaudi_calib.errors import FileError, ModelError, UsageError
 from gaudi_calib.files import hash_file
 from gaudi_calib.fp8 import DEVICES, Device, get_device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, DeviceLayout, RankFile, list_rank_files
-from gaudi_calib.manifest import DatasetFacts, DatasetShare, ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
+from gaudi_calib.manifest import ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
 from gaudi_calib.models.fingerprint import fingerprint_model
 from gaudi_calib.models.source import download_model
 from gaudi_calib.ranges.channels import ChannelRanges
@@ -44,7 +44,9 @@ from gaudi_calib.runs.configs import (
     require_blocked,
     stage_config,
 )
+from gaudi_calib.runs.dataset import describe_dataset
 from gaudi_calib.runs.options import RunOptions, check_options
+from gaudi_calib.runs.rescale import advise_scales
 from gaudi_calib.runs.sharing import find_evidence, settle_expert_parallel
 from gaudi_calib.scales.compute import require_precision
 from gaudi_calib.staging import REPLACED_NAME, claim_directory, set_aside, stage_files
@@ -281,7 +283,7 @@ class Run:
                 channels = self.staging / CHANNEL_RANGES_NAME if self.channels is not None else None
                 target.record.update(measurement=CalibrationDir(staging).identify(channels))
             if self.prompts is not None:
-                target.record.update(dataset=_describe_dataset(self.prompts))
+                target.record.update(dataset=describe_dataset(self.prompts))
             target.record.stage(staging)
 
     def _warn_changed(self, replaced: Sequence[Path]) -> None:
@@ -291,8 +293,11 @@ class Run:
             old = [path for path in replaced if path.parent == directory]
             if old:
                 self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")
-            for stale in CalibrationDir(target.layout.directory).find_stale():
-                self.warn(f"{stale.path} is stale: {stale.why}; `gaudi-calib quantize` computes it anew")
+            placed = target.placed
+            for stale in placed.find_stale():
+                file = placed.files[stale.path]
+                anew = advise_scales(placed, file.position[1], str(file.method), self.options.model)
+                self.warn(f"{stale.path} is stale: {stale.why}" + (f"; `{anew}` computes it anew" if anew else ""))
 
     def require_same_model(self, target: Target) -> None:
         """Raise ModelError where the ranges in place were measured on other weights, as far as the manifest knows."""
@@ -303,7 +308,9 @@ class Run:
                 f"the ranges for {target.device.name} were measured on another checkpoint",
                 where=target.layout.directory,
                 why=f"the fingerprint of {self.options.model!r} is not that of {before.name!r} when it was measured",
-                fix="give the model that was measured, or run `gaudi-calib measure` with this one",
+                fix=f"give the model that was measured (-m {shlex.quote(before.name)})"
+                if before.name != self.model.name
+                else f"measure it again: {target.placed.advise(self.options.model).measure(self.options.world)}",
             )
 
     def _require_own_root(self) -> None:
@@ -379,19 +386,3 @@ class Run:
             replaced += [path for path in old if path.relative_to(self.layout.root) not in written]
         set_aside(self.staging, replaced)
         return replaced
-
-
-def _describe_dataset(prompts: Prompts) -> DatasetFacts:
-    """What the manifest says about the data of a measurement; a single dataset has no shares."""
-    shares = [
-        DatasetShare(name=part.dataset.name, weight=part.dataset.weight, prompts=part.prompts, tokens=part.tokens)
-        for part in prompts.parts
-    ]
-    return DatasetFacts(
-        name=prompts.dataset,
-        hash=prompts.sha256,
-        prompts=len(prompts),
-        tokens=prompts.token_count,
-        skipped=prompts.skipped,
-        shares=shares if len(shares) > 1 else [],
-    )
