@@ -19,7 +19,7 @@ class Advice:
         worlds: those of which every rank has ranges.
         has_channels: whether the run has channel ranges, from which every world follows.
         model: directory or hub name of the checkpoint.
-        dataset: what it was measured on.
+        datasets: what it was measured on, as -d takes it.
         config: the QUANT_CONFIG that serves it; None: the run's own.
     """
 
@@ -28,7 +28,7 @@ class Advice:
     worlds: Sequence[int]
     has_channels: bool
     model: str = "MODEL"
-    dataset: str = "builtin"
+    datasets: Sequence[str] = ("builtin",)
     config: Path | None = None
 
     @property
@@ -36,12 +36,19 @@ class Advice:
         """The run directory, if it is one of a run."""
         return self.directory.parent
 
-    def compute_scales(self, world: int) -> str | None:
-        """Scales of `world` ranks by this config; None where the directory is no run's."""
-        if self.device is None or self.directory.name != self.device.name:
+    @property
+    def is_of_run(self) -> bool:
+        """Whether commands that take -m and -o find it."""
+        return self.device is not None and self.directory.name == self.device.name
+
+    def compute_scales(self, world: int, *, method: str | None = None) -> str | None:
+        """Scales of `world` ranks by this config, or by a method; None where the directory is no run's."""
+        if self.device is None or not self.is_of_run:
             return None
         words = [*self._name_run(), "-t", world, "--device", self.device.name]
-        if self.config and self.config.resolve() != DeviceLayout(self.directory, self.device.name).quant_config:
+        if method:
+            words += ["--scale-method", method.lower()]
+        elif self.config and self.config.resolve() != DeviceLayout(self.directory, self.device.name).quant_config:
             words += ["--config-quant", self.config]
         return _spell("quantize", *words)
 
@@ -51,14 +58,19 @@ class Advice:
         Args:
             flag: how they share experts, `-u` or `--no-expert-parallel`, where not as the run does.
         """
-        ranges = self._reshard(world, flag) if self.has_channels else None if flag else self._convert(world)
-        return ranges and " && ".join(filter(None, [ranges, self.compute_scales(world)]))
+        ranges = self.make_ranges(world, flag=flag)
+        return ranges and chain(ranges, self.compute_scales(world))
+
+    def make_ranges(self, world: int, *, flag: str | None = None) -> str | None:
+        """Ranges alone; see `derive`."""
+        return self._reshard(world, flag) if self.has_channels else None if flag else self.convert(world)
 
     def _reshard(self, world: int, flag: str | None) -> str:
         device = ["--device", self.device.name] if self.device else []
         return _spell("reshard", self.run, "-t", world, *([flag] if flag else []), *device)
 
-    def _convert(self, world: int) -> str | None:
+    def convert(self, world: int) -> str | None:
+        """Ranges of `world` ranks from those of others, as upper bounds where they are more; None where none do."""
         for source in self.worlds:
             if source > world and source % world == 0:
                 return _spell("unify", self.directory, "-r", world, "--from-world", source)
@@ -75,19 +87,28 @@ class Advice:
         words = [*self._name_run(), "-t", world, "--device", device.name]
         if self.has_channels:
             return f"make {other.name}: {_spell('quantize', *words)}"
-        return f"measure for {device.name}: {_spell('calibrate', *words, '-d', self.dataset)}"
+        return f"measure for {device.name}: {_spell('calibrate', *words, *self._name_data())}"
 
-    def measure(self, world: int) -> str:
-        """A measurement with `world` ranks."""
-        return _spell("measure", *self._name_run(), "-d", self.dataset, "-t", world)
+    def measure(self, world: int) -> str | None:
+        """A measurement with `world` ranks, for this device; None where the directory is no run's."""
+        return self._measure("measure", world)
 
-    def expand(self) -> str:
-        """Upper bounds for any world, from what is there."""
-        return _spell("expand", self.directory, "-w", "N")
+    def calibrate(self, world: int, *more: str) -> str | None:
+        """A measurement with `world` ranks and its scales, with further words; None as for `measure`."""
+        return self._measure("calibrate", world, *more)
+
+    def _measure(self, command: str, world: int, *more: str) -> str | None:
+        if self.device is None or not self.is_of_run:
+            return None
+        words = [*self._name_run(), *self._name_data(), "-t", world, "--device", self.device.name]
+        return _spell(command, *words, *more)
 
     def merge_whole(self, runs: Sequence[Path]) -> str:
         """The runs merged with their channel ranges, in place."""
         return _spell("merge", *dict.fromkeys(runs), "-o", self.run)
+
+    def _name_data(self) -> list[str]:
+        return [word for dataset in self.datasets for word in ("-d", dataset)]
 
     def _name_run(self) -> list[object]:
         words: list[object] = ["-m", self.model, "-o", self.run.parent]
@@ -96,12 +117,23 @@ class Advice:
         return words
 
 
-def advise_repeating(command: Sequence[str]) -> str:
-    """What to do about a run that failed, given the command line that its manifest records."""
+def advise_repeating(command: Sequence[str], directory: str | None) -> str:
+    """What to do about a run that failed, given the command line that its manifest records and where it was run."""
     program, *words = command or [""]
-    if words and Path(program).name in ("gaudi-calib", "__main__.py"):
-        return f"run it again: {_spell(*words)}"
-    return "calibrate again"
+    if not words or Path(program).name not in ("gaudi-calib", "__main__.py"):
+        return "calibrate again"
+    is_elsewhere = directory is not None and Path(directory) != Path.cwd()
+    return f"run it again: {chain(shlex.join(['cd', str(directory)]) if is_elsewhere else None, _spell(*words))}"
+
+
+def advise_configs(model: str, device: str | None) -> str:
+    """What prints the configs of a model."""
+    return _spell("config", "show", "-m", model, *(["--device", device] if device else []))
+
+
+def chain(*commands: str | None) -> str:
+    """Commands of which each is run where the one before it succeeded."""
+    return " && ".join(filter(None, commands))
 
 
 def _spell(*words: object) -> str:

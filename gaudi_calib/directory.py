@@ -129,8 +129,11 @@ class CalibrationDir:
             raise self._refuse_channels()
         return owner
 
-    def require_channels(self) -> Path:
+    def require_channels(self, world: int | None = None) -> Path:
         """Return the path of the channel ranges, which are of this measurement as far as manifests tell.
+
+        Args:
+            world: what ranges are wanted of, for what an error advises.
 
         Raises:
             FileError: there are none, or they are of another measurement.
@@ -140,10 +143,10 @@ class CalibrationDir:
                 f"no {CHANNEL_RANGES_NAME}",
                 where=self.channel_file.parent,
                 why="only the torch engine writes it; rank files alone cannot be resharded exactly",
-                fix=f"give the run directory (OUT/<model>), or take upper bounds: {self.advise().expand()}",
+                fix="; or ".join(["give the run directory (OUT/<model>)", *self._advise_conversion(world)]),
             )
         if self.origin is not None and not self._is_of(self.origin):
-            raise self._refuse_channels()
+            raise self._refuse_channels(world)
         return self.channel_file
 
     def _is_of(self, manifest: "Manifest") -> bool:
@@ -164,16 +167,20 @@ class CalibrationDir:
         ranges = hash_paths(path for path, file in self.files.items() if file.is_ranges and file.extension == "npz")
         return hash_bytes("".join(ranges.values()).encode())
 
-    def _refuse_channels(self) -> FileError:
+    def _advise_conversion(self, world: int | None) -> list[str]:
+        """What makes ranges of `world` ranks from rank files, where there are none and it can be done."""
+        made = self.advise().convert(world) if world and self.list_missing(world) else None
+        return [f"convert what is there: {made}"] if made else []
+
+    def _refuse_channels(self, world: int | None = None) -> FileError:
         merged = [Path(path).parent for path in (self.manifest.merged if self.manifest else ())]
-        advice = self.advise()
+        whole = f"merge the whole runs: {self.advise().merge_whole(merged)}" if merged else ""
         return FileError(
             f"{CHANNEL_RANGES_NAME} is of another measurement than {self.path.name}/",
             where=self.channel_file,
             why=f"its checksum is not the one in {MANIFEST_NAME}: "
             + ("the merge left it out" if merged else "it was changed, or copied from another run"),
-            fix=(f"merge the whole runs: {advice.merge_whole(merged)}" if merged else "restore it, or measure again")
-            + f"; or take upper bounds: {advice.expand()}",
+            fix="; or ".join([whole or "restore it, or measure again", *self._advise_conversion(world)]),
         )
 
     @cached_property
@@ -246,11 +253,12 @@ class CalibrationDir:
         missing = [rank for rank in range(world) if rank not in ranks]
         if missing:
             more = f" (nor of {len(missing) - 1} more)" if len(missing) > 1 else ""
+            made = self.advise().make_ranges(world) or self.advise().measure(world)
             raise FileError(
                 f"no ranges of rank {missing[0]} of {world}{more}",
                 where=self.name_file(missing[0], world, extension="json"),
                 why=f"the directory holds ranges of world size {', '.join(map(str, self.worlds))}",
-                fix=f"run `gaudi-calib measure -t {world}`, or name a world size that is there",
+                fix="name a world size that is there, or restore the files" + (f"; or run: {made}" if made else ""),
             )
         return self.read_ranks([ranks[rank] for rank in range(world)])
 
@@ -299,7 +307,7 @@ class CalibrationDir:
             sorted(world for world in found if not self.list_missing(world)),
             self.channel_file.is_file(),
             model or (made.model.name if made and made.model else "MODEL"),
-            made.dataset.name if made and made.dataset else "builtin",
+            made.list_datasets() if made else ("builtin",),
             config,
         )
 
@@ -328,7 +336,7 @@ class CalibrationDir:
             return None
         from gaudi_calib.config.check import parse_quant_config
 
-        return parse_quant_config(recorded, where=self.path / MANIFEST_NAME)
+        return parse_quant_config(recorded, where=f"{self.path / MANIFEST_NAME}, config.measure")
 
     def hash_files(self, staging: Path | None = None, *, without: Collection[Path] = ()) -> dict[str, str]:
         """Return the hash of rank files by name, as they will be with those in `staging` and `without` others.

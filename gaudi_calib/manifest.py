@@ -58,7 +58,7 @@ class DatasetShare(_Facts):
     """What one of several datasets gave.
 
     Attributes:
-        name: as given with -d, without its weight.
+        name: as given with -d, without its weight; absolute where it is a path.
         weight: None where its size decided.
         prompts, tokens: how many come from it.
     """
@@ -68,12 +68,17 @@ class DatasetShare(_Facts):
     prompts: int
     tokens: int
 
+    @property
+    def argument(self) -> str:
+        """What was given to -d."""
+        return self.name if self.weight is None else f"{self.name}={self.weight:g}"
+
 
 class DatasetFacts(_Facts):
     """The data ranges were measured on.
 
     Attributes:
-        name: as given with -d; names of several, with a comma between.
+        name: as given with -d, absolute where it is a path; names of several, with a comma between.
         hash: `sha256:...` of the file, or of the token ids.
         prompts, tokens: how many were used.
         skipped: rows left out because they could not be used.
@@ -86,6 +91,10 @@ class DatasetFacts(_Facts):
     tokens: int | None = None
     skipped: int = 0
     shares: list[DatasetShare] = Field(default_factory=list)
+
+    def list_names(self) -> tuple[str, ...]:
+        """Return the name of each dataset."""
+        return tuple(share.name for share in self.shares) or (self.name,)
 
 
 class WorldFacts(_Facts):
@@ -146,6 +155,7 @@ class Manifest(_Facts):
         status: `running`, `ok` or `failed`.
         error: what went wrong, where `failed`.
         command: the command line, secrets redacted.
+        directory: where it was run: paths in it count from there.
         started_at, finished_at: UTC, ISO 8601.
         device: the device that will serve, `g2` or `g3`.
         platform: what measured, `hpu`, `cuda` or `cpu`.
@@ -172,6 +182,7 @@ class Manifest(_Facts):
     status: Literal["running", "ok", "failed"] = "running"
     error: str | None = None
     command: list[str] = Field(default_factory=list)
+    directory: str | None = None
     started_at: str = ""
     finished_at: str | None = None
     model: ModelFacts | None = None
@@ -207,6 +218,14 @@ class Manifest(_Facts):
         """The commands that made the files, this one last."""
         this = Step(command=self.command, started_at=self.started_at, finished_at=self.finished_at)
         return [*self.history, this]
+
+    def list_datasets(self) -> tuple[str, ...]:
+        """What to give to -d to measure on the same data."""
+        if self.dataset is not None and self.dataset.shares:
+            return tuple(share.argument for share in self.dataset.shares)
+        measured = [self.dataset] if self.dataset else self.merged_datasets
+        names = (name for dataset in measured for name in dataset.list_names())
+        return tuple(dict.fromkeys(names)) or ("builtin",)
 
     def shares_experts(self, world: int) -> bool:
         """Whether `world` ranks hold whole experts: as their files do, else as the run was made."""
@@ -301,6 +320,8 @@ def _start(path: Path, *, fresh: bool, facts: Mapping[str, Any]) -> Record:
     kept = {} if fresh or before is None else {**dict(before), "history": before.steps}
     record = Record(path, Manifest.model_validate(kept))
     told = {"versions": read_versions(), "environment": redact_environment(os.environ), **facts}
+    with contextlib.suppress(OSError):  # a directory that is gone
+        told["directory"] = os.getcwd()
     told["command"] = redact_command(facts.get("command", sys.argv))
     record.write(**told, status="running", error=None, started_at=_now(), finished_at=None, last_good=before)
     return record

@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gaudi_calib.advice import advise_configs
 from gaudi_calib.cli.main import main
 from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.detect import detect_platform, require_gaudi
-from gaudi_calib.errors import UsageError
+from gaudi_calib.errors import FileError, UsageError
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import DUMP_NAME, RunLayout
@@ -45,6 +46,19 @@ class ConfiguredRun:
         """Return whether `dump` is where a run of `model` keeps its files anyway."""
         out = self.dump.parent.parent.parent
         return self.dump == RunLayout(out, model).device(self.device).dump_stats_path
+
+    def require_world(self, world: int, model: str) -> None:
+        """Raise FileError where ranges of `world` ranks are not there and do not follow from channel ranges."""
+        placed = CalibrationDir(self.dump.parent, dump=self.dump.name)
+        if self.is_layout_of(model) or world in placed.worlds:
+            return
+        made = placed.advise(model).convert(world)
+        raise FileError(
+            f"no ranges for {world} ranks",
+            where=placed.path,
+            why=f"there are those of {', '.join(map(str, placed.worlds)) or 'no'} ranks",
+            fix=f"run step 2 with --tensor-parallel-size {world}" + (f"; or run: {made}" if made else ""),
+        )
 
     def execute(
         self, command: Sequence[str], model: str, *, reads_ranges: bool, flags: Mapping[str, str] | None = None
@@ -86,10 +100,11 @@ class ConfiguredRun:
         print(f"{len(files)} files in {self.dump.parent}")
 
 
-def find_configured_run(device: str | None) -> ConfiguredRun:
+def find_configured_run(model: str, device: str | None) -> ConfiguredRun:
     """Read the run from QUANT_CONFIG.
 
     Args:
+        model: what the step is for.
         device: `g2`, `g3`, or None to take it from the path, the config or this machine.
 
     Raises:
@@ -101,7 +116,7 @@ def find_configured_run(device: str | None) -> ConfiguredRun:
         raise UsageError(
             "QUANT_CONFIG is not set",
             why="this step reads from it where the measurements are and what is left out",
-            fix="export QUANT_CONFIG=FILE.json (`gaudi-calib config show` prints one), or use `gaudi-calib calibrate`",
+            fix=f"export QUANT_CONFIG=FILE.json; such files are printed by: {advise_configs(model, device)}",
         )
     path = expand_path(given)
     config = read_quant_config(path)

@@ -31,7 +31,7 @@ FLAGS = {
 def main() -> int:
     """Measure, and return the exit code."""
     options, more = parse_options()
-    run = find_configured_run(options.device)
+    run = find_configured_run(options.model, options.device)
     words = ["measure", "-b", str(options.batch_size), "-t", str(options.tensor_parallel_size)]
     words += [word for dataset in options.dataset for word in ("-d", dataset)]
     if options.auto_process_dataset:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Step 4: compute the scales that QUANT_CONFIG (a QUANTIZE config) asks for.
 
-Ranges are read from its dump_stats_path, scales are written beside them.
+Ranges are read from its dump_stats_path, scales are written beside them. How experts are shared is
+found out; -u is checked against it.
 """
 
 import argparse
@@ -11,20 +12,29 @@ from configured_run import IdleFlag, find_configured_run, make_parser
 
 from gaudi_calib.cli.main import report_errors
 
+# Our flags -> the step's.
+FLAGS = {"-t": "--tensor-parallel-size", "--config-quant": "QUANT_CONFIG"}
+
 
 def main() -> int:
     """Compute scales, and return the exit code."""
     options = parse_options()
-    run = find_configured_run(options.device)
+    run = find_configured_run(options.model, options.device)
+    run.require_world(options.tensor_parallel_size, options.model)
     words = ["quantize", "-t", str(options.tensor_parallel_size), "--config-quant", str(run.config)]
-    return run.execute(words, options.model, reads_ranges=True)
+    if options.expert_parallel is not None:
+        words.append("-u" if options.expert_parallel else "--no-expert-parallel")
+    return run.execute(words, options.model, reads_ranges=True, flags=FLAGS)
 
 
 def parse_options() -> argparse.Namespace:
     """Return the reference's options."""
     parser = make_parser("Compute scales from measured ranges; QUANT_CONFIG says which and how.")
+    parser.add_argument(
+        "-u", "--expert-parallel", action=argparse.BooleanOptionalAction, help="ranks hold whole experts"
+    )
     idle = parser.add_argument_group("taken and without effect with the torch engine")
-    for name in ("--block-quant", "--enforce-eager", "--expert-parallel"):
+    for name in ("--block-quant", "--enforce-eager"):
         idle.add_argument(name, action=IdleFlag, nargs=0)
     for name in ("--max-num-prefill-seqs", "--distributed-executor-backend", "--gpu-memory-utilization"):
         idle.add_argument(name, action=IdleFlag)

@@ -23,7 +23,7 @@ from gaudi_calib.errors import CalibrationError
 
 PROGRAM = "gaudi-calib"
 
-_COMMAND_OR_FLAG = re.compile(rf"`{PROGRAM} [^`]*`|(?<![\w/-])--?[a-z][a-z-]*")
+_COMMAND_OR_FLAG = re.compile(rf"{PROGRAM} [^`;\n]*|(?<![\w/-])--?[a-z][a-z-]*")
 
 # In the order help lists them; each is a function of its name in a module of its name.
 COMMANDS = (

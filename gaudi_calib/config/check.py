@@ -1,9 +1,11 @@
 """Checking the content of a QUANT_CONFIG: from a JSON value to a config or to findings."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -96,7 +98,8 @@ def parse_quant_config(content: object, *, where: object = "QUANT_CONFIG") -> Qu
 def _to_error(errors: tuple[Finding, ...], *, where: object) -> ConfigError:
     """Return the first of `errors` as an exception that counts the others."""
     first, others = errors[0], len(errors) - 1
-    what = first.what + (f" (and {others} more: `gaudi-calib config validate` lists all)" if others else "")
+    lister = f": `{shlex.join(['gaudi-calib', 'config', 'validate', str(where)])}` lists all"
+    what = first.what + (f" (and {others} more{lister if isinstance(where, Path) else ''})" if others else "")
     place = f"{where}, key {first.where}" if first.where else where
     return ConfigError(what, where=place, why=first.why, fix=first.fix)
 

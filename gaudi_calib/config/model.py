@@ -181,7 +181,7 @@ def find_idle_patterns(config: QuantConfig, names: Iterable[str]) -> list[Findin
         Finding(
             f"{key}.names",
             f"pattern {pattern!r} matches no node of the model",
-            fix="correct or remove it; `gaudi-calib config show` prints the lists in use",
+            fix="correct or remove it",
         )
         for key in ("allowlist", "blocklist")
         for pattern in getattr(config, key).names

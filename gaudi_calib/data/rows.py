@@ -114,8 +114,8 @@ def _require_columns(records: list[Record], *, source: str, columns: Mapping[str
                 f"no column {field!r}, which --column {name}={field} asks for",
                 where=source,
                 why=f"columns: {listed}",
-                fix=f"name one of these columns: --column {name}=FIELD; it holds for every -d, so give a dataset that "
-                "needs another one to `gaudi-calib prepare` first, and the file it writes to -d",
+                fix=f"name one of these columns: --column {name}=FIELD; it holds for every -d, so prepare a dataset "
+                "that needs another one by itself, and give the file to -d",
             )
     if not any(columns.get(form, form) in present for form in FORMS):
         raise DataError("the dataset has no usable column", where=source, why=f"columns: {listed}", fix=_MAPPING_FIX)

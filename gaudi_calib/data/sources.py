@@ -71,6 +71,12 @@ def read_rows(dataset: str, *, columns: Mapping[str, str] | None = None, bad_row
     return make_rows(records, source=dataset, columns=columns, bad_rows=bad_rows or BadRows())
 
 
+def locate_dataset(name: str) -> str:
+    """Return the name that a dataset has whatever the caller's directory: absolute where it is a path."""
+    path = expand_path(name)
+    return str(path.absolute()) if name != BUILTIN and path.exists() else name
+
+
 def _read_file(path: Path, source: str) -> Records:
     compression = path.suffix.lower() if path.suffix.lower() in _DECOMPRESSORS else ""
     suffix = (path.with_suffix("") if compression else path).suffix.lower()

@@ -101,7 +101,7 @@ def expand_ranks(world: World, size: int, *, expert_parallel: bool) -> list[Rank
         raise TopologyError(
             f"cannot expand {count} ranks to {size}",
             why=f"{size} is no multiple of {count}",
-            fix="unify to one rank first: `gaudi-calib unify DIR -r 1`",
+            fix="unify to one rank first",
         )
     parts = size // count
     deals = expert_parallel and parts > 1 and bool(world.layers)

@@ -70,7 +70,7 @@ def read_channel_ranges(path: Path) -> ChannelRanges:
             f"no {path.name}",
             where=path,
             why="only the torch engine writes it",
-            fix="run `gaudi-calib measure --engine torch` first",
+            fix="measure with the torch engine first",
         )
     try:
         with safe_open(path, framework="numpy") as file:

@@ -23,7 +23,7 @@ from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, ScaleSha
 RANGES_MODE, SCALES_MODE = "DynamicRange", "Scale"
 _FIXES = {
     RANGES_MODE: "restore the file or measure again",
-    SCALES_MODE: "restore the file, or make it again with `gaudi-calib quantize`",
+    SCALES_MODE: "restore the file, or compute the scales anew",
 }
 
 

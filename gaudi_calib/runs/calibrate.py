@@ -108,7 +108,7 @@ def _require_ranges(run: Run, target: Target) -> None:
                 f"no ranges for {world} ranks on {target.device.name}",
                 where=placed.path,
                 why=f"neither rank files nor {CHANNEL_RANGES_NAME}",
-                fix=f"run {advice.derive(world) or advice.measure(world)}",
+                fix=f"run: {advice.derive(world) or advice.measure(world)}",
             )
 
 
@@ -126,7 +126,7 @@ def _load_ranges(run: Run) -> None:
                     continue
                 if not placed.channel_file.is_file():
                     raise _refuse_sharing(run, placed, world)
-            derive_target(run, read_channel_ranges(placed.require_channels()), target, world)
+            derive_target(run, read_channel_ranges(placed.require_channels(world)), target, world)
         run.require_covered(target)
     warn_of_limits(run)
 

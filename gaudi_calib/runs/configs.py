@@ -64,14 +64,16 @@ def choose_dtype(options: RunOptions, *, fresh: bool) -> str:
     if fresh:
         in_place = (place.quant_config for place in places if not options.quant_config)
         return options.dtype or next((config.dtype for config in in_place if config), "bfloat16")
-    known = (place.origin.dtype for place in places if place.origin and place.origin.dtype)
-    measured, asked = next(known, None), options.dtype
-    if measured and asked and measured != asked:
+    known = (place for place in places if place.origin and place.origin.dtype)
+    place, asked = next(known, None), options.dtype
+    measured = place.origin.dtype if place and place.origin else None
+    if place and measured and asked and measured != asked:
         raise UsageError(
             f"--dtype {asked}, and the ranges were measured for {measured}",
             where=options.layout.root,
             why="weights were rounded to it before they were measured",
-            fix=f"leave --dtype out, or run `gaudi-calib calibrate` with --dtype {asked}",
+            fix="leave --dtype out; or calibrate for it: "
+            f"{place.advise(options.model).calibrate(options.world, '--dtype', asked)}",
         )
     return measured or asked or "bfloat16"
 

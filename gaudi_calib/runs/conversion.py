@@ -51,7 +51,10 @@ class Conversion(NamedTuple):
 def write_converted(source: CalibrationDir, out: Path, converted: Converted, options: Conversion) -> list[Path]:
     """Write ranges, scales and manifest; everything that can fail for its content has been computed before."""
     warn_of_move(source)
-    scales = [] if options.skips_scales else rescale(source, converted, options.device)
+    model = str(options.model) if options.model else None
+    scales = (
+        [] if options.skips_scales else rescale(source, converted, options.device, out=CalibrationDir(out), model=model)
+    )
     return write_world(source, out, converted.ranks, scales, expert_parallel=converted.expert_parallel)
 
 

@@ -7,11 +7,13 @@ one world may lie in different directories. Scales are never merged.
 """
 
 import logging
+import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gaudi_calib.advice import chain
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, ModelError, UsageError
 from gaudi_calib.files import expand_path
@@ -80,11 +82,32 @@ def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
             "the directories have no ranges of the same world size in common",
             where=", ".join(str(run.path) for run in runs),
             why="; ".join(f"{run.path} has {_describe_worlds(run)}" for run in runs),
-            fix="measure each run with the same -t, or bring all to one world first: `gaudi-calib unify DIR -r N`",
+            fix="; or ".join(["measure each run with the same -t", *_advise_common_world(runs)]),
         )
     written = _write(out, ranges, channels, manifests, runs)
-    _log.info("Scales are not merged: `gaudi-calib quantize -m MODEL -o OUT -t N` computes them")
+    _log.info("Scales are not merged.%s", _advise_scales(out, ranges))
     return written
+
+
+def _advise_common_world(runs: Sequence[_Run]) -> list[str]:
+    """What brings rank files of all runs to the largest world that all can be unified to."""
+    advices = [place.advise() for run in runs for place in run.devices.values()]
+    if not all(run.devices for run in runs) or not all(advice.worlds for advice in advices):
+        return []
+    world = math.gcd(*(max(advice.worlds) for advice in advices))
+    commands = [advice.convert(world) for advice in advices if world not in advice.worlds]
+    return [f"bring all to {world} rank{'s' * (world > 1)} first: {chain(*commands)}"]
+
+
+def _advise_scales(out: Path, ranges: Mapping[str, Sequence[RankSet[Node]]]) -> str:
+    """What computes the scales of the merged ranges, where one command after another does."""
+    places = {device: CalibrationDir(out / device).advise() for device in ranges}
+    commands = [
+        places[device].compute_scales(world)
+        for device, rank_sets in ranges.items()
+        for world in sorted({ranks.world for ranks in rank_sets})
+    ]
+    return f" To compute them: {chain(*commands)}" if any(commands) else " In a run, OUT/<model>, they can be computed"
 
 
 def _find_runs(directories: Sequence[Path]) -> list[_Run]:
@@ -103,7 +126,7 @@ def _find_runs(directories: Sequence[Path]) -> list[_Run]:
                 "no ranges to merge",
                 where=path,
                 why="it is neither a device directory (OUT/<model>/g3) nor a run (OUT/<model>)",
-                fix="give the directory that `gaudi-calib measure` wrote",
+                fix="give the directory of a measurement",
             )
     kinds = {run.is_device_dir: run.path for run in runs}
     if len(kinds) > 1:

@@ -89,12 +89,15 @@ class Recipe(NamedTuple):
 Rescaled = tuple[Recipe, list[RankSet[ScaleNode]]]
 
 
-def rescale(source: CalibrationDir, converted: Converted, device: str | None) -> list[Rescaled]:
+def rescale(
+    source: CalibrationDir, converted: Converted, device: str | None, *, out: CalibrationDir, model: str | None = None
+) -> list[Rescaled]:
     """Compute scales of the new ranks for every method the old ones have.
 
     Args:
         source: where the old ranks are.
         device: the device that will serve, where `source` does not tell.
+        out: where the new ranks will be, and `model` the checkpoint, if it is known: for what warnings advise.
 
     Raises:
         UsageError: `device` contradicts what is known. ConfigError: the run's config is invalid.
@@ -106,7 +109,9 @@ def rescale(source: CalibrationDir, converted: Converted, device: str | None) ->
     old_ranks = [rank * converted.from_world // count for rank in range(count)]
     for tag in source.list_methods(converted.from_world):
         recipe = _find_recipe(source, tag, device)
-        if recipe is None:
+        if isinstance(recipe, str):
+            later = advise_scales(out, count, tag, model or source.advise().model)
+            _log.warning("No scales of %s: %s.%s", tag, recipe, f" Afterwards run `{later}`" if later else "")
             continue
         named = _read_scaled_names(source, converted.from_world, tag, sorted(set(old_ranks)))
         names = [named[rank] for rank in old_ranks]
@@ -119,26 +124,34 @@ def rescale(source: CalibrationDir, converted: Converted, device: str | None) ->
     return computed
 
 
-def _find_recipe(source: CalibrationDir, tag: str, device: str | None) -> Recipe | None:
-    """Tell how the scales of method `tag` in `source` are computed, from its surroundings.
+def advise_scales(place: CalibrationDir, world: int, tag: str, model: str | None = None) -> str | None:
+    """Return what computes the scales in `place` of the method called `tag`; None where no command does.
 
-    Backoffs and overrides come from the run's QUANTIZE config where its method is `tag`. None, after a
-    warning that says what to run, where scales cannot be computed.
+    Args:
+        model: the checkpoint; None: the one that was measured.
+    """
+    advice = place.advise(model)
+    if place.quant_config and place.quant_config.method_table.file_tag == tag:
+        return advice.compute_scales(world)
+    return advice.compute_scales(world, method=tag) if tag in SCALE_METHODS else None
+
+
+def _find_recipe(source: CalibrationDir, tag: str, device: str | None) -> Recipe | str:
+    """Tell how the scales of method `tag` in `source` are computed, from its surroundings, or why they cannot be.
+
+    Backoffs and overrides come from the run's QUANTIZE config where its method is `tag`.
     """
     known = source.settle_device(device)
-    name = known.name if known else "g2|g3"
-    command = f"`gaudi-calib quantize -m MODEL -o OUT -t N --device {name} --scale-method {tag.lower()}`"
-    if known is None or tag not in SCALE_METHODS:
-        why = "nothing says which device will serve (--device does)" if known is None else "the method is not known"
-        _log.warning("No scales of %s: %s. Afterwards run %s.", tag, why, command)
-        return None
+    if known is None:
+        return "nothing says which device will serve (--device does)"
+    if tag not in SCALE_METHODS:
+        return "the method is not known"
     config = source.quant_config
     if config is not None and config.method_table.file_tag != tag:
         config = None
     table = MethodTable(SCALE_METHODS[tag]) if config is None else config.method_table
     if any(method.weight.is_per_channel or method.weight.scale_value_type == "OPT" for method in table.methods):
-        _log.warning("No scales of %s: they need the weights. Afterwards run %s.", tag, command)
-        return None
+        return "they need the weights"
     return Recipe(tag, table, known, config)
 
 

@@ -48,7 +48,7 @@ def reshard_dir(
     run, devices = _find_run(expand_path(run), devices)
     sources = [CalibrationDir(run / name) for name in devices]
     warn_of_move(sources[0])
-    paths = {source.require_channels() for source in sources}
+    paths = {source.require_channels(world) for source in sources}
     channels = read_channel_ranges(paths.pop())
     results = []
     for source, name in zip(sources, devices, strict=True):

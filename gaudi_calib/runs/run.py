@@ -45,6 +45,7 @@ from gaudi_calib.runs.configs import (
 )
 from gaudi_calib.runs.facts import describe_dataset, describe_model
 from gaudi_calib.runs.options import RunOptions, check_options
+from gaudi_calib.runs.rescale import advise_scales
 from gaudi_calib.runs.sharing import find_evidence, settle_expert_parallel
 from gaudi_calib.scales.compute import require_precision
 from gaudi_calib.staging import REPLACED_NAME, claim_directory, set_aside, stage_files
@@ -285,8 +286,11 @@ class Run:
             old = [path for path in replaced if path.parent == directory]
             if old:
                 self.warn(f"{len(old)} files of an earlier measurement were moved to {directory / REPLACED_NAME}")
-            for stale in CalibrationDir(target.layout.directory).find_stale():
-                self.warn(f"{stale.path} is stale: {stale.why}; `gaudi-calib quantize` computes it anew")
+            placed = target.placed
+            for stale in placed.find_stale():
+                file = placed.files[stale.path]
+                anew = advise_scales(placed, file.position[1], str(file.method), self.options.model)
+                self.warn(f"{stale.path} is stale: {stale.why}" + (f"; `{anew}` computes it anew" if anew else ""))
 
     def require_same_model(self, target: Target) -> None:
         """Raise ModelError where the ranges in place were measured on other weights, as far as the manifest knows."""
@@ -297,7 +301,9 @@ class Run:
                 f"the ranges for {target.device.name} were measured on another checkpoint",
                 where=target.layout.directory,
                 why=f"the fingerprint of {self.options.model!r} is not that of {before.name!r} when it was measured",
-                fix="give the model that was measured, or run `gaudi-calib measure` with this one",
+                fix=f"give the model that was measured (-m {shlex.quote(before.name)})"
+                if before.name != self.model.name
+                else f"measure it again: {target.placed.advise(self.options.model).measure(self.options.world)}",
             )
 
     def _require_own_root(self) -> None:

@@ -90,7 +90,7 @@ def open_calibration(path: Path) -> Calibration:
             "the calibration did not finish",
             where=placed.path / MANIFEST_NAME,
             why=f"its status is {newest.status}" + (f": {newest.error}" if newest.error else ""),
-            fix=advise_repeating(newest.command),
+            fix=advise_repeating(newest.command, newest.directory),
         )
     return Calibration(path, with_dump_stats_path(config, beside) if beside else config, placed, old_place)
 

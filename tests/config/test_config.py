@@ -175,7 +175,9 @@ def test_all_problems_are_found_at_once():
         "use_qdq",
         "blocklst",
     ]
-    with pytest.raises(ConfigError, match=r"and 2 more: `gaudi-calib config validate` lists all"):
+    with pytest.raises(ConfigError, match=r"and 2 more: `gaudi-calib config validate 'my config.json'` lists all"):
+        parse_quant_config(content, where=Path("my config.json"))
+    with pytest.raises(ConfigError, match=r"and 2 more\)"):
         parse_quant_config(content)
 
 

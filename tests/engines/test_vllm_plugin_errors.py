@@ -148,7 +148,7 @@ def test_a_node_without_measurement_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_rank_without_files_names_the_worlds_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The fix is to reshard."""
+    """The fix makes the files from what is there."""
     from gaudi_calib.engines.vllm_plugin.scales import ScaleSource, stand_in
 
     write_ranges(tmp_path, ("a.o_proj",))
@@ -157,7 +157,7 @@ def test_a_rank_without_files_names_the_worlds_there_are(tmp_path: Path, monkeyp
     with pytest.raises(FileError, match="rank 1 of 4") as caught:
         source.find({"a.o_proj": stand_in(1)})
     assert "world size 1" in str(caught.value.why)
-    assert "reshard" in str(caught.value.fix)
+    assert f"gaudi-calib expand {source.session.placed.path} -w 4 --from-world 1" in str(caught.value.fix)
 
 
 def test_a_quantized_checkpoint_keeps_its_method():

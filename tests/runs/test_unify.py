@@ -266,7 +266,10 @@ def test_scales_that_cannot_be_computed_are_left_out_with_a_command(tmp_path: Pa
         for method in ("MAXABS_HW", "MAXABS_HW_OPT_WEIGHT"):
             write_rank_set(source, compute_scales(rank, method, GAUDI2, weights=lambda _: None), method=method)
     assert len(unify_dir(source, 1, tmp_path / "none")) == 3
-    assert "--device does" in caplog.text and "gaudi-calib quantize" in caplog.text
+    assert "--device does" in caplog.text and "gaudi-calib" not in caplog.text
+    unify_dir(source, 1, tmp_path / "out/model/g2")
+    words = f"quantize -m MODEL -o {tmp_path / 'out'} --name model -t 1 --device g2"
+    assert f"`gaudi-calib {words} --scale-method maxabs_hw_opt_weight`" in caplog.text
     written = unify_dir(source, 1, tmp_path / "one", conversion=Conversion(device="g2"))
     assert [path.name for path in written[3:]] == [
         f"inc_output_hooks_maxabs_MAXABS_HW_0_1.{end}" for end in ("json", "npz")

@@ -122,11 +122,12 @@ class ScaleSource:
     def _no_files(self) -> FileError:
         rank, world = self.rank
         worlds = self.session.placed.worlds
+        made = self.session.placed.advise(config=self.session.path).derive(world)
         return FileError(
             f"no ranges and no scales of rank {rank} of {world}",
             where=self.session.placed.name_file(rank, world, extension="json"),
             why=f"the directory holds ranges of world size {', '.join(map(str, worlds)) or 'none'}",
-            fix=f"run `gaudi-calib reshard RUN -t {world}`, or serve with a world size that is there",
+            fix="serve with a world size that is there" + (f"; or make the files: {made}" if made else ""),
         )
 
     def _unmeasured(self, name: str) -> RangeError:

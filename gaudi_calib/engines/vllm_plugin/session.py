@@ -60,7 +60,7 @@ class Session:
                 "no ranges and no scales",
                 where=placed.path,
                 why=f"dump_stats_path of {path.name} points there",
-                fix="run `gaudi-calib calibrate`, or correct dump_stats_path",
+                fix="calibrate the model, or correct dump_stats_path",
             )
         return session
 
