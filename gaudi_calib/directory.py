@@ -24,7 +24,7 @@ from gaudi_calib.errors import FileError, UsageError
 from gaudi_calib.files import hash_bytes, hash_file
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout, RankFile, list_rank_files
-from gaudi_calib.provenance import StaleFile, find_changed, find_stale, hash_paths
+from gaudi_calib.provenance import StaleFile, find_changed, find_stale, follow_channels, hash_paths
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.store import read_world_files
 from gaudi_calib.staging import undo_unfinished
@@ -122,12 +122,25 @@ class CalibrationDir:
         """
         if self.manifest is not None or not self.channel_file.is_file():
             return self.manifest
-        beside = [CalibrationDir(self.channel_file.parent / name).manifest for name in DEVICES]
-        told = [manifest for manifest in beside if manifest is not None]
-        owner = next((manifest for manifest in told if self._is_of(manifest)), None)
+        beside = [CalibrationDir(self.channel_file.parent / name) for name in DEVICES]
+        told = [place for place in beside if place.manifest is not None]
+        owner = next((place.manifest for place in told if place._owns_channels), None)
         if told and owner is None:
             raise self._refuse_channels()
         return owner
+
+    @cached_property
+    def measurement(self) -> str | None:
+        """Which measurement the ranges in place are of, as manifests call it; None where nothing tells.
+
+        Manifests of earlier releases do not tell: there it is that of the channel ranges, if ranges in place follow
+        from those.
+        """
+        recorded = self.manifest.measurement if self.manifest else None
+        if recorded is None and self.manifest is not None and self.channel_file.is_file():
+            found = follow_channels(self.worlds, self.read_world, self.channel_file, self.manifest, self.device)
+            return self._channel_hash if found else None
+        return recorded
 
     def require_channels(self, world: int | None = None) -> Path:
         """Return the path of the channel ranges, which are of this measurement as far as manifests tell.
@@ -145,12 +158,14 @@ class CalibrationDir:
                 why="only the torch engine writes it; rank files alone cannot be resharded exactly",
                 fix="; or ".join(["give the run directory (OUT/<model>)", *self._advise_conversion(world)]),
             )
-        if self.origin is not None and not self._is_of(self.origin):
+        if self.manifest is not None and not self._owns_channels:
             raise self._refuse_channels(world)
+        _ = self.origin  # without a manifest, one beside it is to be of these
         return self.channel_file
 
-    def _is_of(self, manifest: "Manifest") -> bool:
-        return manifest.measurement == self._channel_hash
+    @property
+    def _owns_channels(self) -> bool:
+        return self.measurement == self._channel_hash
 
     @cached_property
     def _channel_hash(self) -> str:
@@ -175,11 +190,12 @@ class CalibrationDir:
     def _refuse_channels(self, world: int | None = None) -> FileError:
         merged = [Path(path).parent for path in (self.manifest.merged if self.manifest else ())]
         whole = f"merge the whole runs: {self.advise().merge_whole(merged)}" if merged else ""
+        is_told = self.manifest is None or self.manifest.measurement is not None
+        why = f"its checksum is not the one in {MANIFEST_NAME}" if is_told else "the ranges do not follow from it"
         return FileError(
             f"{CHANNEL_RANGES_NAME} is of another measurement than {self.path.name}/",
             where=self.channel_file,
-            why=f"its checksum is not the one in {MANIFEST_NAME}: "
-            + ("the merge left it out" if merged else "it was changed, or copied from another run"),
+            why=why + (": the merge left it out" if merged else ": it was changed, or copied from another run"),
             fix="; or ".join([whole or "restore it, or measure again", *self._advise_conversion(world)]),
         )
 

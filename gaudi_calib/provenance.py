@@ -1,14 +1,21 @@
 """Whether files are what a manifest says they are: those its run wrote, made from the ranges in place."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gaudi_calib.errors import CalibrationError
 from gaudi_calib.files import hash_file
+from gaudi_calib.fp8 import Device
+from gaudi_calib.ranges.node import Node, RankSet
+from gaudi_calib.ranges.table import tabulate_ranges
+from gaudi_calib.ranges.topology import Topology
+from gaudi_calib.rankfiles.channel_file import read_channel_ranges
 
 if TYPE_CHECKING:
-    from gaudi_calib.manifest import ScaleOrigin
+    from gaudi_calib.manifest import Manifest, ScaleOrigin
 
 
 class StaleFile(NamedTuple):
@@ -36,6 +43,35 @@ def find_changed(recorded: Mapping[str, str], paths: Iterable[Path]) -> Path | N
     """
     present = (path for path in paths if recorded and path.is_file())
     return next((path for path in present if hash_file(path) != recorded.get(path.name)), None)
+
+
+def follow_channels(
+    worlds: Iterable[int],
+    read_world: Callable[[int], Sequence[RankSet[Node]]],
+    channel_file: Path,
+    made: "Manifest",
+    device: Device | None,
+) -> bool:
+    """Return whether all ranks of one of `worlds` are, to the bit, what the channel ranges of `channel_file` give.
+
+    Args:
+        made: manifest of those ranks.
+        device: the device they are for.
+    """
+    if device is None or "measure" not in made.config:
+        return False
+    from gaudi_calib.config.check import parse_quant_config
+    from gaudi_calib.ranges.derive import derive_world
+
+    channels = read_channel_ranges(channel_file)
+    config = parse_quant_config(made.config["measure"], where=channel_file)
+    for world in worlds:
+        with suppress(CalibrationError):  # a world that is damaged, or was made otherwise, tells nothing
+            derived = derive_world(channels, Topology(world, made.shares_experts(world)), device, config, made.vllm)
+            pairs = zip(derived, read_world(world), strict=True)
+            if all(tabulate_ranges(one.nodes).equals(tabulate_ranges(other.nodes)) for one, other in pairs):
+                return True
+    return False
 
 
 def find_stale(

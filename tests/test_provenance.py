@@ -210,3 +210,35 @@ def test_what_somebody_put_beside_a_run_is_not_taken_for_its_own(runs: Path, cap
     assert run("reshard", root, "-t", 4) == 0
     assert run("unify", root / "g3", "-r", 1, "--from-world", 2) == 1
     assert "is not the file that the run wrote" in capsys.readouterr().err
+
+
+def age(directory: Path) -> None:
+    """Have a manifest say what the releases before said, which did not tell the measurement."""
+    path = directory / MANIFEST_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "measurement": None}))
+
+
+def test_a_run_of_an_earlier_release_goes_on(runs: Path) -> None:
+    """Its manifest names no measurement; that its ranges follow from its channel ranges tells as much."""
+    root = runs / "a/model"
+    age(root / "g3")
+    assert run("reshard", root, "-t", 4) == 0
+    assert quantize(runs / "a", "-t", 4, "--device", "all") == 0
+    assert serve(root, "-t", 4) == 0
+    assert read_manifest(root / "g3" / MANIFEST_NAME).measurement is not None
+    age(root / "g3")
+    assert run("merge", root, runs / "b/model", "-o", runs / "merged") == 0
+
+
+def test_a_run_of_an_earlier_release_takes_no_ranges_of_another(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    """Without a measurement in the manifests, other channel ranges and directories are told apart all the same."""
+    a, b = runs / "a/model", runs / "b/model"
+    for root in (a, b):
+        age(root / "g3")
+    assert run("unify", a / "g3", "-r", 1, "-o", b / "g3") == 1
+    assert "holds another measurement" in capsys.readouterr().err
+    shutil.copy(b / CHANNEL_RANGES_NAME, a)
+    assert run("reshard", a, "-t", 4) == 1
+    assert "the ranges do not follow from it" in capsys.readouterr().err
+    assert quantize(runs / "a", "-t", 1, "--device", "g2") == 1
+    assert "is of another measurement than g2/" in capsys.readouterr().err

@@ -143,6 +143,10 @@ class RangeTable(_Table[Node]):
         weight = None if shape.weight is None else parts.pop()
         return Node(tuple(parts[:count]), None if shape.outputs is None else tuple(parts[count:]), weight)
 
+    def equals(self, other: "RangeTable") -> bool:
+        """Tell whether `other` has the same ranges of the same nodes, in the same order."""
+        return self.inventory.equals(other.inventory) and np.array_equal(self.numbers, other.numbers)
+
     def rename(self, names: Sequence[str]) -> "RangeTable":
         """Return the same ranges by other names."""
         return RangeTable(self.inventory.rename(names), self.numbers)

@@ -14,7 +14,7 @@ from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
 from gaudi_calib.files import hash_file
 from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
-from gaudi_calib.moved import warn_of_move
+from gaudi_calib.moved import is_same_place, warn_of_move
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.rankfiles.store import write_rank_sets
 from gaudi_calib.runs.rescale import Converted, Recipe, Rescaled, rescale
@@ -110,7 +110,7 @@ def open_record(source: CalibrationDir, out: Path) -> "AbstractContextManager[Re
     inherited: dict[str, Any] = {}
     if there.manifest is None and made is not None:
         inherited = {name: getattr(made, name) for name in _INHERITED} | {"history": made.steps}
-    elif there.manifest and (made is None or made.measurement != there.manifest.measurement):
+    elif there.manifest and not _is_same_measurement(source, there):
         raise FileError(
             f"{out} holds another measurement than {source.path}",
             where=out / MANIFEST_NAME,
@@ -118,6 +118,12 @@ def open_record(source: CalibrationDir, out: Path) -> "AbstractContextManager[Re
             fix="give a new directory to -o, or leave -o out",
         )
     return record_run(out / MANIFEST_NAME, fresh=False, **inherited)
+
+
+def _is_same_measurement(source: CalibrationDir, there: CalibrationDir) -> bool:
+    if is_same_place(source.path, there.path):
+        return True
+    return source.measurement is not None and source.measurement == there.measurement
 
 
 def _record_world(record: "Record", world: int, expert_parallel: bool | None, is_bounded: bool) -> None:

@@ -40,11 +40,8 @@ class Converted(NamedTuple):
 
     def equals(self, other: "Converted") -> bool:
         """Whether the ranges are the same, wherever they come from."""
-        tables = [[tabulate_ranges(rank.nodes) for rank in result.ranks] for result in (self, other)]
-        return all(
-            left.inventory.equals(right.inventory) and (left.numbers == right.numbers).all()
-            for left, right in zip(*tables, strict=True)
-        )
+        pairs = zip(self.ranks, other.ranks, strict=True)
+        return all(tabulate_ranges(one.nodes).equals(tabulate_ranges(another.nodes)) for one, another in pairs)
 
 
 class Recipe(NamedTuple):

@@ -229,9 +229,9 @@ class Run:
         return describe_model(self.options.model, self.plan)
 
     def _inherit(self, target: Target) -> dict[str, object]:
-        """What a device whose ranges are derived from an earlier measurement takes over from its manifest."""
+        """What the manifest of a run that adds to an earlier measurement takes over from where that is told."""
         if target.placed.manifest is not None:
-            return {}
+            return {"measurement": target.placed.measurement}
         origin = target.placed.origin
         facts = {name: getattr(origin, name) for name in _INHERITED} if origin else {}
         return {"device": target.device.name, **facts}
