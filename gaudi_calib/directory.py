@@ -299,7 +299,8 @@ class CalibrationDir:
             names: the modules.
             config_path: file of the config.
         """
-        measuring = self.layout.measure_config if self.layout else "the MEASURE config"
+        path = self.layout and self.layout.measure_config
+        measuring = path if path and path.is_file() else "the MEASURE config"
         again = self.advise(config=config_path).derive(world) if self.channel_file.is_file() else None
         more = f" (nor have {len(names) - 1} more)" if len(names) > 1 else ""
         return ConfigError(
@@ -324,6 +325,7 @@ class CalibrationDir:
             self.device,
             sorted(world for world in found if not self.list_missing(world)),
             self.channel_file.is_file(),
+            made is not None,
             model or (made.model.name if made and made.model else "MODEL"),
             made.list_datasets() if made else ("builtin",),
             config,

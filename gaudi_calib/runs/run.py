@@ -172,7 +172,7 @@ class Run:
             placed = CalibrationDir(self.layout.device(name).directory)
             if placed.origin is not None and placed.origin.worlds:
                 return placed.origin.shares_experts(self.options.world)
-            if self.options.world in placed.worlds:
+            if self.options.world > 1 and self.options.world in placed.worlds:
                 world = gather_world(placed.read_world(self.options.world))
                 return settle_expert_parallel(world, None, find_evidence(placed, world, self.plan.checkpoint.directory))
         return self.plan.family.expert_parallel
@@ -372,7 +372,8 @@ class Run:
         for rank_set in (rank_set for ranks in target.ranges.values() for rank_set in ranks):
             uncovered = find_uncovered(self.plan.ops, rank_set, target.quant_config, target.measure_config)
             if uncovered and not target.quant_config.ignore_modules_wo_measures:
-                raise target.placed.refuse_uncovered(uncovered, target.quant_path, rank_set.world)
+                config_path = self.options.quant_config or target.quant_path
+                raise target.placed.refuse_uncovered(uncovered, config_path, rank_set.world)
 
     def _set_aside(self, written: Sequence[Path]) -> list[Path]:
         """Move rank files of an earlier measurement out of the way of the new ranges, and return them."""
