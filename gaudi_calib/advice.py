@@ -18,6 +18,7 @@ class Advice:
         device: the device it is for, None where nothing tells.
         worlds: those of which every rank has ranges.
         has_channels: whether the run has channel ranges, from which every world follows.
+        has_manifest: whether it is recorded how ranks share experts; else `model` may tell.
         model: directory or hub name of the checkpoint.
         datasets: what it was measured on, as -d takes it.
         config: the QUANT_CONFIG that serves it; None: the run's own.
@@ -27,6 +28,7 @@ class Advice:
     device: Device | None
     worlds: Sequence[int]
     has_channels: bool
+    has_manifest: bool = True
     model: str = "MODEL"
     datasets: Sequence[str] = ("builtin",)
     config: Path | None = None
@@ -71,12 +73,13 @@ class Advice:
 
     def convert(self, world: int) -> str | None:
         """Ranges of `world` ranks from those of others, as upper bounds where they are more; None where none do."""
+        evidence = [] if self.has_manifest or not Path(self.model).is_dir() else ["--model", self.model]
         for source in self.worlds:
             if source > world and source % world == 0:
-                return _spell("unify", self.directory, "-r", world, "--from-world", source)
+                return _spell("unify", self.directory, "-r", world, "--from-world", source, *evidence)
         for source in reversed(self.worlds):
             if source < world and world % source == 0:
-                return _spell("expand", self.directory, "-w", world, "--from-world", source)
+                return _spell("expand", self.directory, "-w", world, "--from-world", source, *evidence)
         return None
 
     def make_for(self, device: Device, world: int) -> str:

@@ -322,6 +322,7 @@ class CalibrationDir:
             self.device,
             sorted(world for world in found if not self.list_missing(world)),
             self.channel_file.is_file(),
+            made is not None,
             model or (made.model.name if made and made.model else "MODEL"),
             made.list_datasets() if made else ("builtin",),
             config,

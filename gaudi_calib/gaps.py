@@ -63,7 +63,8 @@ def refuse_uncovered(placed: CalibrationDir, names: Sequence[str], config_path: 
         names: the modules.
         config_path: file of the config that quantizes them.
     """
-    measuring = placed.layout.measure_config if placed.layout else "the MEASURE config"
+    path = placed.layout and placed.layout.measure_config
+    measuring = path if path and path.is_file() else "the MEASURE config"
     again = placed.advise(config=config_path).derive(world) if placed.channel_file.is_file() else None
     more = f" (nor have {len(names) - 1} more)" if len(names) > 1 else ""
     return ConfigError(

@@ -171,7 +171,7 @@ class Run:
             placed = CalibrationDir(self.layout.device(name).directory)
             if placed.origin is not None and placed.origin.worlds:
                 return placed.origin.shares_experts(self.options.world)
-            if placed.files and self.options.world in placed.worlds:
+            if self.options.world > 1 and placed.files and self.options.world in placed.worlds:
                 world = gather_world(placed.read_world(self.options.world))
                 return settle_expert_parallel(world, None, find_evidence(placed, world, self.plan.checkpoint.directory))
         return self.plan.family.expert_parallel
@@ -371,7 +371,8 @@ class Run:
                 measured_with=target.measure_config,
             )
             if uncovered and not target.quant_config.ignore_modules_wo_measures:
-                raise refuse_uncovered(target.placed, uncovered, target.quant_path, rank_set.world)
+                config_path = self.options.quant_config or target.quant_path
+                raise refuse_uncovered(target.placed, uncovered, config_path, rank_set.world)
 
     def _set_aside(self, written: Sequence[Path]) -> list[Path]:
         """Move rank files of an earlier measurement out of the way of the new ranges, and return them."""

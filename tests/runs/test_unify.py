@@ -267,8 +267,8 @@ def test_scales_that_cannot_be_computed_are_left_out_with_a_command(tmp_path: Pa
             write_rank_set(source, compute_scales(rank, method, GAUDI2, weights=lambda _: None), method=method)
     assert len(unify_dir(source, 1, tmp_path / "none")) == 3
     assert "--device does" in caplog.text and "gaudi-calib" not in caplog.text
-    unify_dir(source, 1, tmp_path / "out/model/g2")
-    words = f"quantize -m MODEL -o {tmp_path / 'out'} --name model -t 1 --device g2"
+    unify_dir(source, 1, tmp_path / "out/run/g2")
+    words = f"quantize -m MODEL -o {tmp_path / 'out'} --name run -t 1 --device g2"
     assert f"`gaudi-calib {words} --scale-method maxabs_hw_opt_weight`" in caplog.text
     written = unify_dir(source, 1, tmp_path / "one", conversion=Conversion(device="g2"))
     assert [path.name for path in written[3:]] == [
