@@ -23,6 +23,7 @@ FLAGS = {
     "-b": "--batch-size",
     "-e": "--enforce-eager",
     "-l": "--max-dataset-samples",
+    "-o": "dump_stats_path",
     "-t": "--tensor-parallel-size",
     "-u": "--expert-parallel",
 }

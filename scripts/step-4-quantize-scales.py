@@ -13,7 +13,7 @@ from configured_run import IdleFlag, find_configured_run, make_parser
 from gaudi_calib.cli.main import report_errors
 
 # Our flags -> the step's.
-FLAGS = {"-t": "--tensor-parallel-size", "--config-quant": "QUANT_CONFIG"}
+FLAGS = {"-t": "--tensor-parallel-size", "-o": "dump_stats_path", "--config-quant": "QUANT_CONFIG"}
 
 
 def main() -> int:

@@ -10,7 +10,16 @@ import time
 import pytest
 
 from gaudi_calib.errors import FileError
-from gaudi_calib.manifest import DatasetFacts, ModelFacts, WorldFacts, read_manifest, read_versions, record_run
+from gaudi_calib.manifest import (
+    DatasetFacts,
+    DatasetShare,
+    Manifest,
+    ModelFacts,
+    WorldFacts,
+    read_manifest,
+    read_versions,
+    record_run,
+)
 from gaudi_calib.redaction import redact_command, redact_environment
 from tests.support import paths
 
@@ -205,3 +214,13 @@ def test_manifest_is_plain_json(path):
     assert content["model"]["name"] == "m"
     assert content["status"] == "ok"
     assert time.strptime(content["started_at"][:19], "%Y-%m-%dT%H:%M:%S")
+
+
+def test_what_was_measured_on_can_be_given_to_d_again() -> None:
+    """Shares with their weights; of merged runs each dataset once, whose weights are not of one measurement."""
+    shares = [DatasetShare(name="/a.jsonl", weight=2, prompts=1, tokens=9), DatasetShare(name="b", prompts=1, tokens=9)]
+    both, one = DatasetFacts(name="/a.jsonl=2, b", shares=shares), DatasetFacts(name="b")
+    assert Manifest(dataset=both).list_datasets() == ("/a.jsonl=2", "b")
+    assert Manifest(dataset=one).list_datasets() == ("b",)
+    assert Manifest(merged_datasets=[one, both]).list_datasets() == ("b", "/a.jsonl")
+    assert Manifest().list_datasets() == ("builtin",)

@@ -7,6 +7,7 @@ names a command.
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
@@ -260,6 +261,14 @@ def nothing_to_merge_in_common(place: Place) -> list[object]:
     return ["merge", place.g3, "theirs/model/g3", "-o", "both"]
 
 
+def scales_of_theirs_missing(place: Place) -> list[object]:
+    """vllm-gaudi's run for Gaudi 2, of which only the config's name and the directory's tell the device."""
+    root = place.put_reference("g2", f"{RANGES}_[01]_2*").parent
+    path = root / "maxabs_quant_g2.json"
+    path.write_text(json.dumps({"mode": "QUANTIZE", "dump_stats_path": str(root / "g2/inc_output")}))
+    return ["serve", "-m", "a checkpoint", "--quant-config", path, "--print", "--device", "g2", "-t", 2]
+
+
 def calibrate_another_checkpoint(place: Place) -> list[object]:
     """The fix moves the calibration of the other one away."""
     (place.cwd / "new").mkdir()
@@ -279,7 +288,7 @@ SITUATIONS = [
     *(no_ranges_of_the_world, no_ranges_of_the_device, all_devices_where_one_has_files, another_dtype),
     *(weights_trained_on, ranges_that_a_merge_left_out),
     *(rank_missing_without_channels, rank_missing_of_theirs, nothing_to_merge_in_common),
-    *(calibrate_another_checkpoint, measure_another_checkpoint),
+    *(scales_of_theirs_missing, calibrate_another_checkpoint, measure_another_checkpoint),
     *(pytest.param(rank_missing(command), id=f"rank_missing-{command}") for command in ("unify", "expand", "quantize")),
     *(
         pytest.param(rank_changed(command), id=f"rank_changed-{command}")
@@ -296,6 +305,30 @@ def test_what_an_error_advises_mends_it(
     words = ["gaudi-calib", *map(str, provoke(place))]
     assert run_words(words, place.cwd, capsys).code in (1, 2)
     settle(words, place.cwd, capsys)
+
+
+def test_a_device_without_files_stays_without(place: Place, capsys: pytest.CaptureFixture) -> None:
+    """`quantize --device all` that fails leaves no manifest of a device that the run does not have."""
+    words = ["gaudi-calib", *map(str, all_devices_where_one_has_files(place))]
+    assert run_words(words, place.cwd, capsys).code == 1
+    assert not (place.root / "g2").exists()
+
+
+def test_no_other_device_is_advised(place: Place, capsys: pytest.CaptureFixture) -> None:
+    """Files of Gaudi 2 that somebody left are made anew for Gaudi 2."""
+    told = run_words(["gaudi-calib", *map(str, scales_of_theirs_missing(place))], place.cwd, capsys)
+    assert "--device g2" in told.err and "g3" not in told.err
+
+
+def test_the_shell_takes_it_as_printed(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Blanks and quotes in paths are quoted for it."""
+    told = run_words(["gaudi-calib", *map(str, moved_run("serve")(place))], place.cwd, capsys)
+    (line,) = find_advised(told.err)
+    program = tmp_path / "gaudi-calib"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gaudi_calib "$@"\n')
+    program.chmod(0o755)
+    assert run_words(["sh", "-c", line], place.cwd, capsys, PATH=f"{tmp_path}:{os.environ['PATH']}").code == 0
+    assert str(place.root) in json.loads((place.root / "maxabs_quant_g3.json").read_text())["dump_stats_path"]
 
 
 def test_an_unblocked_module_gets_ranges(place: Place, capsys: pytest.CaptureFixture) -> None:

@@ -1,7 +1,6 @@
 """The commands that `serve` prints as a fix are run as printed, and then it serves."""
 
 import json
-import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from gaudi_calib.cli.main import main
 from gaudi_calib.errors import FileError, TopologyError
 from tests.support.calibrated import HPU2, HPU3, MODEL, Calibrated, calibrate_by_torch
 from tests.support.files import write_prompts
+from tests.support.fixes import find_advised
 from tests.support.paths import GOLDEN
 
 pytestmark = pytest.mark.torch
@@ -36,9 +36,7 @@ def run(pristine, tmp_path) -> Calibrated:
 
 def follow(fix: str) -> None:
     """Run the commands that a fix gives, the first of several ways."""
-    commands = re.search(r"gaudi-calib .*?(?=; or serve|$)", fix)
-    assert commands, fix
-    for command in commands[0].split(" && "):
+    for command in find_advised(fix)[0].split(" && "):
         words = shlex.split(command)
         assert words[0] == "gaudi-calib" and main(words[1:]) == 0, command
 
