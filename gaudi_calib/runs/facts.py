@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gaudi_calib.data.prompts import Prompts
+from gaudi_calib.data.sources import locate_dataset
 from gaudi_calib.manifest import DatasetFacts, DatasetShare, ModelFacts
 from gaudi_calib.models.fingerprint import fingerprint_model
 
@@ -25,11 +26,16 @@ def describe_model(name: str, plan: "ModelPlan") -> ModelFacts:
 def describe_dataset(prompts: Prompts) -> DatasetFacts:
     """Return what is told of the data of a measurement; a single dataset has no shares."""
     shares = [
-        DatasetShare(name=part.dataset.name, weight=part.dataset.weight, prompts=part.prompts, tokens=part.tokens)
+        DatasetShare(
+            name=locate_dataset(part.dataset.name),
+            weight=part.dataset.weight,
+            prompts=part.prompts,
+            tokens=part.tokens,
+        )
         for part in prompts.parts
     ]
     return DatasetFacts(
-        name=prompts.dataset,
+        name=shares[0].name if len(shares) == 1 else prompts.dataset,
         hash=prompts.sha256,
         prompts=len(prompts),
         tokens=prompts.token_count,
