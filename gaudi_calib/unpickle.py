@@ -9,14 +9,16 @@ Time and memory follow the size of the pickle, whatever it claims: the opcodes t
 grow beyond it are carried out here, and what it repeats by reference is counted as often as it occurs.
 """
 
+import gc
 import io
 import pickle
 import re
 import struct
-from collections.abc import Callable, Iterable
-from functools import cache, lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -37,29 +39,71 @@ _SCALARS = frozenset({int, str, float, bool, bytes, bytearray, type(None)})
 # Objects that a pickle may stand for: so many per byte of it, and so many however small it is.
 _OBJECTS_PER_BYTE, _LEAST_OBJECTS = 8, 10_000_000
 _CONTAINER = 4  # a list takes the memory of so many numbers
-_DEEPEST = 1000
+_MOST_ARGUMENTS = 16  # of a call
 _MOST_AXES = 64  # of a NumPy array
-# Opcodes of numbers, None and booleans: they can be left to the unpickler in C, and lists of token ids are long.
-_NUMBERS = re.compile(rb"(?:J....|M..|K.|G........|[N\x88\x89])++", re.DOTALL)
 
-# What no pickler of today writes, or what asks the unpickler for objects in ways of its own.
-_REFUSED = (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
+# Opcodes that take nothing but what is on the stack, or a fixed number of bytes or a line. Nearly all are.
+_PLAIN = (
+    rb"[)\]aesubRtN012l\x81\x85-\x89\x90\x92-\x94]|[hqK].|\((?!d)|C\x04.{4}|[jJ].{4}|M..|G.{8}|\x80[\x00-\x05]"
+    rb"|[ILFSVg][^\n]*+\n|c[^\n]*+\n[^\n]*+\n"
+)
+# Those that begin with a length, and its bytes.
+_WIDTHS = {
+    **dict.fromkeys((pickle.SHORT_BINUNICODE, pickle.SHORT_BINBYTES, pickle.SHORT_BINSTRING, pickle.LONG1), 1),
+    **dict.fromkeys((pickle.BINUNICODE, pickle.BINBYTES, pickle.BINSTRING, pickle.LONG4), 4),
+    **dict.fromkeys((pickle.BINUNICODE8, pickle.BINBYTES8, pickle.BYTEARRAY8, pickle.FRAME), 8),
+}
+_NEW_DICT = pickle.NONE + pickle.BINPERSID
+# Those of dicts, the older one after a mark, of sets and of frames.
+_REPLACED = {
+    pickle.EMPTY_DICT: _NEW_DICT,
+    pickle.MARK: _NEW_DICT,
+    pickle.EMPTY_SET: pickle.EMPTY_TUPLE + pickle.BINPERSID,
+    pickle.FROZENSET: pickle.TUPLE + pickle.BINPERSID,
+    pickle.FRAME: b"",
+}
 
 
 class Recorder:
     """What a pickle asked for: `name(*args)`, with `state` if it set one."""
 
-    name: str
+    __slots__ = ("args", "state")
+    name: ClassVar[str]
+    args: tuple[Any, ...]
+    state: Any
 
-    def __init__(self, args: tuple[Any, ...]):
-        self.args = args
-        self.state: Any = None
+    def __new__(cls, *args: Any) -> Self:
+        if len(args) > _MOST_ARGUMENTS:
+            raise pickle.UnpicklingError(f"a call with {len(args)} arguments")
+        recorder = super().__new__(cls)
+        recorder.args, recorder.state = args, None
+        return recorder
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Array(Recorder):
+    """An array: of numbers as soon as its content is known, as they are many; of objects as NumPy pickles it."""
+
+    __slots__ = ()
+    name = "_reconstruct"
+
+    def __setstate__(self, state: Any) -> None:
+        self.args, self.state = (), state
+        try:
+            _, shape, recorded, is_fortran, content = state
+            if type(content) is bytes and type(shape) is tuple:
+                dtype = _read_dtype(recorded)
+                self.state = np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
+        except Exception:
+            return  # of objects, or malformed: `read_array` says so
 
 
 @cache
 def record(name: str) -> type[Recorder]:
     """Return the recorder class that answers to `name`."""
-    return type(name, (Recorder,), {"name": name})
+    return _Array if name == _Array.name else type(name, (Recorder,), {"name": name, "__slots__": ()})
 
 
 def load_recorded(
@@ -85,7 +129,7 @@ def load_recorded(
             holds.
     """
     try:
-        value = _Machine(content, find_class, name).load()
+        value = _Unpickler(content, find_class, name).load()
         _require_bounded(value, len(content), count_cells)
     except FileError:
         raise
@@ -99,14 +143,31 @@ def load_recorded(
     return value
 
 
+@contextmanager
+def pause_collection() -> Iterator[None]:
+    """Collect no garbage meanwhile: it would look again and again at all that has been loaded."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def count_array_cells(recorder: Recorder) -> int:
     """Return how many cells a recorded NumPy array has, or bytes recorded bytes; 0 for others."""
     if recorder.name in ARRAYS:
         shape = recorder.args[2] if recorder.name == "_frombuffer" else recorder.state[1]
-        return prod(max(length, 1) for length in shape[:_MOST_AXES])  # an array of shape (n, 0) is a list of n lists
+        return _count_cells(shape[:_MOST_AXES])
     if recorder.name in _BYTES or recorder.name == "scalar":
         return sum(len(part) for part in recorder.args[:2] if isinstance(part, str | bytes | bytearray))
     return 0
+
+
+def _count_cells(shape: Sequence[int]) -> int:
+    """Return what an array of this shape takes as lists: one of shape (n, 0) is n of them."""
+    return prod(max(length, 1) for length in shape)
 
 
 def read_array(array: Recorder, decode: Callable[[Any], Any]) -> np.ndarray:
@@ -115,6 +176,8 @@ def read_array(array: Recorder, decode: Callable[[Any], Any]) -> np.ndarray:
     Raises:
         ValueError: it has a dtype that tables do not have, or its shape does not fit its content.
     """
+    if isinstance(array.state, np.ndarray):
+        return array.state
     if array.name == "_frombuffer":
         content, recorded, shape, order = array.args
     elif array.name != "_reconstruct":
@@ -156,7 +219,10 @@ def _flat_array(content: Any, recorded: Recorder, decode: Callable[[Any], Any]) 
 
 def _read_dtype(dtype: Recorder) -> np.dtype:
     """Return a recorded NumPy dtype; times are counted as integers."""
-    return _make_dtype(dtype.args[0], dtype.state[1] if dtype.state else "=")
+    spec, order = dtype.args[0], dtype.state[1] if dtype.state else "="
+    if not type(spec) is type(order) is str:
+        raise ValueError("an array of no type")
+    return _make_dtype(spec, order)
 
 
 @lru_cache(maxsize=64)
@@ -174,20 +240,26 @@ def _require_bounded(value: Any, size_bytes: int, count_cells: Callable[[Recorde
     def weigh(value: Any) -> int:
         if type(value) in _SCALARS:
             return 1
+        if type(value) is _Array and type(value.state) is np.ndarray:
+            return _CONTAINER + require_held(value, value.state.size or _count_cells(value.state.shape))
         weight = weights.get(id(value))
         if weight is None:
             weights[id(value)] = 0
             weight = weights[id(value)] = weigh_parts(value)
         if weight == 0:
-            raise pickle.UnpicklingError(f"a {type(value).__name__} that contains itself")
+            kind = "dict" if isinstance(value, dict) else type(value).__name__
+            raise pickle.UnpicklingError(f"a {kind} that contains itself")
         return weight
+
+    def require_held(recorder: Recorder, cells: int) -> int:
+        if not 0 <= cells <= size_bytes:
+            raise pickle.UnpicklingError(f"{recorder.name} of {cells} cells in {size_bytes} bytes")
+        return cells
 
     def weigh_parts(value: Any) -> int:
         parts, cells = value, 0
         if isinstance(value, Recorder):
-            parts, cells = (value.args, value.state), count_cells(value)
-            if not 0 <= cells <= size_bytes:
-                raise pickle.UnpicklingError(f"{value.name} of {cells} cells in {size_bytes} bytes")
+            parts, cells = (value.args, value.state), require_held(value, count_cells(value))
         elif isinstance(value, type):
             parts = ()
         elif isinstance(value, dict):
@@ -201,47 +273,60 @@ def _require_bounded(value: Any, size_bytes: int, count_cells: Callable[[Recorde
     weigh(value)
 
 
-def _require_keys(keys: Iterable[Any]) -> None:
-    """Require keys that are quick to hash and compare: a tuple of tuples can take for ever."""
-    for key in keys:
-        is_quick = key.bit_length() <= 64 if type(key) is int else type(key) in _SCALARS or isinstance(key, Recorder)
-        if not is_quick:
-            raise pickle.UnpicklingError(f"a key of type {type(key).__name__}")
+def _require_quick(key: Any) -> None:
+    """Require a key that is quick to hash and compare: a tuple of tuples can take for ever."""
+    is_quick = key.bit_length() <= 64 if type(key) is int else type(key) in _SCALARS or isinstance(key, Recorder)
+    if not is_quick:
+        raise pickle.UnpicklingError(f"a key of type {type(key).__name__}")
 
 
-class _Machine(pickle._Unpickler):
-    """The unpickler in Python, with recorders for objects.
+class _Dict(dict[Any, Any]):
+    """A dict that looks at a key before it hashes it."""
 
-    The one in C keeps a list as long as the largest number under which an object is remembered, and hashes any key.
-    """
+    __slots__ = ()
 
-    # What pickle._Unpickler has while it loads.
-    stack: list[Any]
-    metastack: list[list[Any]]
-    append: Callable[[Any], None]
-    read: Callable[[int], bytes]
-    readline: Callable[[], bytes]
-    pop_mark: Callable[[], list[Any]]
+    def __new__(cls) -> "_Dict":
+        return super().__new__(cls)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) is not str:
+            _require_quick(key)
+        super().__setitem__(key, value)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("state of a dict")
+
+
+class _Set(Recorder):
+    """A set, its members as they came: no table needs one."""
+
+    __slots__ = ()
+    name = "set"
+
+    def add(self, member: Any) -> None:
+        self.state.append(member)
+
+
+class _Unpickler(pickle.Unpickler):
+    """The unpickler in C, for what `_rewrite` makes of a pickle."""
 
     def __init__(self, content: bytes, find_class: Callable[[str, str], Any], name: str):
-        self._content, self._stream = content, io.BytesIO(content)
+        rewritten = _rewrite(content)
+        # In one frame: without, the unpickler reads opcode by opcode.
+        super().__init__(io.BytesIO(pickle.FRAME + struct.pack("<Q", len(rewritten)) + rewritten))
         self._find_class, self._name = find_class, name
-        super().__init__(self._stream)
 
-    def load(self) -> Any:
-        """Return what the pickle leaves on the stack."""
-        self.stack, self.metastack = [], []
-        self.append = self.stack.append
-        self.read, self.readline = self._stream.read, self._stream.readline
-        for opcode in iter(partial(self.read, 1), pickle.STOP):
-            if not opcode:
-                raise EOFError("the pickle ends early")
-            self.dispatch[opcode[0]](self)
-        return self.stack.pop()
+    def persistent_load(self, members: tuple[Any, ...] | None) -> Any:
+        """Return a new dict, or set of `members`."""
+        if members is None:
+            return _Dict()
+        new = _Set()
+        new.state = list(members)
+        return new
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self._find_class(module, name)
+            found = self._find_class(module, name)
         except LookupError:
             asked = f"{module:.100}.{name:.100}".encode("unicode_escape").decode()
             raise FileError(
@@ -250,88 +335,61 @@ class _Machine(pickle._Unpickler):
                 why="loading data never runs code; only known array and table types are allowed",
                 fix="store the data as .jsonl or .parquet, or get the file from a source you trust",
             ) from None
+        return _Dict if found is dict else found
 
-    def _enter_frame(self) -> None:
-        (size,) = struct.unpack("<Q", self.read(8))
-        if size > len(self._content) - self._stream.tell():
-            raise pickle.UnpicklingError("pickle exhausted before end of frame")
 
-    def _mark(self) -> None:
-        if len(self.metastack) >= _DEEPEST:
-            raise pickle.UnpicklingError("nested too deeply")
-        self.metastack.append(self.stack)
-        self.stack = []
-        if run := _NUMBERS.match(self._content, self._stream.tell()):
-            self.stack = pickle.loads(b"".join((pickle.MARK, run[0], pickle.LIST, pickle.STOP)))  # noqa: S301
-            self._stream.seek(run.end())
-        self.append = self.stack.append
+def _rewrite(content: bytes) -> bytes:
+    """Return the opcodes of `content` for `_Unpickler`.
 
-    def _call(self) -> None:
-        args, called = self.stack.pop(), self.stack[-1]
-        is_recorder = isinstance(called, type) and issubclass(called, Recorder)
-        if not isinstance(args, tuple) or not (is_recorder or (called is dict and not args)):
-            raise pickle.UnpicklingError(f"a call of {called!r:.80}")
-        self.stack[-1] = called(args) if is_recorder else {}
+    The unpickler in C makes room for whatever a length claims, keeps a list as long as the largest number under which
+    an object is remembered, and hashes any key. So a length or number that is larger than the pickle is refused, and
+    every dict and set is asked for by `persistent_load`. Frames go: their lengths would be wrong.
+    """
+    plain = _compile_plain(min(len(content) >> 16, 0xFFFF))
+    parts: list[bytes] = []
+    start = position = 0
+    while True:
+        if run := plain.match(content, position):
+            position = run.end()
+        opcode = content[position : position + 1]
+        if opcode == pickle.STOP:
+            return b"".join((*parts, content[start:position], pickle.STOP))
+        end = _find_end(content, opcode, position)
+        if opcode in _REPLACED:
+            parts += content[start:position], _REPLACED[opcode]
+            start = end
+        position = end
 
-    def _call_with_keywords(self) -> None:
-        self.stack.pop()
-        self._call()
 
-    def _set_state(self) -> None:
-        state = self.stack.pop()
-        if not isinstance(self.stack[-1], Recorder):
-            raise pickle.UnpicklingError(f"state of a {type(self.stack[-1]).__name__}")
-        self.stack[-1].state = state
+def _find_end(content: bytes, opcode: bytes, position: int) -> int:
+    """Return where the arguments of an opcode that is not plain end.
 
-    def _set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._update([key, value])
+    Raises:
+        ValueError: it claims more than the pickle holds, or is one that no table needs.
+    """
+    position += 1
+    if opcode in _WIDTHS:
+        start = position + _WIDTHS[opcode]
+        end = start + int.from_bytes(content[position:start], "little")
+        if end > len(content):
+            early = "the pickle ends early" if opcode != pickle.FRAME else "pickle exhausted before end of frame"
+            raise pickle.UnpicklingError(early)
+        return end if opcode != pickle.FRAME else start
+    if opcode == pickle.PUT:
+        end = content.index(b"\n", position) + 1
+        if int(content[position:end]) <= len(content):
+            return end
+    if opcode in (pickle.PUT, pickle.LONG_BINPUT):
+        raise pickle.UnpicklingError("an object remembered under a number larger than the pickle")
+    if opcode == pickle.MARK:  # of an empty dict
+        return position + 1
+    if opcode not in _REPLACED:
+        raise pickle.UnpicklingError("an opcode that no table needs" if opcode else "the pickle ends early")
+    return position
 
-    def _set_items(self) -> None:
-        self._update(self.pop_mark())
 
-    def _make_dict(self) -> None:
-        items = self.pop_mark()
-        self.append({})
-        self._update(items)
-
-    def _update(self, items: list[Any]) -> None:
-        keys, values = items[::2], items[1::2]
-        _require_keys(keys)
-        if type(self.stack[-1]) is not dict:
-            raise pickle.UnpicklingError(f"items of a {type(self.stack[-1]).__name__}")
-        self.stack[-1].update(zip(keys, values, strict=True))
-
-    def _add_items(self) -> None:
-        items = self.pop_mark()
-        _require_keys(items)
-        self.stack[-1].update(items)
-
-    def _make_frozenset(self) -> None:
-        items = self.pop_mark()
-        _require_keys(items)
-        self.append(frozenset(items))
-
-    def _make_bytearray(self) -> None:
-        (size,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(size)))
-
-    def _refuse(self) -> None:
-        raise pickle.UnpicklingError("an opcode that no table needs")
-
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **pickle._Unpickler.dispatch,
-        **dict.fromkeys(b"".join(_REFUSED), _refuse),
-        pickle.FRAME[0]: _enter_frame,
-        pickle.MARK[0]: _mark,
-        pickle.REDUCE[0]: _call,
-        pickle.NEWOBJ[0]: _call,
-        pickle.NEWOBJ_EX[0]: _call_with_keywords,
-        pickle.BUILD[0]: _set_state,
-        pickle.SETITEM[0]: _set_item,
-        pickle.SETITEMS[0]: _set_items,
-        pickle.DICT[0]: _make_dict,
-        pickle.ADDITEMS[0]: _add_items,
-        pickle.FROZENSET[0]: _make_frozenset,
-        pickle.BYTEARRAY8[0]: _make_bytearray,
-    }
+@lru_cache(maxsize=16)
+def _compile_plain(highest: int) -> re.Pattern[bytes]:
+    """Return the pattern of opcodes that claim nothing; objects are remembered under numbers up to `highest` << 16."""
+    put = b"r..[\\x00-\\x%02x][\\x00-\\x%02x]" % (min(highest, 0xFF), highest >> 8)
+    return re.compile(b"(?:%b|%b)++" % (_PLAIN, put), re.DOTALL)

@@ -26,6 +26,7 @@ from gaudi_calib.unpickle import (
     Recorder,
     count_array_cells,
     load_recorded,
+    pause_collection,
     read_array,
     read_bytes,
     read_scalar,
@@ -63,6 +64,7 @@ _PYTHON2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # protoco
 _PLAIN = {int, str, float, bool, type(None)}
 
 
+@pause_collection()
 def read_pickle(file: IO[bytes], *, name: str) -> Any:
     """Return the plain value of a pickled table: lists, dicts, text and numbers.
 

@@ -14,6 +14,7 @@ from gaudi_calib.unpickle import (
     Recorder,
     count_array_cells,
     load_recorded,
+    pause_collection,
     read_array,
     read_scalar,
     record,
@@ -22,7 +23,7 @@ from gaudi_calib.unpickle import (
 _MEMBER = "arr_0.npy"
 _HEADER = {"descr": "|O", "fortran_order": False, "shape": ()}
 _PLAIN = frozenset({str, int, float, bool, type(None)})
-_NUMBERS = frozenset({"f4", "f8", *(f"{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8))})
+_NUMBERS = frozenset("fdbBhHiIlLqQ")  # type codes of float32, float64 and integers
 
 
 def pack_pickle(pickled: bytes) -> bytes:
@@ -67,6 +68,7 @@ def read_pickle(path: Path) -> bytes:
     return content.read()
 
 
+@pause_collection()
 def load_value(pickled: bytes, path: Path) -> Any:
     """Return the dict in what `read_pickle` returned, without running its code.
 
@@ -96,17 +98,20 @@ def _find_class(module: str, name: str) -> type[Recorder]:
 
 def _decode(value: Any) -> Any:
     """Return `value` with every recorded array and scalar as what it is."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, dict):
         return {_decode(key): _decode(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_decode, value))
     if not isinstance(value, Recorder):
-        if type(value) not in _PLAIN:
-            raise ValueError(f"an object of type {type(value).__name__}")
-        return value
+        raise ValueError(f"an object of type {type(value).__name__}")
     array = read_scalar(value, _decode) if value.name == "scalar" else read_array(value, _decode)
-    if array.dtype == object and array.ndim == 0:
+    dtype = array.dtype
+    if dtype.hasobject and array.ndim == 0:
         return array.item()
-    if array.dtype.str[1:] not in _NUMBERS:
-        raise ValueError(f"an array of type {array.dtype}")
-    return array[()] if value.name == "scalar" else array.astype(array.dtype.newbyteorder("="))
+    if dtype.char not in _NUMBERS:
+        raise ValueError(f"an array of type {dtype}")
+    if value.name == "scalar":
+        return array[()]
+    return array if dtype.isnative else array.astype(dtype.newbyteorder("="))

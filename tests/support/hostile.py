@@ -88,6 +88,7 @@ def _overlap(count: int, size: int) -> Opcodes:
     return table(arrow("string", count, b"N", blob(offsets), blob(b"a" * size)))
 
 
+_LAST = b"h" + bytes([SHARED_TWICE])  # what `double` has made
 _MANY = b"0](" + 5000 * (find("numpy.dtype") + b"h\x00R") + b"e"
 
 # Small pickles that claim or repeat much, and what is said of them.
@@ -97,8 +98,14 @@ BOMBS: dict[str, tuple[Opcodes, str]] = {
     "shape claimed": (array("f4", number(HUGE) + b"K\x00\x86", b"C\x00"), "cells in"),
     "lists of lists": (double(b"]", b"\x86"), "stand for more than"),
     "tuples of tuples": (double(b")", b"\x86"), "stand for more than"),
-    "tuples as a key": (b"}" + double(b")", b"\x86") + b"Ns", "a key of type tuple"),
-    "tuples in a set": (b"\x8f(" + double(b")", b"\x86") + b"\x90", "a key of type tuple"),
+    "tuples as a key": (double(b")", b"\x86") + b"}" + _LAST + b"Ns", "a key of type tuple"),
+    "a deep tuple as a key": (b"})" + 1_000_000 * b"\x85" + b"Ns", "a key of type tuple"),
+    "tuples in a set": (double(b")", b"\x86") + b"\x8f(" + _LAST + b"\x90", "stand for more than"),
+    "tuples in a frozen set": (double(b")", b"\x86") + b"(" + _LAST + b"\x91", "stand for more than"),
+    "tuples as a type": (
+        double(b")", b"\x86") + array("f4", b"K\x01\x85", b"C\x04abcd").replace(text("f4"), _LAST),
+        "stand for more than",
+    ),
     "numbers of one hash": (
         b"}(" + b"".join(b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") + b"N" for n in range(60_000)) + b"u",
         "a key of type int",
@@ -106,10 +113,18 @@ BOMBS: dict[str, tuple[Opcodes, str]] = {
     "itself in a list": (b"]\x94h\x00a", "a list that contains itself"),
     "itself in a dict": (b"}\x94K\x01h\x00s", "a dict that contains itself"),
     "deep lists": (100_000 * b"]" + 99_999 * b"a", "RecursionError"),
-    "open lists": (100_000 * b"(", "nested too deeply"),
-    "arguments in common": (b"(" + 500_000 * b"N" + b"t\x94" + _MANY, "stand for more than"),
+    "open lists": (100_000 * b"(", "unexpected MARK found"),
+    "arguments in common": (b"(" + 500_000 * b"N" + b"t\x94" + _MANY, "a call with 500000 arguments"),
+    "a number claimed": (b"Nr\xff\xff\xff\xff", "a number larger than the pickle"),
+    "a number claimed in text": (b"Np4294967295\n", "a number larger than the pickle"),
+    "state of a class": (find("numpy.dtype") + b"}" + text("name") + text("x") + b"sb", "TypeError"),
+    "state of a dict": (b"}N}" + text("name") + text("x") + b"s\x86b", "state of a dict"),
 }
 TABLE_BOMBS: dict[str, tuple[Opcodes, str]] = {
+    "a dict of pairs": (
+        double(b")", b"\x86") + call("collections.OrderedDict", b"](" + _LAST + b"N\x86e"),
+        "TypeError",
+    ),
     "billions of columns": (table(count=HUGE), "a table this version cannot read"),
     "billions of cells": (table(arrow("null", HUGE, b"N")), "cells in"),
     "cells that overlap": (_overlap(60_000, 60_000), "cells overlap"),
