@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gaudi_calib.fp8 import Device
 from gaudi_calib.layout import DeviceLayout, RunLayout
+from gaudi_calib.redaction import REDACTED
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def advise_repeating(command: Sequence[str], directory: str | None) -> str:
     if not words or Path(program).name not in ("gaudi-calib", "__main__.py"):
         return "calibrate again"
     is_elsewhere = directory is not None and Path(directory) != Path.cwd()
-    return f"run it again: {chain(shlex.join(['cd', str(directory)]) if is_elsewhere else None, _spell(*words))}"
+    how = ", with what is [redacted] filled in" if any(REDACTED in word for word in words) else ""
+    return f"run it again{how}: {chain(shlex.join(['cd', str(directory)]) if is_elsewhere else None, _spell(*words))}"
 
 
 def advise_configs(model: str, device: str | None) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from gaudi_calib.advice import advise_repeating
 from gaudi_calib.cli.main import main
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME
 from tests.support.files import write_prompts
@@ -305,6 +306,12 @@ def test_what_an_error_advises_mends_it(
     words = ["gaudi-calib", *map(str, provoke(place))]
     assert run_words(words, place.cwd, capsys).code in (1, 2)
     settle(words, place.cwd, capsys)
+
+
+def test_what_is_redacted_has_to_be_filled_in() -> None:
+    """A manifest keeps no secrets, so that a command with one cannot be repeated as it is, and that is said."""
+    fix = advise_repeating(["/bin/gaudi-calib", "measure", "--env", "HF_TOKEN=[redacted]"], str(Path.cwd()))
+    assert fix == "run it again, with what is [redacted] filled in: gaudi-calib measure --env 'HF_TOKEN=[redacted]'"
 
 
 def test_a_device_without_files_stays_without(place: Place, capsys: pytest.CaptureFixture) -> None:
