@@ -97,17 +97,32 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """Return the JSON value in `text`.
+
+    Args:
+        hooks: as for `json.loads`.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than anybody does.
+    """
+    try:
+        return json.loads(text, **hooks)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Return the JSON value in `path`.
 
     Args:
-        object_hook: what to take in the place of each object, as for `json.loads`.
+        object_hook: as for `json.loads`.
 
     Raises:
         FileError: the file is missing, unreadable or not JSON; names line and column.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_hook=object_hook)
+        return parse_json(path.read_text(encoding="utf-8"), object_hook=object_hook)
     except OSError as error:
         raise FileError(
             f"cannot read {path.name}",
@@ -115,7 +130,7 @@ def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
             why=error.strerror or str(error),
             fix="check that the path exists and that you may read it",
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FileError(
             f"{path.name} is not valid JSON", where=path, why=str(error), fix="restore the file or make it again"
         ) from error

@@ -3,7 +3,6 @@
 A bundle of them is a decorator (`measuring_options`); the comment above it says what the command receives.
 """
 
-import json
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -16,7 +15,7 @@ from gaudi_calib.cli.sections import Function, bundle, option
 from gaudi_calib.data import DEFAULT_SEED
 from gaudi_calib.data.rows import COLUMNS
 from gaudi_calib.errors import UsageError
-from gaudi_calib.files import expand_path
+from gaudi_calib.files import expand_path, parse_json
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.runs.options import CHOICES, RunOptions
 
@@ -81,7 +80,7 @@ def pairs_option(
 def _parse_value(text: str) -> Any:
     """Return the JSON value that `text` is, else the text itself."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return {"True": True, "False": False}.get(text, text)
 

@@ -14,7 +14,7 @@ from typing import Any
 from gaudi_calib.config.check import Inspection, inspect_quant_config, parse_quant_config
 from gaudi_calib.config.model import QuantConfig, get_scales_device, to_content
 from gaudi_calib.errors import ConfigError, Finding
-from gaudi_calib.files import write_json
+from gaudi_calib.files import parse_json, write_json
 from gaudi_calib.fp8 import get_device
 
 
@@ -50,7 +50,7 @@ def _load_json(path: Path) -> Any:
         ConfigError: missing, unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
+        return parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except OSError as error:
         raise ConfigError(
             f"cannot read {path.name}", where=path, why=error.strerror, fix="give the path of a QUANT_CONFIG file"
@@ -60,13 +60,19 @@ def _load_json(path: Path) -> Any:
             f"{path.name} is not valid JSON (line {error.lineno}, column {error.colno})",
             where=path,
             why=error.msg,
-            fix="correct that line; JSON has no comments and no comma before a closing bracket",
+            fix="save the file without a byte order mark: INC cannot read it either"
+            if "BOM" in error.msg
+            else "correct that line; JSON has no comments and no comma before a closing bracket",
         ) from error
     except ConfigError as error:
         raise ConfigError(error.what, where=path, why=error.why, fix=error.fix) from None
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path.name} is not UTF-8 text", where=path, why=str(error), fix="save the file as UTF-8 text"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{path.name} is not valid JSON", where=path, why=str(error), fix="give the path of a QUANT_CONFIG file"
         ) from error
 
 

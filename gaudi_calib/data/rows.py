@@ -23,7 +23,6 @@ turn of the user (or the system prompt before it), because an answer at its head
 its question; consecutive turns of one speaker are one turn, with a blank line between.
 """
 
-import json
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from typing import Any
 
 from gaudi_calib.data.bad_rows import BadRows, RowError
 from gaudi_calib.errors import DataError, UsageError
+from gaudi_calib.files import parse_json
 
 TOKEN_IDS, MESSAGES, SYSTEM, TEXT, RENDERED = "prompt_token_ids", "messages", "system_prompt", "text", "input"
 CONVERSATIONS, INSTRUCTION = "conversations", "instruction"
@@ -184,7 +184,7 @@ def _parsed(cell: Any, field: str, where: str) -> Any:
     if _is_missing(cell):
         raise _empty(field, where)
     try:
-        value = json.loads(cell) if isinstance(cell, str) else cell
+        value = parse_json(cell) if isinstance(cell, str) else cell
     except ValueError:
         value = None
     if not isinstance(value, list | tuple):

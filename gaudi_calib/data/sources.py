@@ -14,7 +14,6 @@ import bz2
 import csv
 import gzip
 import io
-import json
 import lzma
 import re
 import sys
@@ -29,7 +28,7 @@ from gaudi_calib.data.bad_rows import BadRows, RowError
 from gaudi_calib.data.pickles import read_pickle
 from gaudi_calib.data.rows import COLUMNS, Record, Row, make_rows
 from gaudi_calib.errors import DataError
-from gaudi_calib.files import expand_path, unpack
+from gaudi_calib.files import expand_path, parse_json, unpack
 
 BUILTIN = "builtin"
 Records = list[Record | RowError]
@@ -111,8 +110,8 @@ def _read_jsonl(file: IO[bytes], source: str) -> Records:
 
 def _parse_line(line: str, where: str) -> Record | RowError:
     try:
-        return _as_record(json.loads(line), where)
-    except (ValueError, RecursionError) as error:
+        return _as_record(parse_json(line), where)
+    except ValueError as error:
         fix = "correct or remove the line; .jsonl holds one JSON object per line"
         return RowError("a line is not valid JSON", where=where, why=str(error), fix=fix)
 
@@ -121,8 +120,8 @@ def _read_json(file: IO[bytes], source: str) -> Records:
     content = file.read()
     text = content.decode("utf-8-sig")
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         if "Extra data" in str(error) and "\n" in text.strip():  # many .json files hold JSON lines
             return _read_jsonl(io.BytesIO(content), source)
         raise DataError(

@@ -7,11 +7,11 @@ A file is 8 bytes of length, that many bytes of JSON, and the tensors one after 
 Offsets are from the end of the header.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from gaudi_calib.errors import FileError
+from gaudi_calib.files import parse_json
 
 _LENGTH_BYTES = 8
 
@@ -85,7 +85,7 @@ def read_header(path: Path) -> Header:
 
 def _parse_header(content: bytes, size: int) -> Header:
     try:
-        entries = json.loads(content)
+        entries = parse_json(content)
         metadata = dict(entries.pop("__metadata__", None) or {})
         base = _LENGTH_BYTES + len(content)
         found = [

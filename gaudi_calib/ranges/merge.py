@@ -54,7 +54,8 @@ def merge_ranks(runs: Sequence[RankSet[Node]], sources: Sequence[object]) -> Ran
 
     Returns:
         Nodes in module order, `num_samples` the largest. A row-parallel layer's second
-        output is, at world 1, uninitialised memory; the first one replaces it.
+        output is uninitialised memory at world 1, and elsewhere where it is not finite; the
+        first one replaces it.
 
     Raises:
         TopologyError: the runs are of different ranks, or a node has another number of
@@ -71,8 +72,7 @@ def merge_ranks(runs: Sequence[RankSet[Node]], sources: Sequence[object]) -> Ran
                 fix="combine the same rank of each run",
             )
     tables = [tabulate_ranges(run.nodes) for run in runs]
-    if first.world == 1:
-        tables = [_without_garbage(table) for table in tables]
+    tables = [_without_garbage(table, first.world) for table in tables]
     samples = [run.num_samples for run in runs if run.num_samples is not None]
     modules = join_names([run.modules for run in runs])
     combined = _combine_alike(tables)
@@ -142,11 +142,17 @@ def _sort_key(name: str) -> tuple[list[str | int], str]:
     return parts, name
 
 
-def _without_garbage(table: RangeTable) -> RangeTable:
-    """Give row-parallel layers their first output for the second one."""
+def _without_garbage(table: RangeTable, world: int) -> RangeTable:
+    """Give row-parallel layers their first output for a second one that was not measured."""
+    if world > 1 and np.isfinite(table.numbers).all():
+        return table
     shapes = zip(table.inventory.names, table.inventory.shapes, strict=True)
     nodes = {name: table[name] for name, shape in shapes if find_op(name, shape) is Op.ROW_PARALLEL_LINEAR}
-    firsts = {name: node.outputs[0] for name, node in nodes.items() if node.outputs}
+    firsts = {
+        name: node.outputs[0]
+        for name, node in nodes.items()
+        if node.outputs and (world == 1 or not np.isfinite(node.outputs[-1]).all())
+    }
     return table.replace({name: replace(nodes[name], outputs=(first, first)) for name, first in firsts.items()})
 
 

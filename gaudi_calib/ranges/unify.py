@@ -172,14 +172,14 @@ def _require_same_experts(left: RankSet[Node], right: RankSet[Node], first: Inve
 def _require_finite(rank: RankSet[Node], table: RangeTable) -> RangeTable:
     """Refuse NaN and infinity.
 
-    Row-parallel `outputs[1]`, the product summed over ranks, is uninitialised memory at world 1;
-    there `outputs[0]` is that product.
+    Row-parallel `outputs[1]`, the product summed over ranks, is uninitialised memory at world 1, and at every world
+    where the layer leaves summing to others (shared experts); no scale comes from it. `outputs[0]` stands in.
     """
     bad = np.flatnonzero(~np.isfinite(table.numbers)).tolist()
     numbers = table.numbers.copy() if bad else table.numbers
     for position in bad:
         name, part = table.describe_number(position)
-        if rank.world == 1 and part == "outputs[1]" and rank.nodes[name].weight is not None:
+        if part == "outputs[1]" and rank.nodes[name].weight is not None:
             numbers[position] = numbers[position - 1]
         if not np.isfinite(numbers[position]):
             raise RangeError(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import write_bytes
+from gaudi_calib.files import parse_json, write_bytes
 from gaudi_calib.models.headers import read_header
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.channels import ChannelNode, ChannelRange, ChannelRanges, ExpertChannels
@@ -74,7 +74,7 @@ def read_channel_ranges(path: Path) -> ChannelRanges:
         )
     try:
         with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {})[_KEY])
+            header = parse_json((file.metadata() or {})[_KEY])
             if header["version"] != _VERSION:
                 raise FileError(
                     f"{path.name} has format version {header['version']}, this release reads {_VERSION}",
@@ -82,7 +82,7 @@ def read_channel_ranges(path: Path) -> ChannelRanges:
                     fix="measure again",
                 )
             nodes = {name: _read_node(file, name, facts) for name, facts in header["nodes"].items()}
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError) as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"{path.name} is damaged", where=path, why=str(error), fix="measure again") from error
@@ -96,7 +96,7 @@ def read_expert_count(path: Path) -> int | None:
         FileError: the file is damaged.
     """
     try:
-        nodes = json.loads(read_header(path).metadata[_KEY])["nodes"]
+        nodes = parse_json(read_header(path).metadata[_KEY])["nodes"]
         counts = {facts["experts"]["count"] for facts in nodes.values() if "experts" in facts}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = error.why if isinstance(error, FileError) else str(error)

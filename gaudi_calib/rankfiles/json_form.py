@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gaudi_calib.files import parse_json
 from gaudi_calib.ranges.table import Inventory
 from gaudi_calib.rankfiles.nested import HOLE, Head, decode_head, encode_rank, encode_samples, to_lists
 
@@ -52,7 +53,7 @@ def read_head(text: bytes) -> Head | None:
     """Return the head of a json file, or None where it is not laid out as `JsonForm` does it."""
     start, nodes, _ = text[:1000].partition(_NODES)
     try:
-        return decode_head(json.loads(start + nodes + b"}}"))
+        return decode_head(parse_json(start + nodes + b"}}"))
     except ValueError:
         return None
 

@@ -121,7 +121,9 @@ def check_options(options: RunOptions) -> None:
         if getattr(options, name) not in (*choices, getattr(RunOptions, name)):
             raise UsageError(f"unknown {name} {getattr(options, name)!r}", fix=f"choose one of {', '.join(choices)}")
     if options.name is not None and (options.name in ("", "..") or Path(options.name).name != options.name):
-        raise UsageError(f"--name {options.name!r} is no name of a directory", fix="give the root of the runs with -o")
+        raise UsageError(
+            f"--name {options.name!r} is no name of a directory", fix="give a name without /; -o is where it goes"
+        )
     if options.world < 1 or options.world % (options.unified_world or 1):
         raise UsageError(
             f"cannot unify {options.world} ranks into {options.unified_world}",

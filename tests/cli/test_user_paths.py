@@ -35,6 +35,38 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
+NESTED = 100_000 * "["
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("config validate nested.json", "nested.json is not valid JSON"),
+        ("prepare -m {model} -d cells.csv -o x.jsonl", "column 'prompt_token_ids'"),
+        ("postprocess g2", "inc_output_hooks_maxabs_0_1.json is not valid JSON"),
+        ("convert-weights -m checkpoint -o x", "its header is not one of safetensors"),
+        ("reshard run -t 2", "channel_ranges.safetensors is damaged"),
+    ],
+)
+def test_json_that_is_nested_without_end(
+    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Python's parser gives up with an error of another kind; each file is named as for any other damage."""
+    monkeypatch.chdir(tmp_path)
+    Path("nested.json").write_text(NESTED)
+    Path("cells.csv").write_text(f"prompt_token_ids\n{NESTED}\n")
+    shutil.copytree(GOLDEN / "llama-tiny/tp1/g2", "g2")
+    shutil.copy("nested.json", "g2/inc_output_hooks_maxabs_0_1.json")
+    shutil.copytree(GOLDEN / "deepseek-v3-fp8-tiny/model", "checkpoint")
+    Path("checkpoint/model.safetensors").write_bytes(len(NESTED).to_bytes(8, "little") + NESTED.encode())
+    Path("run").mkdir()
+    header = json.dumps({"__metadata__": {"channel_ranges": NESTED}}).encode()
+    Path("run/channel_ranges.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert main(words.format(model=MODEL).split()) == 1
+    printed = "".join(capsys.readouterr())
+    assert told in printed and "unexpected" not in printed
+
+
 def test_a_run_in_the_home(home: Path) -> None:
     """`--option=~/x`, which no shell expands, and `-o '~/x'` mean the home for all a run is given."""
     (home / "template.jinja").write_text("{{ messages }}")

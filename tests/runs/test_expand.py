@@ -1,6 +1,7 @@
 """`expand`: one rank into many, tensor- and expert-parallel, and back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,13 +114,16 @@ def test_scales_of_every_rank_are_computed(expert_parallel: bool, tmp_path: Path
 
 
 def test_uninitialised_memory_is_not_passed_on(tmp_path: Path):
-    """Row-parallel outputs[1] at world 1 may be NaN; other ranks get the product itself. NaN elsewhere is an error."""
+    """Row-parallel outputs[1] may be NaN, in files of shared experts at every world; NaN elsewhere is an error."""
     one = np.ones(1, dtype=np.float32)
     node = Node((one,), (2 * one, np.float32([np.nan])), one)
     (rank,) = expand_ranks(gather_world([RankSet(0, 1, {"o_proj": node})]), 1, expert_parallel=False)
     assert [value.item() for value in rank.nodes["o_proj"].outputs] == [2.0, 2.0]
-    with pytest.raises(RangeError, match="rank 0 of 2"):
-        gather_world([RankSet(rank, 2, {"o_proj": node}) for rank in (0, 1)])
+    shared = gather_world([RankSet(rank, 2, {"o_proj": node}) for rank in (0, 1)])
+    (rank,) = unify_ranks(shared, 1, expert_parallel=False)
+    assert [value.item() for value in rank.nodes["o_proj"].outputs] == [2.0, 2.0]
+    with pytest.raises(RangeError, match=r"outputs\[0\] of o_proj is not finite on rank 0 of 2"):
+        gather_world([RankSet(rank, 2, {"o_proj": replace(node, outputs=node.outputs[::-1])}) for rank in (0, 1)])
 
 
 @pytest.mark.parametrize("model", ["mixtral-tiny", "deepseek-v3-fp8-tiny"])

@@ -111,14 +111,17 @@ def test_channel_maxima_of_different_runs_both_survive():
     assert combine(a, b).nodes["n"].inputs[0].tolist() == [4, 5]
 
 
-def test_garbage_of_a_single_rank_is_replaced_not_merged():
-    """A row-parallel layer's second output at world 1 is uninitialised memory, even NaN; at world 2 it is measured."""
+def test_garbage_is_replaced_not_merged():
+    """A row-parallel layer's second output is uninitialised memory at world 1, and where it is NaN."""
     values = tuple(np.float32([value]) for value in (2.0, np.nan))
     garbage = {"model.layers.0.mlp.down_proj": Node((np.float32([1]),), values, np.float32([1]))}
     merged = combine(RankSet(0, 1, garbage), RankSet(0, 1, garbage))
     assert merged.nodes["model.layers.0.mlp.down_proj"].outputs == (2.0, 2.0)
-    with pytest.raises(ValueError, match=r"outputs\[1\] of model.layers.0.mlp.down_proj is not finite on rank 0 of 2"):
-        combine(RankSet(0, 2, garbage))
+    other = {"model.layers.0.mlp.down_proj": Node((np.float32([1]),), values[:1] * 2, np.float32([1]))}
+    assert combine(RankSet(0, 2, garbage), RankSet(0, 2, other)).nodes["model.layers.0.mlp.down_proj"].outputs == (2, 2)
+    damaged = {"model.layers.0.mlp.down_proj": Node((np.float32([1]),), values[::-1], np.float32([1]))}
+    with pytest.raises(ValueError, match=r"outputs\[0\] of model.layers.0.mlp.down_proj is not finite on rank 0 of 2"):
+        combine(RankSet(0, 2, damaged))
 
 
 def test_names_are_joined_in_module_order():
@@ -388,7 +391,7 @@ def _damage(pattern: str, content: bytes) -> Callable[[Path], None]:
 
 BAD_INPUTS = {
     "nan": (_edit("inputs", (np.float32([np.nan]),)), "is not finite on rank 1 of 2"),
-    "inf": (_edit("outputs", (np.float32([1]), np.float32([np.inf]))), "outputs[1] of model.layers"),
+    "inf": (_edit("outputs", (np.float32([np.inf]), np.float32([1]))), "outputs[0] of model.layers"),
     "more inputs": (_edit("inputs", (np.float32([1]),) * 2), "has another form in different runs on rank 1 of 2"),
     "no outputs": (_edit("outputs", None), "has another form"),
     "more channels": (_edit("inputs", (np.float32([1, 2]),)), "has another form"),
