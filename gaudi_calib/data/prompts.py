@@ -282,7 +282,7 @@ def _mix(streams: Sequence[Iterator[list[int]]], parts: Sequence[Part], limit: i
         return islice(take_turns(streams, weights, keeps_proportion=True), min(limit or number, number))
     if limit is None:
         return chain(*streams)
-    return islice(take_turns(streams, sizes, keeps_proportion=False), limit)
+    return islice(take_turns(streams, sizes, keeps_proportion=False), min(limit, sum(sizes)))
 
 
 def _check_options(limit: int | None, min_tokens: int | None, max_tokens: int | None, skip_bad_rows: int) -> None:

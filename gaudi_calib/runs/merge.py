@@ -68,7 +68,11 @@ def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
             Nothing is written in any of these cases.
     """
     if len(directories) < 2:
-        raise UsageError("nothing to merge with", where=directories, fix="give the directories of two or more runs")
+        raise UsageError(
+            "nothing to merge with",
+            where=", ".join(map(str, directories)),
+            fix="give the directories of two or more runs",
+        )
     out = expand_path(out)
     runs = _find_runs([expand_path(path) for path in directories])
     for places in (list(run.devices.values()) for run in runs if run.devices):

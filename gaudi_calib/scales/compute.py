@@ -8,7 +8,7 @@ and `OPT` weights are visited one by one.
     linear               x                               input * weight         range, or the weight itself
     row_parallel_linear  x                               outputs[0]             the same
     matmul               a, b                            a * b
-    b2b_matmul           a, outputs[0]                   product of the two
+    b2b_matmul           a, outputs[0]                   product of the two; without outputs: as matmul
     kv_cache             x                               that of the input
     softmax                                              outputs[0]
     fused_sdpa           q, k, v, outputs[1]             outputs[0]
@@ -181,7 +181,7 @@ def _find_rules(name: str, op: Op, table: MethodTable, layer_types: Mapping[str,
 
 def find_sources(op: Op, shape: RangeShape) -> tuple[list[Part], Part | None]:
     """Return the ranges that the inputs' scales come from, and that of the output where it has its own."""
-    if op is Op.MATMUL:
+    if op is Op.MATMUL or (op is Op.B2B_MATMUL and shape.outputs is None):  # before INC 1.24
         return [("inputs", 0), ("inputs", 1)], None
     if op is Op.B2B_MATMUL:
         return [("inputs", 0), ("outputs", 0)], None

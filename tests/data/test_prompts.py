@@ -164,6 +164,7 @@ def test_limit_is_a_reproducible_sample(of_lengths):
     first = [ids[0] for ids in of_lengths(*rows, limit=10, seed=42).token_ids]
     assert first == [ids[0] for ids in of_lengths(*rows, limit=20, seed=42).token_ids][:10]
     assert first != [ids[0] for ids in of_lengths(*rows, limit=10, seed=43).token_ids]
+    assert len(of_lengths(*rows, limit=10**30)) == len(rows)
     assert first == [26, 24, 20, 12, 5, 46, 27, 10, 30, 17]  # as with every Python from 3.8 to 3.13
     assert len(set(first)) == 10
 
