@@ -152,7 +152,7 @@ class Manifest(_Facts):
         engine: `torch` or `vllm`.
         dtype: what the model was measured for being served in (`--dtype` of vLLM).
         measured_world: number of ranks of the measurement.
-        expert_parallel: whether ranks hold whole experts where nothing else is asked for.
+        expert_parallel: whether ranks hold whole experts where nothing else is asked for; None: not known.
         worlds: numbers of ranks whose files were written.
         vllm: version of the vLLM whose names the files have, where it was chosen.
         config: QUANT_CONFIG contents by phase.
@@ -181,7 +181,7 @@ class Manifest(_Facts):
     engine: str | None = None
     dtype: str | None = None
     measured_world: int | None = None
-    expert_parallel: bool = False
+    expert_parallel: bool | None = False
     worlds: dict[int, WorldFacts] = Field(default_factory=dict)
     vllm: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
@@ -208,8 +208,8 @@ class Manifest(_Facts):
         this = Step(command=self.command, started_at=self.started_at, finished_at=self.finished_at)
         return [*self.history, this]
 
-    def shares_experts(self, world: int) -> bool:
-        """Whether `world` ranks hold whole experts: as their files do, else as the run was made."""
+    def shares_experts(self, world: int) -> bool | None:
+        """Whether `world` ranks hold whole experts: as their files do, else as the run was made; None: not known."""
         known = self.worlds.get(world, WorldFacts()).expert_parallel
         return self.expert_parallel if known is None else known
 

@@ -168,8 +168,10 @@ class Run:
             return self.options.expert_parallel
         for name in self.options.devices if not self.fresh else ():
             placed = CalibrationDir(self.layout.device(name).directory)
-            if placed.origin is not None and placed.origin.worlds:
-                return placed.origin.shares_experts(self.options.world)
+            origin = placed.origin
+            shared = origin.shares_experts(self.options.world) if origin is not None and origin.worlds else None
+            if shared is not None:
+                return shared
             if self.options.world in placed.worlds:
                 world = gather_world(placed.read_world(self.options.world))
                 return settle_expert_parallel(world, None, find_evidence(placed, world, self.plan.checkpoint.directory))
