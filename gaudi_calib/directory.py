@@ -346,8 +346,11 @@ class CalibrationDir:
             ConfigError: it is invalid.
         """
         path = self.layout and self.layout.measure_config
-        if path and path.is_file():
-            return _read_config(path)
+        return _read_config(path) if path and path.is_file() else self.measured_with
+
+    @cached_property
+    def measured_with(self) -> "QuantConfig | None":
+        """The MEASURE config that the ranges were made with, as recorded, whatever the file says now; else None."""
         recorded = self.origin and self.origin.config.get("measure")
         if not recorded:
             return None

@@ -162,7 +162,7 @@ class Manifest(_Facts):
         engine: `torch` or `vllm`.
         dtype: what the model was measured for being served in (`--dtype` of vLLM).
         measured_world: number of ranks of the measurement.
-        expert_parallel: whether ranks hold whole experts where nothing else is asked for.
+        expert_parallel: whether ranks hold whole experts where nothing else is asked for; None: not known.
         worlds: numbers of ranks whose files were written.
         vllm: version of the vLLM whose names the files have, where it was chosen.
         config: QUANT_CONFIG contents by phase.
@@ -192,7 +192,7 @@ class Manifest(_Facts):
     engine: str | None = None
     dtype: str | None = None
     measured_world: int | None = None
-    expert_parallel: bool = False
+    expert_parallel: bool | None = False
     worlds: dict[int, WorldFacts] = Field(default_factory=dict)
     vllm: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
@@ -227,8 +227,8 @@ class Manifest(_Facts):
         names = (name for dataset in measured for name in dataset.list_names())
         return tuple(dict.fromkeys(names)) or ("builtin",)
 
-    def shares_experts(self, world: int) -> bool:
-        """Whether `world` ranks hold whole experts: as their files do, else as the run was made."""
+    def shares_experts(self, world: int) -> bool | None:
+        """Whether `world` ranks hold whole experts: as their files do, else as the run was made; None: not known."""
         known = self.worlds.get(world, WorldFacts()).expert_parallel
         return self.expert_parallel if known is None else known
 

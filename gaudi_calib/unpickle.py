@@ -264,8 +264,8 @@ def _require_bounded(value: Any, size_bytes: int, count_cells: Callable[[Recorde
             parts = ()
         elif isinstance(value, dict):
             parts = [*value, *value.values()]
-        is_flat = _SCALARS.issuperset(map(type, parts))
-        weight = _CONTAINER + cells + (len(parts) if is_flat else sum(map(weigh, parts)))
+        nested = [part for part in parts if type(part) not in _SCALARS]
+        weight = _CONTAINER + cells + len(parts) - len(nested) + sum(map(weigh, nested))
         if weight > most:
             raise pickle.UnpicklingError(f"{size_bytes} bytes that stand for more than {most} objects")
         return weight

@@ -101,7 +101,7 @@ def _decode(value: Any) -> Any:
     if type(value) in _PLAIN:
         return value
     if isinstance(value, dict):
-        return {_decode(key): _decode(item) for key, item in value.items()}
+        return {key if type(key) is str else _decode(key): _decode(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_decode, value))
     if not isinstance(value, Recorder):

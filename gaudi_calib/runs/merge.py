@@ -305,7 +305,7 @@ def _gather_facts(manifests: Sequence[Manifest], sources: Sequence[Path], worlds
     steps = {step.model_dump_json(): step for manifest in manifests for step in manifest.steps}
     facts: dict[str, Any] = {
         "history": sorted(steps.values(), key=lambda step: step.started_at),
-        "expert_parallel": any(manifest.expert_parallel for manifest in manifests),
+        "expert_parallel": any(manifest.expert_parallel for manifest in manifests) if manifests else None,
         "merged": [str(path.resolve()) for path in sources],
         "merged_datasets": [
             *(dataset for manifest in manifests for dataset in manifest.merged_datasets),

@@ -98,11 +98,12 @@ def _require_config(source: CalibrationDir, device: str) -> QuantConfig:
 def _choose_sharing(source: CalibrationDir, channels: ChannelRanges, world: int, given: bool | None) -> bool:
     if given is not None or world == 1 or not channels.has_experts:
         return bool(given) and channels.has_experts
-    if source.manifest is None:
+    shared = source.manifest.expert_parallel if source.manifest else None
+    if shared is None:
         raise TopologyError(
             "it is not known how the ranks share the experts",
             where=source.path.parent,
-            why=f"there is no {MANIFEST_NAME} that says how the model is served",
+            why=f"no {MANIFEST_NAME} says how the model is served",
             fix="give --expert-parallel (ranks hold whole experts) or --no-expert-parallel (a slice of each)",
         )
-    return source.manifest.expert_parallel
+    return shared

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,6 +155,9 @@ class Run:
             self.plan.require_topology(self.topology(world))
         self._require_own_root()
         self.targets = [self._make_target(get_device(name)) for name in options.devices]
+        for target in self.targets if serves and fresh else ():
+            if target.quant_config.uses_stats_files:
+                self.require_covered(target)
         self.needs_ranges = not serves or any(target.quant_config.uses_stats_files for target in self.targets)
         self.staging = Path()
         self.prompts: Prompts | None = None
@@ -169,8 +172,10 @@ class Run:
             return self.options.expert_parallel
         for name in self.options.devices if not self.fresh else ():
             placed = CalibrationDir(self.layout.device(name).directory)
-            if placed.origin is not None and placed.origin.worlds:
-                return placed.origin.shares_experts(self.options.world)
+            origin = placed.origin
+            shared = origin.shares_experts(self.options.world) if origin is not None and origin.worlds else None
+            if shared is not None:
+                return shared
             if self.options.world > 1 and placed.files and self.options.world in placed.worlds:
                 world = gather_world(placed.read_world(self.options.world))
                 return settle_expert_parallel(world, None, find_evidence(placed, world, self.plan.checkpoint.directory))
@@ -361,18 +366,16 @@ class Run:
         stage_config(self.staging, path, config)
 
     def require_covered(self, target: Target) -> None:
-        """Raise ConfigError where a module that INC will quantize has no ranges."""
-        for rank_set in (rank_set for ranks in target.ranges.values() for rank_set in ranks):
-            uncovered = find_uncovered(
-                self.plan.ops,
-                target.quant_config,
-                rank_set.nodes,
-                modules=rank_set.modules,
-                measured_with=target.measure_config,
-            )
-            if uncovered and not target.quant_config.ignore_modules_wo_measures:
-                config_path = self.options.quant_config or target.quant_path
-                raise refuse_uncovered(target.placed, uncovered, config_path, rank_set.world)
+        """Raise ConfigError where a module that INC will quantize has no ranges, or will have none."""
+        if target.quant_config.ignore_modules_wo_measures:
+            return
+        known = None if self.fresh else target.placed.measured_with
+        find = partial(find_uncovered, self.plan.ops, target.quant_config, measured_with=known or target.measure_config)
+        ranks = [rank_set for ranks in target.ranges.values() for rank_set in ranks]
+        found = [find(rank_set.nodes, modules=rank_set.modules) for rank_set in ranks] or [find((), modules=())]
+        if any(found):
+            path, world = self.options.quant_config or target.quant_path, self.options.world
+            raise refuse_uncovered(target.placed, next(filter(None, found)), path, world)
 
     def _set_aside(self, written: Sequence[Path]) -> list[Path]:
         """Move rank files of an earlier measurement out of the way of the new ranges, and return them."""

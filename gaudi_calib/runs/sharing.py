@@ -101,7 +101,8 @@ def _ask_manifest(source: CalibrationDir, world: int) -> Evidence | None:
     manifest = source.manifest
     if manifest is None or world not in (manifest.measured_world, *manifest.worlds):
         return None
-    return Evidence(manifest.shares_experts(world), MANIFEST_NAME)
+    shared = manifest.shares_experts(world)
+    return None if shared is None else Evidence(shared, MANIFEST_NAME)
 
 
 def _compare_count(world: World, count: int | None, path: Path) -> Evidence | None:

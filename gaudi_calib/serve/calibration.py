@@ -148,7 +148,7 @@ def require_fit(
     if not calibration.config.uses_stats_files:
         manifest = calibration.placed.manifest
         served_so = manifest.expert_parallel if manifest else model.family is not None and model.family.expert_parallel
-        return served_so if expert_parallel is None else expert_parallel
+        return bool(served_so) if expert_parallel is None else expert_parallel
     _require_files(calibration, model, world)
     _require_fresh(calibration, model, world)
     _require_model(calibration, model)
@@ -239,9 +239,9 @@ def _choose_sharing(calibration: Calibration, model: ModelSource, world: int, as
         _log.warning("-u/--expert-parallel has no effect: the model has no experts")
         return False
     manifest = calibration.placed.manifest
-    if manifest is None:
+    made = manifest.shares_experts(world) if manifest else None
+    if made is None:
         return bool(asked)
-    made = manifest.shares_experts(world)
     if asked is not None and asked is not made and world > 1:
         flag = "-u" if asked else "--no-expert-parallel"
         others = advise(calibration, model).derive(world, flag=flag)

@@ -53,11 +53,11 @@ def _plan_model(calibration: Calibration, model: ModelSource) -> "ModelPlan | No
 
 def _find_uncovered(calibration: Calibration, model: ModelSource, world: int, ops: Mapping[str, Op]) -> Iterator[str]:
     placed, config, tag = calibration.placed, calibration.config, calibration.config.method_table.file_tag
-    modules = calibration.list_modules(world)
+    modules, measured_with = calibration.list_modules(world), placed.measured_with or placed.measure_config
     for method, what in ((None, "ranges"), (tag, "scales")):
         for rank in range(world):
             names = read_names(placed, rank, world, method)
-            uncovered = find_uncovered(ops, config, names, modules=modules, measured_with=placed.measure_config)
+            uncovered = find_uncovered(ops, config, names, modules=modules, measured_with=measured_with)
             if not uncovered:
                 continue
             if placed.manifest is None:

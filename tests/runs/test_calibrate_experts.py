@@ -257,7 +257,7 @@ def test_reshard_without_channel_ranges_is_refused(tmp_path: Path):
     """Rank files alone do not tell a slice from the whole."""
     with pytest.raises(FileError, match=r"no channel_ranges\.safetensors") as error:
         reshard_dir(tmp_path, 2)
-    assert "expand" in error.value.fix
+    assert "OUT/<model>" in error.value.fix
 
 
 def test_reshard_asks_how_experts_are_shared(options):

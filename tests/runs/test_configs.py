@@ -175,6 +175,28 @@ def test_modules_without_ranges_must_be_blocked(out: Path, capsys: pytest.Captur
     assert serve(config, model=EXPERTS) == 0
 
 
+def test_what_was_not_measured_is_not_taken_for_measured(out: Path, capsys: pytest.CaptureFixture) -> None:
+    """Unblocking a module in both configs measures nothing: the manifest knows what was left out."""
+    root = out / "experts"
+    for name in ("maxabs_quant_g3.json", "maxabs_measure_g3.json"):
+        edit(root / name, blocklist={"types": [], "names": []})
+    words = ("quantize", "-m", EXPERTS, "-o", out, "--name", "experts")
+    for refused in (lambda: run(*words), lambda: serve(root / "maxabs_quant_g3.json", model=EXPERTS)):
+        assert refused() == 1
+        assert "is not blocked and has no ranges" in capsys.readouterr().err
+
+
+def test_nothing_is_measured_for_configs_that_do_not_go_together(out: Path, capsys: pytest.CaptureFixture) -> None:
+    """That the one blocks what the other quantizes is told before any work."""
+    config = out / "empty.json"
+    content = read(out / "experts/maxabs_quant_g3.json")
+    config.write_text(json.dumps({**content, "blocklist": {"types": [], "names": ["lm_head"]}}))
+    words = ("calibrate", "-m", EXPERTS, "-d", out / "no-such-data.jsonl", "-o", out / "new", "--config-quant", config)
+    assert run(*words) == 1
+    printed = capsys.readouterr().err
+    assert "is not blocked and has no ranges" in printed and str(config) in printed
+
+
 def test_scales_of_a_longer_blocklist_do_not_serve_a_shorter_one(out: Path, capsys: pytest.CaptureFixture) -> None:
     """A config that quantizes more than the scales were computed for is told so, with what computes them."""
     config = out / "dense/maxabs_quant_g3.json"

@@ -22,7 +22,7 @@ from gaudi_calib.ranges.node import Node, Op, RankSet
 from gaudi_calib.ranges.topology import Axis, Segment
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_set
-from tests.support import paths
+from tests.support import paths, topologies
 from tests.support.files import snapshot, write_prompts
 
 GOLDEN = paths.GOLDEN / "llama-tiny"
@@ -270,6 +270,18 @@ def test_ranks_of_one_world_come_from_different_machines(tmp_path: Path):
     assert [describe(one) for one in CalibrationDir(tmp_path / "out").read_world(4)] == [
         describe(one) for one in CalibrationDir(whole).read_world(4)
     ]
+
+
+def test_how_experts_are_shared_is_not_made_up(tmp_path: Path):
+    """Where no manifest says it, that of the merged ranges does not either: unify finds out, or is told."""
+    idle = topologies.make_ranks(1, 2, experts=2, idle=[(0,), ()])
+    busy = topologies.make_ranks(1, 2, experts=2)
+    for name, ranks, flags in (("found", idle, []), ("told", busy, ["-u"])):
+        run_dir = topologies.write_world(tmp_path / name, ranks)
+        assert run(run_dir, run_dir, "-o", tmp_path / f"merged {name}") == 0
+        assert main(["unify", "-m", str(tmp_path / f"merged {name}"), "-r", "1", *flags]) == 0
+        (unified,) = CalibrationDir(tmp_path / f"merged {name}").read_world(1)
+        assert len([node for node in unified.nodes if ".w2_list." in node]) == 2 * 4
 
 
 def test_a_missing_rank_is_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture):
