@@ -136,8 +136,10 @@ class CalibrationDir:
         Manifests of earlier releases do not tell: there it is that of the channel ranges, if ranges in place follow
         from those.
         """
-        recorded = self.manifest and self.manifest.measurement
-        if recorded is None and self.manifest is not None and self.channel_file.is_file():
+        if self.manifest is None:
+            return None
+        recorded = self.manifest.measurement
+        if recorded is None and self.channel_file.is_file():
             found = follow_channels(self.worlds, self.read_world, self.channel_file, self.manifest, self.device)
             return self._channel_hash if found else None
         return recorded
