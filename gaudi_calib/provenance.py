@@ -67,7 +67,9 @@ def follow_channels(
     config = parse_quant_config(made.config["measure"], where=channel_file)
     for world in worlds:
         with suppress(CalibrationError):  # a world that is damaged, or was made otherwise, tells nothing
-            derived = derive_world(channels, Topology(world, bool(made.shares_experts(world))), device, config, made.vllm)
+            derived = derive_world(
+                channels, Topology(world, bool(made.shares_experts(world))), device, config, made.vllm
+            )
             pairs = zip(derived, read_world(world), strict=True)
             if all(tabulate_ranges(one.nodes).equals(tabulate_ranges(other.nodes)) for one, other in pairs):
                 return True

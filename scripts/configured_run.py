@@ -42,10 +42,15 @@ class ConfiguredRun:
     dump: Path
     device: str
 
-    def is_layout_of(self, model: str) -> bool:
-        """Return whether `dump` is where a run of `model` keeps its files anyway."""
-        out = self.dump.parent.parent.parent
-        return self.dump == RunLayout(out, model).device(self.device).dump_stats_path
+    def find_layout(self, model: str) -> RunLayout | None:
+        """Return the layout of the run that keeps its files at `dump` anyway, None where `dump` is no run's.
+
+        A run with a manifest counts, whatever its directory is called.
+        """
+        out, name = self.dump.parent.parent.parent, self.dump.parent.parent.name
+        is_run = CalibrationDir(self.dump.parent).manifest is not None
+        layouts = [RunLayout(out, model), *([RunLayout(out, model, name)] if is_run and name else [])]
+        return next((one for one in layouts if one.device(self.device).dump_stats_path == self.dump), None)
 
     def require_world(self, world: int, model: str) -> None:
         """Raise FileError where ranges of `world` ranks are not there and do not follow from channel ranges."""
@@ -71,8 +76,10 @@ class ConfiguredRun:
             reads_ranges: the command needs the rank files that are there already.
             flags: flags of the command to those of the step, for what errors advise.
         """
-        if self.is_layout_of(model):
-            return main(self._words(command, model, self.dump.parent.parent.parent), flags=flags)
+        layout = self.find_layout(model)
+        if layout is not None:
+            named = ["--name", layout.name] if layout.name else []
+            return main([*self._words(command, model, layout.out), *named], flags=flags)
         self.dump.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.dump.parent, prefix=".step-") as scratch:
             directory = RunLayout(Path(scratch), model).device(self.device).directory

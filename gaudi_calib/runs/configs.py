@@ -7,6 +7,7 @@ A `--config-quant` that lies in the run directory is not copied over `maxabs_qua
 QUANT_CONFIG of its own beside it, of the device whose directory it names.
 """
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ from gaudi_calib.staging import REPLACED_NAME
 
 if TYPE_CHECKING:
     from gaudi_calib.checkpoints.plan import ModelPlan
+
+_log = logging.getLogger(__name__)
 
 
 def find_side_config(options: RunOptions) -> Path | None:
@@ -78,8 +81,8 @@ def choose_dtype(options: RunOptions, *, fresh: bool) -> str:
     return measured or asked or "bfloat16"
 
 
-def _settle_dtype(config: QuantConfig, dtype: str, given: Path | None) -> QuantConfig:
-    """Return a config of a model that is served in `dtype`; one that is `given` says so itself.
+def _settle_dtype(config: QuantConfig, dtype: str, path: Path, given: Path | None) -> QuantConfig:
+    """Return the config in `path` for a model that is served in `dtype`; one that is `given` says so itself.
 
     Raises:
         ConfigError: it is for another.
@@ -87,6 +90,8 @@ def _settle_dtype(config: QuantConfig, dtype: str, given: Path | None) -> QuantC
     if config.dtype == dtype:
         return config
     if given is None:
+        told = f"hp_dtype of {path} becomes {HP_DTYPES[dtype]}"
+        _log.warning("%s, as the model is served in %s; it was %s", told, dtype, config.hp_dtype)
         return config.model_copy(update={"hp_dtype": HP_DTYPES[dtype]})
     raise ConfigError(
         f"hp_dtype is {config.hp_dtype}, and the model is served in {dtype}",
@@ -124,7 +129,7 @@ def choose_measure_config(
             "inputs, weights and the outputs INC requires",
             fix="set mode to MEASURE and leave measure_exclude out",
         )
-    return with_dump_stats_path(_settle_dtype(config, dtype, options.measure_config), layout.dump_stats_path)
+    return with_dump_stats_path(_settle_dtype(config, dtype, path, options.measure_config), layout.dump_stats_path)
 
 
 def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Family, dtype: str) -> QuantConfig:
@@ -144,7 +149,7 @@ def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Famil
             why=f"mode is {config.mode}, fp8_config {config.fp8_config}",
             fix="set mode to QUANTIZE, and fp8_config to E4M3, for which scales are computed",
         )
-    config = _settle_dtype(config, dtype, options.quant_config)
+    config = _settle_dtype(config, dtype, path, options.quant_config)
     return change_method(config, family, method) if method else config
 
 

@@ -339,6 +339,25 @@ def test_steps_2_and_4_honour_any_dump_stats_path(tiny: Path, tmp_path: Path) ->
 
 
 @pytest.mark.torch
+def test_step_4_continues_a_run_whatever_it_is_called(tiny: Path, tmp_path: Path) -> None:
+    """Its manifest knows the model and the scales afterwards; the scales of another checkpoint never get in."""
+    from gaudi_calib.cli.main import main
+    from gaudi_calib.manifest import read_manifest
+    from tests.support.tiny import make_tiny_model
+
+    words = ("-m", tiny / "Model", "-d", tiny / "prompts.jsonl", "-o", tmp_path, "--name", "mine", "--device", "g3")
+    assert main(["calibrate", *map(str, words), "--engine", "torch"]) == 0
+    config = tmp_path / "mine/maxabs_quant_g3.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scale_method": "maxabs_pow2"}))
+    result = run_step("4-quantize-scales", ["-m", tiny / "Model"], tmp_path, QUANT_CONFIG=config)
+    assert result.returncode == 0, result.stderr
+    manifest = read_manifest(tmp_path / "mine/g3/calibration_manifest.json")
+    assert "inc_output_hooks_maxabs_MAXABS_POW2_0_1.npz" in manifest.scales
+    other = make_tiny_model("llama", tmp_path / "other/Model", seed=1)
+    result = run_step("4-quantize-scales", ["-m", other], tmp_path, QUANT_CONFIG=config)
+    assert result.returncode == 1 and "were measured on another checkpoint" in result.stderr
+
+
 def test_step_2_wants_a_device_it_can_know(tiny: Path, tmp_path: Path) -> None:
     """Off Gaudi, with a path that names no device, the step asks instead of guessing."""
     measure = write_config(tmp_path / "m.json", mode="MEASURE", dump_stats_path="./hqt_output/measure")

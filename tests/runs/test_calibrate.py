@@ -171,6 +171,14 @@ def test_the_served_dtype_reaches_everything(dtype: str | None, hp_dtype: str | 
     assert words[words.index("--dtype") + 1] == (dtype or "bfloat16")
 
 
+def test_an_hp_dtype_that_is_not_kept_is_told(dataset: Path, caplog: pytest.LogCaptureFixture):
+    """Ranges of a bfloat16 model give its scales, whatever somebody wrote into the run's config since."""
+    path = calibrate(options(dataset, devices=("g3",))).quant_configs["g3"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hp_dtype": "fp16"}))
+    quantize(options(dataset, devices=("g3",)))
+    assert f"hp_dtype of {path} becomes BF16" in caplog.text
+
+
 def test_dtypes_that_contradict_each_other_are_refused(dataset: Path, tmp_path: Path):
     """An option against a user's config of either phase, and against what was measured; both are named."""
     config = tmp_path / "quant.json"
