@@ -7,9 +7,8 @@ Weights that are stored as FP8 or MXFP4 are read as the bf16 values they stand f
 from collections.abc import Callable, Iterable
 from functools import cache, cached_property
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from gaudi_calib.checkpoints.dequantize import (
@@ -29,6 +28,9 @@ from gaudi_calib.errors import FileError, ModelError
 from gaudi_calib.files import read_json
 from gaudi_calib.models.headers import Header, read_header
 from gaudi_calib.models.source import open_model
+
+if TYPE_CHECKING:
+    import torch
 
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
@@ -120,12 +122,12 @@ class Checkpoint:
             header = read_header(self.directory / name)
         except FileError as error:
             raise ModelError(error.what, where=error.where, why=error.why, fix=_DAMAGED) from error
-        self._open(name)  # safetensors knows how many bytes each type takes
+        self._open(name, "numpy")  # safetensors knows how many bytes each type takes
         return header
 
-    def _open(self, name: str) -> Any:
+    def _open(self, name: str, framework: str = "pt") -> Any:
         try:
-            return safe_open(self.directory / name, framework="pt")
+            return safe_open(self.directory / name, framework=framework)
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"cannot read {name}", where=self.directory / name, why=str(error), fix=_DAMAGED
@@ -197,7 +199,7 @@ class Checkpoint:
         shape, scale_shape = (self.stored[part][1] for part in self.weights[name].parts)
         return plan_grid(shape, scale_shape, self._block, name=name)
 
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def read(self, names: Iterable[str]) -> "dict[str, torch.Tensor]":
         """Return the named weights: the quantized ones as bf16, others in the checkpoint's own dtypes.
 
         What is not quantized is backed by the mapped file; memory is used while it lives.
@@ -208,7 +210,7 @@ class Checkpoint:
         open_file = cache(self._open)
         return {name: self._read(name, open_file) for name in names}
 
-    def read_part(self, name: str, index: int) -> torch.Tensor:
+    def read_part(self, name: str, index: int) -> "torch.Tensor":
         """Return `read([name])[name][index]`, reading and dequantizing no more than that.
 
         Args:
@@ -240,10 +242,10 @@ class Checkpoint:
             )
         return self.weights[name]
 
-    def _read(self, name: str, open_file: Callable[[str], Any], index: int | None = None) -> torch.Tensor:
+    def _read(self, name: str, open_file: Callable[[str], Any], index: int | None = None) -> "torch.Tensor":
         """Return a weight, or one element of its first axis, which is kept."""
 
-        def load(tensor: str, first: int | None) -> torch.Tensor:
+        def load(tensor: str, first: int | None) -> "torch.Tensor":
             file = open_file(self.tensors[tensor])
             return file.get_tensor(tensor) if first is None else file.get_slice(tensor)[first : first + 1]
 

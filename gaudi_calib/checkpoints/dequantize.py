@@ -15,11 +15,12 @@ Scales are float32, bf16, or E8M0 (powers of two; as its own dtype or as uint8).
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from gaudi_calib.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 _SCALE = re.compile(r"_scale(_inv)?$")
 # Scales of activations and caches: they say nothing about weights.
@@ -178,7 +179,7 @@ def _divide(shape: tuple[int, ...], counts: tuple[int, ...], *, is_whole: bool) 
     return tuple(size // count for size, count in zip(shape, counts))
 
 
-def dequantize(values: torch.Tensor, scale: torch.Tensor, grid: ScaleGrid) -> torch.Tensor:
+def dequantize(values: "torch.Tensor", scale: "torch.Tensor", grid: ScaleGrid) -> "torch.Tensor":
     """Return the bf16 values that FP8 `values` stand for.
 
     vllm-gaudi multiplies per-block weights in bf16, by a scale rounded to bf16, and
@@ -192,14 +193,18 @@ def dequantize(values: torch.Tensor, scale: torch.Tensor, grid: ScaleGrid) -> to
     Source: vllm-gaudi `dequant_block_fp8_weight_naive`, extension/ops.py; `dequant_fp8_weight`,
     ops/hpu_compressed_tensors.py.
     """
+    import torch
+
     dtype = torch.bfloat16 if grid.is_blockwise else torch.float32
     result = torch.empty(values.shape, dtype=torch.bfloat16)
     _multiply(values, read_scale(scale).to(dtype), grid.blocks, result)
     return result
 
 
-def _multiply(values: torch.Tensor, factors: torch.Tensor, blocks: tuple[int, ...], result: torch.Tensor) -> None:
+def _multiply(values: "torch.Tensor", factors: "torch.Tensor", blocks: tuple[int, ...], result: "torch.Tensor") -> None:
     """Write values times factors into `result`, some rows at a time, so that no whole copy is made."""
+    import torch
+
     if values.ndim > 2:
         for index in range(len(values)):
             _multiply(values[index], factors[index // blocks[0]], blocks[1:], result[index])
@@ -212,12 +217,15 @@ def _multiply(values: torch.Tensor, factors: torch.Tensor, blocks: tuple[int, ..
         result[start:stop] = values[start:stop].to(factors.dtype) * part
 
 
-def read_scale(scale: torch.Tensor) -> torch.Tensor:
+def read_scale(scale: "torch.Tensor") -> "torch.Tensor":
     """Return `scale` as float32; a byte is an E8M0 exponent.
 
+    >>> import torch
     >>> read_scale(torch.tensor([0, 126, 127, 130], dtype=torch.uint8)).tolist()
     [5.877471754111438e-39, 0.5, 1.0, 8.0]
     """
+    import torch
+
     if scale.element_size() > 1:
         return scale.to(torch.float32)
     exponents = scale.view(torch.uint8).to(torch.int32)
@@ -225,7 +233,7 @@ def read_scale(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(exponents == 255, torch.nan, powers)
 
 
-def dequantize_packed(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def dequantize_packed(blocks: "torch.Tensor", scales: "torch.Tensor") -> "torch.Tensor":
     """Return the bf16 values that MXFP4 experts stand for, as the model's code holds them.
 
     Args:
@@ -237,6 +245,8 @@ def dequantize_packed(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
 
     Source: `convert_moe_packed_tensors`, transformers/integrations/mxfp4.py.
     """
+    import torch
+
     experts, out, groups, half = blocks.shape
     values = torch.tensor(_PACKED_VALUES + tuple(-value for value in _PACKED_VALUES))
     pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)

@@ -1,13 +1,22 @@
 """The weights of one layer's routed experts, read from the checkpoint one expert at a time."""
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from gaudi_calib.checkpoints.checkpoint import FOREIGN_CONFIG, Checkpoint
 from gaudi_calib.checkpoints.fit import wrong_shape
 from gaudi_calib.errors import ModelError
 from gaudi_calib.models.modules import Experts
+
+if TYPE_CHECKING:
+    import torch
+
+
+def cast(tensor: "torch.Tensor", dtype: str) -> "torch.Tensor":
+    """Return `tensor` in the type of that name, such as `bfloat16`."""
+    import torch
+
+    return tensor.to(getattr(torch, dtype))
 
 
 @dataclass(frozen=True)
@@ -32,46 +41,48 @@ class ExpertWeights:
     is_stacked: bool
     count: int
     channels: int
-    dtype: torch.dtype
+    dtype: str
 
-    def read_gate_up(self, expert: int) -> torch.Tensor:
+    def read_gate_up(self, expert: int) -> "torch.Tensor":
         """Return gate and up rows in the order they are stored, shape (2 * channels, hidden size), served dtype."""
         if self.is_stacked:
             return self._read_stacked(self.facts.stacked[0], expert)
+        import torch
+
         gate, up, _ = self.facts.each
         return torch.cat([self._read_each(gate, expert), self._read_each(up, expert)])
 
-    def read_down(self, expert: int) -> torch.Tensor:
+    def read_down(self, expert: int) -> "torch.Tensor":
         """Return the down projection, shape (hidden size, channels), served dtype."""
         if self.is_stacked:
             return self._read_stacked(self.facts.stacked[1], expert)
         return self._read_each(self.facts.each[2], expert)
 
-    def read_biases(self, expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def read_biases(self, expert: int) -> "tuple[torch.Tensor, torch.Tensor] | None":
         """Return the biases of gate and up, shape (2 * channels,), and of down, (hidden size,), or None."""
         if not self.facts.biased:
             return None
         names = [f"{self.layer}.{name}_bias" for name in self.facts.stacked]
-        gate_up, down = (self.checkpoint.read_part(name, expert).to(self.dtype) for name in names)
+        gate_up, down = (cast(self.checkpoint.read_part(name, expert), self.dtype) for name in names)
         return gate_up, down
 
-    def order_gate_up(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def order_gate_up(self, gate_up: "torch.Tensor") -> "torch.Tensor":
         """Return stored rows (or row maxima) with those of gate and up apart, shape (2, channels, ...)."""
         if self.facts.interleaved:
             return gate_up.unflatten(0, (self.channels, 2)).transpose(0, 1)
         return gate_up.unflatten(0, (2, self.channels))
 
-    def _read_stacked(self, name: str, expert: int) -> torch.Tensor:
-        weight = self.checkpoint.read_part(f"{self.layer}.{name}", expert).to(self.dtype)
+    def _read_stacked(self, name: str, expert: int) -> "torch.Tensor":
+        weight = cast(self.checkpoint.read_part(f"{self.layer}.{name}", expert), self.dtype)
         return weight.T if self.facts.transposed else weight
 
-    def _read_each(self, name: str, expert: int) -> torch.Tensor:
+    def _read_each(self, name: str, expert: int) -> "torch.Tensor":
         name = f"{self.layer}.{name.format(expert)}"
-        return self.checkpoint.read([name])[name].to(self.dtype)
+        return cast(self.checkpoint.read([name])[name], self.dtype)
 
 
 def find_expert_weights(
-    checkpoint: Checkpoint, facts: Experts, node: str, layer: str, router: str, dtype: torch.dtype
+    checkpoint: Checkpoint, facts: Experts, node: str, layer: str, router: str, dtype: str
 ) -> ExpertWeights:
     """Return where the experts of `layer` (its prefix in the checkpoint) are.
 

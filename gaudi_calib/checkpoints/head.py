@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from gaudi_calib.checkpoints.checkpoint import Checkpoint
 from gaudi_calib.checkpoints.fit import wrong_shape
 from gaudi_calib.checkpoints.weight_names import WeightNames
@@ -31,6 +29,8 @@ class Head:
         """Say which of two different tensors is taken, None where there is but one; reads both."""
         if self.other is None:
             return None
+        import torch
+
         tensors = checkpoint.read([self.weight, self.other])
         if torch.equal(tensors[self.weight], tensors[self.other]):
             return None

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from gaudi_calib.checkpoints.checkpoint import FOREIGN_CONFIG, Checkpoint
-from gaudi_calib.checkpoints.expert_weights import ExpertWeights, find_expert_weights
+from gaudi_calib.checkpoints.expert_weights import ExpertWeights, cast, find_expert_weights
 from gaudi_calib.checkpoints.fit import list_layers, read_heads, require_matrices
 from gaudi_calib.checkpoints.head import Head, find_head
 from gaudi_calib.checkpoints.weight_names import WeightNames
@@ -19,6 +19,9 @@ from gaudi_calib.ranges.derive import parse_vllm_version
 from gaudi_calib.ranges.experts import list_children
 from gaudi_calib.ranges.node import ATTENTION_OPS, LATENT_ATTENTION_OPS, Op
 from gaudi_calib.ranges.topology import Axis, Segment, Topology
+
+if TYPE_CHECKING:
+    import torch
 
 # vLLM pads the vocabulary so that ranks get equal shares.
 _VOCABULARY_PADDING = 64
@@ -77,7 +80,7 @@ class ModelPlan:
     node_names: tuple[str, ...]
     experts: dict[str, ExpertWeights] = field(default_factory=dict)
     attention_layers: tuple[int, ...] = ()
-    dtype: torch.dtype = torch.bfloat16
+    dtype: str = "bfloat16"
     head: Head | None = None
 
     @property
@@ -176,12 +179,14 @@ class ModelPlan:
         grouped = rows.reshape(self.kv_heads, self.heads // self.kv_heads + 2, self.head_dim)
         return np.concatenate([grouped[:, :-2].ravel(), grouped[:, -2].ravel(), grouped[:, -1].ravel()])
 
-    def served(self, tensor: torch.Tensor) -> torch.Tensor:
+    def served(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """Return a weight in the dtype it is served in."""
-        return tensor.to(self.dtype)
+        return cast(tensor, self.dtype)
 
-    def read_weight(self, node: str) -> torch.Tensor:
+    def read_weight(self, node: str) -> "torch.Tensor":
         """Return a linear node's whole weight as vLLM fuses it, shape (out, in), in the served dtype."""
+        import torch
+
         linear = self.linears[node]
         tensors = self.checkpoint.read(linear.weights)
         weight = self.served(torch.cat([tensors[name] for name in linear.weights]))
@@ -194,6 +199,8 @@ class ModelPlan:
 
     def read_rank_weight(self, node: str, rank: int, topology: Topology) -> np.ndarray:
         """Return the rows and columns of a linear node's weight that `rank` holds, float32."""
+        import torch
+
         if node not in self.linears:
             return self._read_expert_weight(node, rank, topology).float().numpy()
         linear, weight = self.linears[node], self.read_weight(node)
@@ -201,7 +208,7 @@ class ModelPlan:
         weight = torch.cat([weight[:, part] for part in linear.in_axis.slices(rank, topology.world)], dim=1)
         return weight.float().numpy()
 
-    def _read_expert_weight(self, node: str, rank: int, topology: Topology) -> torch.Tensor:
+    def _read_expert_weight(self, node: str, rank: int, topology: Topology) -> "torch.Tensor":
         op, part, index = node.rsplit(".", 2)
         # Older vLLM has no `routed_experts` in the path.
         experts = next(self.experts[name] for name in self.experts if op in (name, name.replace(".routed_experts", "")))
@@ -232,8 +239,7 @@ def plan_model(model_dir: Path, dtype: str = "bfloat16", vllm: str | None = None
     names, layers = WeightNames(checkpoint, family.layout), list_layers(checkpoint, family.layout)
     heads, kv_heads, head_dim = read_heads(checkpoint)
     head = find_head(checkpoint, family.layout, names, parse_vllm_version(vllm))
-    served = getattr(torch, dtype)
-    plan = ModelPlan(checkpoint, family, heads, kv_heads, head_dim, layers, {}, (), dtype=served, head=head)
+    plan = ModelPlan(checkpoint, family, heads, kv_heads, head_dim, layers, {}, (), dtype=dtype, head=head)
     nodes = dict(_walk_nodes(plan, names))
     return replace(
         plan,

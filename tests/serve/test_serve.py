@@ -16,6 +16,7 @@ from gaudi_calib.engines.detect import Platform
 from gaudi_calib.errors import CalibrationError, ConfigError, FileError, ModelError, TopologyError, UsageError
 from gaudi_calib.models.source import ModelSource, find_model
 from gaudi_calib.serve.command import ServeCommand, ServeOptions, plan_serve
+from tests.support import paths
 from tests.support.calibrated import CPU, HPU2, HPU3, MODEL, Calibrated, calibrate_by_torch
 from tests.support.processes import run_cli
 
@@ -389,3 +390,15 @@ def test_importing_the_package_loads_nothing():
         "assert not hasattr(gaudi_calib, 'nothing')\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_showing_a_command_loads_no_torch(run):
+    """The modules of the model are planned from names and headers; no weight is read."""
+    words = ["serve", "-m", str(MODEL), "--quant-config", str(run.config("g3")), "--print"]
+    script = (
+        "import sys\n"
+        "from gaudi_calib.cli.main import main\n"
+        f"assert main({words!r}) == 0\n"
+        "assert 'gaudi_calib.checkpoints.plan' in sys.modules and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=paths.ROOT)
