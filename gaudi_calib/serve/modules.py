@@ -8,6 +8,7 @@ from gaudi_calib.config.model import find_idle_patterns
 from gaudi_calib.errors import CalibrationError, FileError
 from gaudi_calib.gaps import find_uncovered, read_names, refuse_uncovered
 from gaudi_calib.models.source import ModelSource
+from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import Op
 from gaudi_calib.serve.calibration import Calibration, advise
 
@@ -34,6 +35,8 @@ def inspect_modules(calibration: Calibration, model: ModelSource, world: int) ->
     nodes = [*plan.node_names, *calibration.list_modules(world)]
     for finding in find_idle_patterns(config, nodes):
         found.append(f"{finding.what} ({finding.where} in {calibration.path})")
+    if all(config.is_blocked(name, find_layer_type(name, op)) for name, op in plan.ops.items()):
+        found.append(f"the lists in {calibration.path} leave no module to quantize: all is served in {config.dtype}")
     if config.uses_stats_files and not config.ignore_modules_wo_measures:
         found += _find_uncovered(calibration, model, world, plan.ops)
     return tuple(found)

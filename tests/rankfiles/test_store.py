@@ -92,7 +92,7 @@ def test_missing_rank_is_named(tmp_path: Path):
     with pytest.raises(FileError, match="no ranges of rank 1 of 2") as error:
         CalibrationDir(tmp_path).read_world(2)
     assert error.value.where.endswith("inc_output_hooks_maxabs_1_2.json")
-    assert "world size 2" in error.value.why and "measure -t 2" in error.value.fix
+    assert "world size 2" in error.value.why and "restore the files" in error.value.fix
 
 
 def _copy_rank(tmp_path: Path) -> Path:

@@ -216,3 +216,11 @@ def test_patterns_that_match_nothing_are_told_by_serve(out: Path, capsys: pytest
     edit(config, blocklist={"types": [], "names": ["lm_haed"]})
     assert serve(config, "-t", 2) == 0
     assert "pattern 'lm_haed' matches no node" in capsys.readouterr().err
+
+
+def test_a_config_that_leaves_nothing_to_quantize_is_told(out: Path, capsys: pytest.CaptureFixture) -> None:
+    """It serves, but not in FP8."""
+    config = out / "dense/maxabs_quant_g3.json"
+    edit(config, blocklist={"types": [], "names": ["."]})
+    assert serve(config, "-t", 2) == 0
+    assert "leave no module to quantize: all is served in bfloat16" in capsys.readouterr().err
