@@ -55,7 +55,7 @@ class ConfiguredRun:
     def require_world(self, world: int, model: str) -> None:
         """Raise FileError where ranges of `world` ranks are not there and do not follow from channel ranges."""
         placed = CalibrationDir(self.dump.parent, dump=self.dump.name)
-        if self.is_layout_of(model) or world in placed.worlds:
+        if self.find_layout(model) is not None or world in placed.worlds:
             return
         made = placed.advise(model).convert(world)
         raise FileError(
