@@ -131,6 +131,11 @@ def advise_repeating(command: Sequence[str], directory: str | None) -> str:
     return f"run it again{how}: {chain(shlex.join(['cd', str(directory)]) if is_elsewhere else None, _spell(*words))}"
 
 
+def advise_relocation(run: Path) -> str:
+    """What has the configs of a run name the place where it is."""
+    return _spell("relocate", run)
+
+
 def advise_configs(model: str, device: str | None) -> str:
     """What prints the configs of a model."""
     return _spell("config", "show", "-m", model, *(["--device", device] if device else []))

@@ -53,7 +53,14 @@ def read_names(placed: CalibrationDir, rank: int, world: int, method: str | None
     text = npz.with_suffix(".json")
     placed.require_recorded([npz, text])
     # Where both were recorded they hold the same, and the text is read faster.
-    return read_node_names(text) if placed.manifest and text in placed.files else read_stored_names(npz)
+    is_recorded = placed.manifest is not None and text.name in placed.manifest.files and text in placed.files
+    return read_node_names(text) if is_recorded else read_stored_names(npz)
+
+
+def describe_gap(names: Sequence[str], what: str) -> str:
+    """Return the sentence about modules that lack `what`, ranges or scales."""
+    more = f" (nor have {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"{names[0]} is not blocked and has no {what}{more}"
 
 
 def refuse_uncovered(placed: CalibrationDir, names: Sequence[str], config_path: Path, world: int) -> ConfigError:
@@ -66,9 +73,8 @@ def refuse_uncovered(placed: CalibrationDir, names: Sequence[str], config_path: 
     path = placed.layout and placed.layout.measure_config
     measuring = path if path and path.is_file() else "the MEASURE config"
     again = placed.advise(config=config_path).derive(world) if placed.channel_file.is_file() else None
-    more = f" (nor have {len(names) - 1} more)" if len(names) > 1 else ""
     return ConfigError(
-        f"{names[0]} is not blocked and has no ranges{more}",
+        describe_gap(names, "ranges"),
         where=config_path,
         why="INC fails where a module runs that it should quantize and has no ranges for",
         fix=f"block them in {config_path}; or unblock them in {measuring}, then "

@@ -3,9 +3,9 @@
 import contextlib
 import logging
 import os
-import shlex
 from pathlib import Path
 
+from gaudi_calib.advice import advise_relocation
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.files import read_json
 
@@ -55,15 +55,10 @@ def find_moved_configs(run: Path) -> dict[Path, Path]:
     return {path: dump for path, dump in beside.items() if dump is not None}
 
 
-def advise_relocation(run: Path) -> str:
-    """Return the command that has the configs of a run name the place where it is."""
-    return shlex.join(["gaudi-calib", "relocate", str(run)])
-
-
 def warn_of_move(source: CalibrationDir) -> None:
     """Warn where configs of the run name another place, from which serving would take ranges and scales."""
     run = source.path.resolve().parent
     moved = [path.name for path in find_moved_configs(run)]
     if moved:
-        advice = advise_relocation(run)
-        _log.warning("The run in %s has moved: %s name another place; run `%s`", run, ", ".join(moved), advice)
+        names, advice = ", ".join(moved), advise_relocation(run)
+        _log.warning("The run in %s has moved: %s name another place; run `%s`", run, names, advice)

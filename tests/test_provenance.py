@@ -180,6 +180,15 @@ def test_damaged_scales_do_not_serve(
     assert f"gaudi-calib quantize -m {MODEL} -o {root.parent} -t 2 --device g3" in printed
 
 
+def test_a_manifest_without_checksums_vouches_for_nothing(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    """Then what INC reads is looked at, the npz, not the json beside it."""
+    path = runs / "a/model/g3" / MANIFEST_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": {}}))
+    hold_no_nodes(runs / "a/model", "inc_output_hooks_maxabs_MAXABS_HW")
+    assert serve(runs / "a/model", "-t", 2) == 1
+    assert "is not blocked and has no scales (nor have" in capsys.readouterr().err
+
+
 def test_unify_after_another_method_leaves_fresh_scales(runs: Path) -> None:
     """Both methods are computed anew for the unified ranks, with the settings that each is served with."""
     root = runs / "a/model"

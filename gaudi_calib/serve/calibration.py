@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from gaudi_calib.advice import Advice, advise_repeating
+from gaudi_calib.advice import Advice, advise_relocation, advise_repeating
 from gaudi_calib.config.file import read_quant_config
 from gaudi_calib.config.model import (
     QuantConfig,
@@ -23,7 +23,7 @@ from gaudi_calib.layout import MANIFEST_NAME, RankFile
 from gaudi_calib.models.families import Family, find_family
 from gaudi_calib.models.fingerprint import fingerprint_model
 from gaudi_calib.models.source import ModelSource
-from gaudi_calib.moved import advise_relocation, find_beside
+from gaudi_calib.moved import find_beside
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ def open_calibration(path: Path) -> Calibration:
         )
     beside = find_beside(path, config.dump_stats_path) if config.uses_stats_files else None
     old_place = Path(config.dump_stats_path).parent if beside else None
-    placed = CalibrationDir.named_by(with_dump_stats_path(config, beside) if beside else config, path)
+    config = with_dump_stats_path(config, beside) if beside else config
+    placed = CalibrationDir.named_by(config, path)
     if config.uses_stats_files and not placed.path.is_dir():
         raise FileError(
             f"the directory of ranges and scales that {path.name} names is not there",
@@ -92,7 +93,7 @@ def open_calibration(path: Path) -> Calibration:
             why=f"its status is {newest.status}" + (f": {newest.error}" if newest.error else ""),
             fix=advise_repeating(newest.command, newest.directory),
         )
-    return Calibration(path, with_dump_stats_path(config, beside) if beside else config, placed, old_place)
+    return Calibration(path, config, placed, old_place)
 
 
 def place_config(calibration: Calibration) -> Path:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from gaudi_calib.advice import advise_relocation
 from gaudi_calib.engines import QUANTIZATION
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.engines.vllm_runner.settings import (
@@ -25,7 +26,6 @@ from gaudi_calib.errors import CalibrationError, ModelError, UsageError
 from gaudi_calib.fp8 import get_device
 from gaudi_calib.manifest import read_versions
 from gaudi_calib.models.source import ModelSource, find_model
-from gaudi_calib.moved import advise_relocation
 from gaudi_calib.serve.arguments import Asked, read_words, require_agreement
 from gaudi_calib.serve.calibration import Calibration, open_calibration, place_config, require_fit
 from gaudi_calib.serve.modules import inspect_modules

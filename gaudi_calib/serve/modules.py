@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gaudi_calib.config.model import find_idle_patterns
 from gaudi_calib.errors import CalibrationError, FileError
-from gaudi_calib.gaps import find_uncovered, read_names, refuse_uncovered
+from gaudi_calib.gaps import describe_gap, find_uncovered, read_names, refuse_uncovered
 from gaudi_calib.models.source import ModelSource
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import Op
@@ -69,7 +69,7 @@ def _find_uncovered(calibration: Calibration, model: ModelSource, world: int, op
             if method is None:
                 raise refuse_uncovered(placed, uncovered, calibration.path, world)
             raise FileError(
-                f"{uncovered[0]} is not blocked and has no scales (nor have {len(uncovered) - 1} more)",
+                describe_gap(uncovered, what),
                 where=placed.name_file(rank, world, method=method),
                 why=f"{calibration.path.name} blocks less than the config that the scales were computed with",
                 fix=advise(calibration, model).compute_scales(world) or "compute the scales again",

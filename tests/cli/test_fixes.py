@@ -565,7 +565,7 @@ def list_strings(path: Path) -> list[str]:
 
 
 def test_commands_are_put_together_of_real_values() -> None:
-    """A command with placeholders, or without words that it needs, is advised nowhere else."""
+    """Advice names real paths: only the commands of `SPELLED_OUT`, each with its reason there, stand in the code."""
     found: set[str] = set()
     for path in sorted([*ROOT.glob("gaudi_calib/**/*.py"), *ROOT.glob("scripts/*.py")]):
         for text in list_strings(path):
