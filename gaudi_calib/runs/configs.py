@@ -142,7 +142,7 @@ def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Famil
     if not path.is_file():
         return quant_config(family, layout.dump_stats_path, method or "maxabs_hw", **describe_dtype(dtype))
     config = with_dump_stats_path(read_quant_config(path), layout.dump_stats_path)
-    if config.mode not in ("QUANTIZE", "LOAD") or config.fp8_config != "E4M3":
+    if config.mode != "QUANTIZE" or config.fp8_config != "E4M3":
         raise ConfigError(
             "not usable as a QUANTIZE config here",
             where=path,

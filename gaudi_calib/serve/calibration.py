@@ -67,7 +67,7 @@ def open_calibration(path: Path) -> Calibration:
         FileError: its directory is not there, or the calibration there never finished.
     """
     config = read_quant_config(path)
-    if config.mode not in ("QUANTIZE", "LOAD"):
+    if config.mode != "QUANTIZE":
         raise ConfigError(
             f"{path.name} does not serve: its mode is {config.mode}",
             where=path,

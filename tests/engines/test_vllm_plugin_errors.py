@@ -83,11 +83,10 @@ def test_without_quant_config_it_says_what_to_set(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ({"mode": "SHAPE"}, "mode SHAPE is not supported"),
         ({"mode": "MEASURE", "observer": "maxabs_per_channel"}, "observer maxabs_per_channel is not supported"),
         ({"fp8_config": "E5M2"}, "fp8_config E5M2 is not supported"),
     ],
-    ids=["mode", "observer", "format"],
+    ids=["observer", "format"],
 )
 def test_what_only_a_gaudi_can_do_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, object], what: str

@@ -111,12 +111,6 @@ class Session:
 
 
 def _check_support(config: QuantConfig, path: Path) -> None:
-    if config.mode not in ("MEASURE", "QUANTIZE"):
-        raise ConfigError(
-            f"mode {config.mode} is not supported by quantization gaudi_fp8",
-            where=path,
-            fix="use a config with mode MEASURE or QUANTIZE",
-        )
     if config.observer != "maxabs" or config.fp8_config != "E4M3":
         what = f"observer {config.observer}" if config.observer != "maxabs" else f"fp8_config {config.fp8_config}"
         raise ConfigError(
