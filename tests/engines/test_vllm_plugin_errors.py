@@ -113,9 +113,13 @@ def test_quantizing_without_any_file_is_an_error(tmp_path: Path, monkeypatch: py
 
 def test_the_device_comes_from_the_files_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The directory's name, else the config's; otherwise nobody knows."""
-    config = parse_quant_config({"dump_stats_path": str(tmp_path / "g2" / "inc_output")}, where="test")
+    config = parse_quant_config(
+        {"mode": "QUANTIZE", "dump_stats_path": str(tmp_path / "g2" / "inc_output")}, where="test"
+    )
     assert Session(config, tmp_path / "any.json").device is GAUDI2
-    config = parse_quant_config({"dump_stats_path": str(tmp_path / "x" / "inc_output")}, where="test")
+    config = parse_quant_config(
+        {"mode": "QUANTIZE", "dump_stats_path": str(tmp_path / "x" / "inc_output")}, where="test"
+    )
     assert Session(config, tmp_path / "maxabs_quant_g3.json").device is GAUDI3
     with pytest.raises(ConfigError, match="not known which Gaudi"):
         open_session(write_config(tmp_path, "x"), monkeypatch)
