@@ -115,7 +115,8 @@ class ChannelNode:
 
     Attributes:
         op: what the module computes.
-        inputs, outputs: as in `Node`; outputs None where not measured.
+        inputs, outputs: as in `Node`; outputs None where not measured, and of a cache, whose
+            largest value is the largest it was ever given.
         weight: per output row (column parallel) or per input column (row parallel).
         partial_products: row parallel only: world -> range of the partial products.
             One value for all ranks where they reduce at once: that of the elementwise
@@ -153,6 +154,12 @@ class ChannelRanges:
     def has_experts(self) -> bool:
         """Whether any layer has routed experts."""
         return any(node.experts is not None for node in self.nodes.values())
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the outputs that INC measures only when asked to were measured, in every node."""
+        asked = (node for node in self.nodes.values() if node.op in (Op.LINEAR, Op.MATMUL))
+        return all(node.outputs is not None for node in asked)
 
     def is_measured(self, topology: Topology) -> bool:
         """Whether the sums that ranks of `topology` compute were measured, in every node; otherwise they are bounds."""

@@ -41,6 +41,7 @@ def measure_model(run: Run) -> None:
             vllm=run.options.vllm,
             compute_dtype=run.options.compute_dtype,
             batch_size=run.options.batch_size,
+            outputs=any(target.measure_config.measures_outputs for target in run.targets),
             on_progress=show,
         )
     _cover_experts(run, run.channels, run.prompts.token_count)
