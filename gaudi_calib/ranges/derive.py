@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from gaudi_calib.config.model import QuantConfig
-from gaudi_calib.errors import RangeError, TopologyError, UsageError
+from gaudi_calib.errors import TopologyError, UsageError
 from gaudi_calib.fp8 import GAUDI2, Device
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.channels import ChannelNode, ChannelRange, ChannelRanges, ExpertChannels
@@ -101,12 +101,8 @@ def derive_rank(
         TopologyError: a tensor does not divide over the ranks; names the node.
         RangeError: outputs are wanted and were not measured.
     """
-    if outputs and not channels.has_outputs:
-        raise RangeError(
-            "the outputs of linear layers and matmuls were not measured",
-            why="measure_exclude is NONE, and it was OUTPUT, the default, when the channel ranges were measured",
-            fix="measure again, or leave measure_exclude out of the MEASURE config",
-        )
+    if outputs:
+        channels.require_outputs()
     nodes: dict[str, Node] = {}
     absent: set[str] = set()
     for name, node in channels.nodes.items():
