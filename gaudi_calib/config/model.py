@@ -183,6 +183,11 @@ class QuantConfig(StrictModel):
         return not ((self.dynamic_quantization or fixed) and self.mode == "QUANTIZE")
 
     @property
+    def measures_outputs(self) -> bool:
+        """Whether INC measures every output, not only those it computes scales from."""
+        return self.measure_exclude not in ("OUTPUT", "ALL")
+
+    @property
     def dtype(self) -> str:
         """What the model is served in, as vLLM calls it."""
         return next(dtype for dtype, hp_dtype in HP_DTYPES.items() if hp_dtype == self.hp_dtype)

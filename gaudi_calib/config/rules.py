@@ -214,10 +214,13 @@ def _warn_runtime_patching(config: QuantConfig) -> Iterator[Finding]:
 
 
 def _warn_ignored(config: QuantConfig) -> Iterator[Finding]:
-    if config.measure_exclude in ("INPUT", "PARAMS"):
+    if config.measure_exclude not in ("NONE", "OUTPUT"):
+        meaning = (
+            "NONE: everything is measured" if config.measures_outputs else "OUTPUT: inputs and weights are measured"
+        )
         yield Finding(
             "measure_exclude",
-            f"INC treats measure_exclude {config.measure_exclude} as NONE: everything is measured",
+            f"INC treats measure_exclude {config.measure_exclude} as {meaning}",
             fix="use NONE or OUTPUT",
         )
     if config.ignore_modules_wo_measures:

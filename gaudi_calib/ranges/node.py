@@ -33,6 +33,10 @@ class Op(Enum):
     DYNAMIC_MOE = "dynamic_moe"
 
 
+# Ops whose outputs INC measures only with `measure_exclude: NONE`.
+OPTIONAL_OUTPUTS = frozenset({Op.LINEAR, Op.MATMUL, Op.KV_CACHE})
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """Ranges of one module: float32 arrays of shape (channels,).

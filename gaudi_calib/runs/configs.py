@@ -121,13 +121,9 @@ def choose_measure_config(
         config = CalibrationDir(layout.directory).measure_config
     if config is None:
         return measure_config(family, layout.dump_stats_path, **describe_dtype(dtype))
-    if config.mode != "MEASURE" or config.measure_exclude != "OUTPUT":
+    if config.mode != "MEASURE":
         raise ConfigError(
-            "not usable as a MEASURE config here",
-            where=path,
-            why=f"mode is {config.mode}, measure_exclude {config.measure_exclude}; the torch engine records "
-            "inputs, weights and the outputs INC requires",
-            fix="set mode to MEASURE and leave measure_exclude out",
+            "not usable as a MEASURE config here", where=path, why=f"mode is {config.mode}", fix="set mode to MEASURE"
         )
     return with_dump_stats_path(_settle_dtype(config, dtype, path, options.measure_config), layout.dump_stats_path)
 

@@ -41,6 +41,7 @@ def measure_model(run: Run) -> None:
             vllm=run.options.vllm,
             compute_dtype=run.options.compute_dtype,
             batch_size=run.options.batch_size,
+            outputs=any(target.measure_config.measures_outputs for target in run.targets),
             on_progress=show,
         )
     _cover_experts(run, run.channels, run.prompts.token_count)
@@ -86,11 +87,17 @@ def derive_ranks(run: Run) -> None:
 
 
 def derive_target(run: Run, channels: ChannelRanges, target: Target, world: int) -> None:
-    """Derive and write the ranges of all ranks of one world for one device."""
+    """Derive and write the ranges of all ranks of one world for one device.
+
+    Raises:
+        RangeError: its MEASURE config asks for outputs, and they were not measured.
+    """
     topology = run.topology(world)
     if not channels.is_measured(topology):
         run.warn(f"the {describe_bounds(world)}")
         target.record.update(worlds={world: run.describe_world(is_bounded=True)})
+    if target.measure_config.measures_outputs:
+        channels.require_outputs(target.placed.advise(run.options.model).measure(world))
     vllm = run.options.vllm or target.record.manifest.vllm
     target.ranges[world] = derive_world(channels, topology, target.device, target.measure_config, vllm)
     write_rank_sets(run.staging / target.device.name, target.ranges[world])

@@ -321,6 +321,7 @@ WARNED = {
         "scale_params.input_backoff",
     ),
     "exclude": ({"measure_exclude": "INPUT"}, "measure_exclude"),
+    "exclude all": ({"measure_exclude": "ALL"}, "measure_exclude"),
     "dotted type": ({"blocklist": {"types": ["torch.nn.Linear"]}}, "blocklist.types"),
     "unmeasured modules": ({"ignore_modules_wo_measures": True}, "ignore_modules_wo_measures"),
     "e5m2": ({"fp8_config": "E5M2"}, "fp8_config"),

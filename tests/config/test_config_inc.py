@@ -277,6 +277,15 @@ def test_any_combination_is_judged_as_inc_judges_it(content, device, tmp_path_fa
         assert announced == (parsed["scale_format"].name != content["scale_format"].upper())
 
 
+@pytest.mark.parametrize("value", inc.MeasureExclude.__members__)
+def test_outputs_are_measured_where_inc_measures_them(value, tmp_path):
+    """Whatever else measure_exclude may name, INC leaves out outputs or nothing."""
+    content = {"mode": "MEASURE", "measure_exclude": value.lower(), "dump_stats_path": str(tmp_path / "inc_output")}
+    excluded = ask_inc(content, DEVICES["g3"])["measure_exclude"]
+    skips = bool(excluded & (inc.MeasureExclude.OUTPUT | inc.MeasureExclude.ALL))  # in register_patched_measure_modules
+    assert parse_quant_config(content).measures_outputs != skips
+
+
 @pytest.mark.parametrize("name", list_templates())
 def test_inc_accepts_every_template(name, tmp_path, monkeypatch):
     """INC on either device parses the templates, and takes from them what this package takes."""
