@@ -7,7 +7,7 @@ import pytest
 
 from gaudi_calib.config.methods import SCALE_METHODS
 from gaudi_calib.config.model import QuantConfig
-from gaudi_calib.errors import ConfigError, RangeError
+from gaudi_calib.errors import ConfigError, IdleExpertError, RangeError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device, get_device
 from gaudi_calib.ranges import bf16
 from gaudi_calib.ranges.layer_types import find_layer_type
@@ -131,10 +131,32 @@ def test_a_block_matmul_without_outputs_is_a_plain_one():
 @pytest.mark.parametrize("value", [0.0, 2.0**-130], ids=["zero", "underflow"])
 def test_a_scale_of_zero_is_refused(method: str, value: float):
     """It would divide by zero when serving; a hardware-aligned method has a smallest scale instead."""
-    ranges = rank_of(experts__moe_op=Node((one(1.0),), (one(1.0), one(2.0), one(value))))
-    with pytest.raises(RangeError, match=r"outputs\[2\] of node 'experts\.moe_op'"):
+    ranges = rank_of(k_cache=Node((one(value),)))
+    with pytest.raises(RangeError, match=r"inputs\[0\] of node 'k_cache'"):
+        compute_scales(ranges, method, GAUDI2, weights=no_weights, allows_idle=True)
+    assert compute_scales(ranges, "maxabs_hw", GAUDI2, weights=no_weights).nodes["k_cache"].inputs == (2**-8,)
+
+
+@pytest.mark.parametrize("op", ["moe_op", "MoeOp", "hpu_fused_moe"])
+@pytest.mark.parametrize("method", ["maxabs_pow2", "maxabs_arbitrary"])
+def test_idle_experts_are_refused_or_get_what_inc_writes(method: str, op: str):
+    """All of them are counted; on request their scale is 0; a hardware-aligned method has a smallest one."""
+    layer = Node((one(1.0),), (one(1.0), one(2.0), one(0.0), one(0.0)))
+    ranges = RankSet(0, 1, {f"layers.{index}.experts.{op}": layer for index in range(2)})
+    with pytest.raises(IdleExpertError, match="4 experts of 2 layers saw no token"):
         compute_scales(ranges, method, GAUDI2, weights=no_weights)
-    assert compute_scales(ranges, "maxabs_hw", GAUDI2, weights=no_weights).nodes["experts.moe_op"].inputs[2] == 2**-8
+    allowed = compute_scales(ranges, method, GAUDI2, weights=no_weights, allows_idle=True)
+    assert allowed.nodes[f"layers.1.experts.{op}"].inputs[2:] == (0.0, 0.0)
+    aligned = compute_scales(ranges, "maxabs_hw", GAUDI2, weights=no_weights)
+    assert aligned.nodes[f"layers.1.experts.{op}"].inputs[2:] == (2**-8, 2**-8)
+
+
+@pytest.mark.parametrize("value", [2.0**-130, float("nan")], ids=["underflow", "nan"])
+def test_an_expert_that_saw_tokens_is_not_idle(value: float):
+    """Ranges that are wrong for another reason are refused whatever is allowed."""
+    ranges = RankSet(0, 1, {"experts.moe_op": Node((one(1.0),), (one(1.0), one(value)))})
+    with pytest.raises(RangeError, match=r"outputs\[1\] of node"):
+        compute_scales(ranges, "maxabs_pow2", GAUDI2, weights=no_weights, allows_idle=True)
 
 
 def test_only_the_dummy_input_of_an_expert_may_be_zero():
