@@ -9,7 +9,7 @@ from gaudi_calib.errors import TopologyError, UsageError
 from gaudi_calib.fp8 import GAUDI2, Device
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.channels import ChannelNode, ChannelRange, ChannelRanges, ExpertChannels
-from gaudi_calib.ranges.experts import list_children
+from gaudi_calib.ranges.experts import list_children, name_old
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import OPTIONAL_OUTPUTS, Node, Op, RankSet, find_op
@@ -57,11 +57,6 @@ def parse_vllm_version(vllm: str | None) -> tuple[int, ...]:
     if len(parts) < 2 or not all(part.isdecimal() for part in parts[:2]):
         raise UsageError(f"{vllm!r} is not a version of vLLM", fix="give it as MAJOR.MINOR, for example 0.23")
     return tuple(int(part) for part in parts[:2])
-
-
-def name_old(name: str) -> str:
-    """What vLLM before `ROUTED_EXPERTS_SINCE` calls a module."""
-    return name.replace(".routed_experts.moe_op", ".moe_op")
 
 
 def _rename_experts(rank_set: RankSet[Node]) -> RankSet[Node]:

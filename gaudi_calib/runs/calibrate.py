@@ -15,6 +15,7 @@ from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_set
+from gaudi_calib.runs.facts import require_same_model
 from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.run import Run, RunResult, Target
@@ -59,7 +60,7 @@ def quantize(options: RunOptions) -> RunResult:
     """
     run = Run(options, serves=True, fresh=False)
     for target in run.targets if run.needs_ranges else ():
-        run.require_same_model(target)
+        require_same_model(target.placed, run.model, options.world)
         _require_ranges(run, target)
     return run.execute([_load_ranges, _quantize])
 

@@ -137,7 +137,17 @@ def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Famil
     path, method = options.quant_config or layout.quant_config, options.scale_method
     if not path.is_file():
         return quant_config(family, layout.dump_stats_path, method or "maxabs_hw", **describe_dtype(dtype))
-    config = with_dump_stats_path(read_quant_config(path), layout.dump_stats_path)
+    config = with_dump_stats_path(require_quantizing(read_quant_config(path), path), layout.dump_stats_path)
+    config = _settle_dtype(config, dtype, path, options.quant_config)
+    return change_method(config, family, method) if method else config
+
+
+def require_quantizing(config: QuantConfig, path: Path | None) -> QuantConfig:
+    """Return `config`, of the file `path`, whose scales can be computed.
+
+    Raises:
+        ConfigError: it measures, or quantizes to another FP8.
+    """
     if config.mode != "QUANTIZE" or config.fp8_config != "E4M3":
         raise ConfigError(
             "not usable as a QUANTIZE config here",
@@ -145,8 +155,7 @@ def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Famil
             why=f"mode is {config.mode}, fp8_config {config.fp8_config}",
             fix="set mode to QUANTIZE, and fp8_config to E4M3, for which scales are computed",
         )
-    config = _settle_dtype(config, dtype, path, options.quant_config)
-    return change_method(config, family, method) if method else config
+    return config
 
 
 def require_blocked(config: QuantConfig, plan: "ModelPlan", path: Path) -> None:

@@ -266,9 +266,10 @@ def test_scales_that_cannot_be_computed_are_left_out_with_a_command(tmp_path: Pa
         for method in ("MAXABS_HW", "MAXABS_HW_OPT_WEIGHT"):
             write_rank_set(source, compute_scales(rank, method, GAUDI2, weights=lambda _: None), method=method)
     assert len(unify_dir(source, 1, tmp_path / "none")) == 3
-    assert "--device does" in caplog.text and "gaudi-calib" not in caplog.text
+    words = f"quantize {tmp_path / 'none'} -t 1 --device DEVICE --scale-method maxabs_hw"
+    assert "--device does" in caplog.text and f"`gaudi-calib {words}`" in caplog.text
     unify_dir(source, 1, tmp_path / "out/run/g2")
-    words = f"quantize -m MODEL -o {tmp_path / 'out'} --name run -t 1 --device g2"
+    words = f"quantize {tmp_path / 'out/run/g2'} -m MODEL -t 1 --device g2"
     assert f"`gaudi-calib {words} --scale-method maxabs_hw_opt_weight`" in caplog.text
     written = unify_dir(source, 1, tmp_path / "one", conversion=Conversion(device="g2"))
     assert [path.name for path in written[3:]] == [
@@ -333,7 +334,7 @@ FIRST, SECOND = "inc_output_hooks_maxabs_0_2", "inc_output_hooks_maxabs_1_2"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / f"{SECOND}.json").unlink(), "no ranges of rank 1 of 2"),
+        (lambda d: [path.unlink() for path in d.glob(f"{SECOND}.*")], "no ranges of rank 1 of 2"),
         (lambda d: (d / f"{SECOND}.json").write_bytes((d / f"{SECOND}.json").read_bytes()[:3000]), "not valid JSON"),
         (lambda d: (d / f"{SECOND}.npz").write_bytes((d / f"{SECOND}.npz").read_bytes()[:3000]), "damaged"),
         (lambda d: _edit(d / f"{SECOND}.json", "0.", "1."), "different values"),
