@@ -239,6 +239,21 @@ def test_scales_are_computed_from_the_merged_ranges(device, tmp_path: Path):
         assert any("w2_list.3" in name for name in found)
 
 
+def test_scales_are_those_of_a_gaudi(tmp_path: Path):
+    """A pair of a Llama 70B's files: INC on a CPU, which divides by 112 and 224, would have twice these scales."""
+    ranks = [
+        RankSet(rank, 2, {"q_proj": Node((np.float32([14.0625]),), None, np.float32([28.125]))}) for rank in (0, 1)
+    ]
+    source = write_world(tmp_path / "g3", ranks)
+    for rank in ranks:
+        write_rank_set(source, compute_scales(rank, "unit_scale", GAUDI3, weights=lambda _: None), method="MAXABS_HW")
+    unify_dir(source, 1, source)
+    scales = read_scales(source / "inc_output_hooks_maxabs_MAXABS_HW_0_1.json").nodes["q_proj"]
+    assert (scales.inputs[0], scales.weight, scales.outputs[0]) == (2.0**-3, 2.0**-3, 2.0**-6)
+    divided = compute_scales(ranks[0], "maxabs_hw", GAUDI3, weights=lambda _: None, as_on_cpu=True).nodes["q_proj"]
+    assert (divided.inputs[0], divided.weight, divided.outputs[0]) == (2.0**-2, 2.0**-2, 2.0**-4)
+
+
 def test_backoffs_come_from_the_config_beside(tmp_path: Path):
     """../maxabs_quant_g3.json with other backoffs, as serving reads it."""
     form = {

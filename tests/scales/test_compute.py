@@ -59,6 +59,28 @@ def test_scales_equal_a_golden_file_of_each_method(method: str, device: Device):
     assert {name: to_json(node) for name, node in ours.items()} == expected
 
 
+def test_channels_that_a_gaudi_scales_otherwise_than_inc_on_a_cpu():
+    """Ten of the golden llama's; which, follows from the weights."""
+    golden = read_golden("llama_all_methods.json")
+    written = golden["scales"]["g2"]["MAXABS_PCS_POW2"]
+    ranges = to_rank({name: golden["ranges"][name] for name in written})
+    different = 0
+    for name, node in compute_scales(ranges, "maxabs_pcs_pow2", GAUDI2, weights=dense_weights).nodes.items():
+        weight = dense_weights(name)
+        if weight is not None:
+            largest = np.abs(weight).max(axis=1)
+            on_cpu = written[name]["params"]["weight"]["0"]
+            np.testing.assert_array_equal(round_up(largest / np.float32(120)), on_cpu)
+            np.testing.assert_array_equal(round_up(largest * bf16.round_to_bf16(1 / 120)), node.weight.out_channels)
+            different += np.count_nonzero(node.weight.out_channels != on_cpu)
+    assert different == 10
+
+
+def round_up(scales: np.ndarray) -> np.ndarray:
+    """To powers of two, with a logarithm in bfloat16."""
+    return np.exp2(np.ceil(bf16.round_to_bf16(np.log2(bf16.round_to_bf16(scales)))))
+
+
 @pytest.mark.parametrize("name", ["mixtral_maxabs_hw", "deepseek_maxabs_hw", "llama_g3_maxabs_hw"])
 def test_scales_equal_golden_files_of_whole_models(name: str):
     """Routers, fused experts and their zero inputs, latent attention; garbage in unused ranges is ignored."""
