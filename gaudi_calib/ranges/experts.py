@@ -259,7 +259,7 @@ def detect_expert_parallel(tables: Sequence[RangeTable], layers: Sequence[Expert
     return False if chance < log(_COINCIDENCE) else None
 
 
-def list_idle(table: RangeTable) -> list[tuple[str, int]]:
+def list_idle_experts(table: RangeTable) -> list[tuple[str, int]]:
     """Return the experts of a rank that saw no token, each as its fused op and its number there."""
     layers = find_expert_layers(table.inventory)
     return [(layer.op, expert) for layer in layers for expert in np.flatnonzero(_is_idle(table, layer)).tolist()]

@@ -142,6 +142,10 @@ class Measured(Protocol):
     """What tells ops apart: a `Node`, or the shape of one."""
 
     @property
+    def inputs(self) -> Sized:
+        """As in `Node`."""
+
+    @property
     def outputs(self) -> Sized | None:
         """As in `Node`."""
 

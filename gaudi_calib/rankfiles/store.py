@@ -112,6 +112,16 @@ def read_stored_names(path: Path) -> tuple[str, ...]:
     return tuple(require_nodes(path, load_value(read_pickle(path), path)))
 
 
+def read_any_names(path: Path) -> tuple[str, ...]:
+    """Return the names of a rank's nodes, in order, from its `.json`, or from its `.npz` where it has only that.
+
+    Raises:
+        FileError: the file is malformed.
+    """
+    text = path.with_suffix(".json")
+    return read_node_names(text) if text.is_file() else read_stored_names(path.with_suffix(".npz"))
+
+
 def read_world_files(paths: Sequence[Path]) -> list[RankSet[Node]]:
     """Read ranges of ranks of one world; those with the nodes of the first share its inventory.
 

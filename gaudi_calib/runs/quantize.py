@@ -15,7 +15,7 @@ from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.moved import is_same_place, warn_of_move
 from gaudi_calib.ranges.derive import select_nodes
-from gaudi_calib.ranges.experts import list_idle
+from gaudi_calib.ranges.experts import list_idle_experts
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.ranges.table import tabulate_ranges
 from gaudi_calib.ranges.topology import Topology
@@ -255,7 +255,7 @@ def _warn_of_idle(chosen: Mapping[int, Sequence[RankSet[Node]]]) -> None:
         idle: list[tuple[int, str, int]] = []
         for rank_set in ranks:
             with suppress(TopologyError):  # scales do not depend on which experts belong together
-                idle += [(rank_set.rank, *expert) for expert in list_idle(tabulate_ranges(rank_set.nodes))]
+                idle += [(rank_set.rank, *expert) for expert in list_idle_experts(tabulate_ranges(rank_set.nodes))]
         if idle:
             rank, op, expert = idle[0]
             _log.warning(

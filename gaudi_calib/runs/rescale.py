@@ -10,7 +10,7 @@ from gaudi_calib.errors import FileError, RangeError
 from gaudi_calib.ranges.experts import Choose, rename_modules
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.ranges.table import Inventory, RangeTable, tabulate_ranges
-from gaudi_calib.rankfiles.store import read_node_names
+from gaudi_calib.rankfiles.store import read_any_names
 from gaudi_calib.runs.recipe import Recipe, advise_scales, find_recipe
 
 _log = logging.getLogger(__name__)
@@ -90,16 +90,16 @@ def _read_scaled_names(
     source: CalibrationDir, world: int, tag: str, ranks: Sequence[int]
 ) -> dict[int, tuple[str, ...]]:
     """Return the names of the nodes that have scales on some `ranks`, after checking that no rank's file is missing."""
-    files = [source.name_file(rank, world, method=tag, extension="json") for rank in range(world)]
-    missing = [path for path in files if path not in source.files]
+    files = {source.files[path].position[0]: path for path in source.list_scales(world, tag)}
+    missing = [rank for rank in range(world) if rank not in files]
     if missing:
         raise FileError(
-            f"no {tag} scales of rank {files.index(missing[0])} of {world}",
-            where=missing[0],
+            f"no {tag} scales of rank {missing[0]} of {world}",
+            where=source.name_file(missing[0], world, method=tag, extension="json"),
             why="other ranks have scales of this method",
             fix="restore the file, delete the other ranks' scales, or leave scales out with --skip-scales",
         )
-    return {rank: read_node_names(files[rank]) for rank in ranks}
+    return {rank: read_any_names(files[rank]) for rank in ranks}
 
 
 def _pick_scaled(ranks: Sequence[RankSet[Node]], names: Sequence[tuple[str, ...]]) -> list[RankSet[Node]]:

@@ -28,6 +28,7 @@ from gaudi_calib.errors import ConfigError, IdleExpertError, RangeError
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.layer_types import find_layer_type, is_expert_matmul
 from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, RankSet, ScaleNode, find_op
+from gaudi_calib.ranges.sources import Part, find_sources, label_part
 from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, ScaleShape, ScaleTable, tabulate_ranges
 from gaudi_calib.scales.optimal import choose_tensor_scale
 from gaudi_calib.scales.precision import FP32, PRECISIONS, Precision
@@ -35,7 +36,6 @@ from gaudi_calib.scales.rounding import round_scales
 from gaudi_calib.scales.tensor import scale_channels, scale_ranges
 
 WeightReader = Callable[[str], "np.ndarray | None"]
-Part = tuple[str, int]  # ("inputs", 0)
 
 
 def compute_scales(
@@ -187,22 +187,6 @@ def _find_rules(name: str, op: Op, table: MethodTable, layer_types: Mapping[str,
     return table.for_node(name, layer_type)
 
 
-def find_sources(op: Op, shape: RangeShape) -> tuple[list[Part], Part | None]:
-    """Return the ranges that the inputs' scales come from, and that of the output where it has its own."""
-    if op is Op.MATMUL or (op is Op.B2B_MATMUL and shape.outputs is None):  # before INC 1.24
-        return [("inputs", 0), ("inputs", 1)], None
-    if op is Op.B2B_MATMUL:
-        return [("inputs", 0), ("outputs", 0)], None
-    if op is Op.SOFTMAX:
-        return [], ("outputs", 0)
-    if op is Op.FUSED_SDPA:
-        return [("inputs", 0), ("inputs", 1), ("inputs", 2), ("outputs", 1)], ("outputs", 0)
-    if op is Op.DYNAMIC_MOE:
-        experts = [("outputs", index) for index in range(1, len(shape.outputs or ()))]
-        return [("inputs", index) for index in range(len(shape.inputs))] + experts, ("outputs", 0)
-    return [("inputs", 0)], ("outputs", 0) if op is Op.ROW_PARALLEL_LINEAR else None
-
-
 def _solve_class(alike: _Class, measured: RangeTable, formats: _Formats, *, allows_idle: bool) -> _ClassScales:
     activation, (inputs, output) = alike.rules.activation, find_sources(alike.op, alike.shape)
     is_linear = alike.op in (Op.LINEAR, Op.ROW_PARALLEL_LINEAR)
@@ -280,11 +264,6 @@ def _take_ranges(alike: _Class, parts: Sequence[Part], measured: RangeTable) -> 
         return measured.numbers[starts + np.array([offset for offset, _ in chosen], dtype=np.int64)]
     columns = [measured.numbers[starts + offset + np.arange(channels)].max(axis=1) for offset, channels in chosen]
     return np.stack(columns, axis=1)
-
-
-def label_part(part: Part) -> str:
-    """Return how messages call a range of a node: `inputs[0]`, `weight`."""
-    return "weight" if part[0] == "weight" else f"{part[0]}[{part[1]}]"
 
 
 def _scale_node(
