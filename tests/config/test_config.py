@@ -322,7 +322,7 @@ def test_backoffs_are_written_as_inc_reads_them():
 
 def test_required_environment():
     """Only static per-channel methods need runtime scale patching off."""
-    needs = {method for method in SCALE_METHODS if quant_config(FAMILIES[0], PATH, method).required_env}
+    needs = {method for method in SCALE_METHODS if quant_config(FAMILIES[0], PATH, method).list_required_env()}
     assert needs == {name for name in SCALE_METHODS if "WEIGHTS_PCS" in name}
 
 
