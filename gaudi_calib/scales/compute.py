@@ -18,6 +18,7 @@ Source: INC fp8_quant/_core/scale_methods/ops_quantizer.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +46,9 @@ def compute_scales(
     weights: WeightReader,
     layer_types: Mapping[str, str] | None = None,
     hp_dtype: str = "BF16",
+    as_on_cpu: bool = False,
 ) -> RankSet[ScaleNode]:
-    """Return the scales of one rank, bit for bit those INC computes.
+    """Return the scales of one rank, bit for bit those INC computes on a Gaudi.
 
     Args:
         ranges: one rank's ranges; rounded to `hp_dtype` first, as INC does.
@@ -57,6 +59,8 @@ def compute_scales(
             Called only for per-channel and `OPT` rules, and where a weight has no range.
         layer_types: module class by node name, for nodes `find_layer_type` gets wrong.
         hp_dtype: what INC computes in: `BF16`, `FP16` or `FP32`, as in QUANT_CONFIG.
+        as_on_cpu: give the scales that INC computes on a CPU instead, which divides ranges where a Gaudi
+            multiplies them by a rounded reciprocal. For comparison with INC where there is no Gaudi.
 
     Returns:
         Nodes in the order of `ranges`. Scales are floats; output scales of a linear
@@ -71,7 +75,7 @@ def compute_scales(
     """
     table = MethodTable(get_scale_method(method)) if isinstance(method, str) else method
     require_precision(table, hp_dtype)
-    formats = _Formats(device, PRECISIONS[hp_dtype])
+    formats = _Formats(device, replace(PRECISIONS[hp_dtype], divides=as_on_cpu))
     measured = tabulate_ranges(ranges.nodes)
     names, count = measured.inventory.names, len(measured.inventory.names)
     shapes = [ScaleShape(0, 0, False)] * count

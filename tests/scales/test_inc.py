@@ -1,4 +1,4 @@
-"""Scales equal those of INC's own calculators, bit for bit."""
+"""Scales equal those of INC's own calculators on a CPU, bit for bit."""
 
 import functools
 
@@ -40,6 +40,8 @@ NAMES = {
 INPUTS = {Op.MATMUL: 2, Op.B2B_MATMUL: 2, Op.FUSED_SDPA: 3}
 OUTPUTS = {Op.ROW_PARALLEL_LINEAR: 2, Op.B2B_MATMUL: 1, Op.SOFTMAX: 1, Op.FUSED_SDPA: 2, Op.DYNAMIC_MOE: 1 + 6}
 WEIGHTED = (Op.LINEAR, Op.ROW_PARALLEL_LINEAR)
+
+compute_on_cpu = functools.partial(compute_scales, as_on_cpu=True)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def random_nodes(op: Op) -> tuple[dict[str, Node], dict[str, np.ndarray]]:
 def test_scales_of_random_nodes_equal_inc(method: str, op: Op, inc: IncScales):
     """Every method, device and op type: inputs, outputs and weights of 200 random nodes."""
     nodes, weights = random_nodes(op)
-    ours = compute_scales(RankSet(0, 1, nodes), method, inc.device, weights=weights.get).nodes
+    ours = compute_on_cpu(RankSet(0, 1, nodes), method, inc.device, weights=weights.get).nodes
     assert {name: to_json(node) for name, node in ours.items()} == inc.compute(nodes, method, weights)
 
 
@@ -123,7 +125,7 @@ def test_scales_in_another_precision_equal_inc(method: str, op: Op, hp_dtype: st
         weight = np.abs(weights[name]).max().reshape(1) if name in weights else None
         nodes[name] = Node(moderate(node.inputs), None if node.outputs is None else moderate(node.outputs), weight)
     oracle = IncScales(inc.device, getattr(torch, precision.dtype))
-    ours = compute_scales(RankSet(0, 1, nodes), method, inc.device, weights=weights.get, hp_dtype=hp_dtype).nodes
+    ours = compute_on_cpu(RankSet(0, 1, nodes), method, inc.device, weights=weights.get, hp_dtype=hp_dtype).nodes
     assert {name: to_json(node) for name, node in ours.items()} == oracle.compute(nodes, method, weights)
 
 
@@ -153,7 +155,7 @@ def test_zero_ranges_get_the_scale_of_inc(method: str, inc: IncScales):
         "mlp.gate": Node((zero,), None, zero),
     }
     weights = {"mlp.gate": np.zeros((3, 4), dtype=np.float32)}
-    ours = compute_scales(RankSet(0, 1, nodes), method, inc.device, weights=weights.get).nodes
+    ours = compute_on_cpu(RankSet(0, 1, nodes), method, inc.device, weights=weights.get).nodes
     assert {name: to_json(node) for name, node in ours.items()} == inc.compute(nodes, method, weights)
 
 
@@ -161,14 +163,14 @@ def test_zero_ranges_get_the_scale_of_inc(method: str, inc: IncScales):
 def test_the_dummy_input_of_expert_matmuls_gets_the_scale_of_inc(method: str, inc: IncScales):
     """`w13_list.i` is measured with an input of 0: a scale of 0 where INC writes 0."""
     name, node = "experts.moe_op.w13_list.0", Node((np.zeros(1),), None, np.array([0.25]))
-    ours = compute_scales(RankSet(0, 1, {name: node}), method, inc.device, weights=lambda _: None).nodes[name]
+    ours = compute_on_cpu(RankSet(0, 1, {name: node}), method, inc.device, weights=lambda _: None).nodes[name]
     assert to_json(ours) == inc.compute({name: node}, method, {name: np.array([[0.25]], np.float32)})[name]
 
 
 def test_channels_of_a_range_count_by_their_maximum(inc: IncScales):
     """Ranges of the `maxabs_per_channel` observer give one scale."""
     nodes = {"matmul_qk": Node((np.array([1.5, 7.0, 0.25]), np.array([3.0, 2.0])))}
-    ours = compute_scales(RankSet(0, 1, nodes), "maxabs_pow2", inc.device, weights=lambda _: None).nodes
+    ours = compute_on_cpu(RankSet(0, 1, nodes), "maxabs_pow2", inc.device, weights=lambda _: None).nodes
     assert to_json(ours["matmul_qk"]) == inc.compute(nodes, "maxabs_pow2", {})["matmul_qk"]
 
 
@@ -265,7 +267,7 @@ def test_scales_of_a_dict_form_equal_inc(inc: IncScales):
     for op in Op:
         nodes, weights = random_nodes(op)
         table = QuantConfig(scale_method=form).method_table
-        ours = compute_scales(RankSet(0, 1, nodes), table, inc.device, weights=weights.get).nodes
+        ours = compute_on_cpu(RankSet(0, 1, nodes), table, inc.device, weights=weights.get).nodes
         assert {name: to_json(node) for name, node in ours.items()} == inc.compute(nodes, form, weights)
 
 
