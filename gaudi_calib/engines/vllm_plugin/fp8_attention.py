@@ -32,8 +32,6 @@ from gaudi_calib.ranges.node import ATTENTION_OPS, Op, ScaleNode
 
 _SHAPES = {Op.MATMUL: (2, None), Op.B2B_MATMUL: (2, 1), Op.KV_CACHE: (1, None), Op.FUSED_SDPA: (3, 2)}
 _FUSED = "fused_scaled_dot_product_attention"
-
-
 # The dimension of (tokens, heads, channels) whose values share a scale where a dynamic method has one per channel:
 # INC takes rows of a matmul's first input, columns of its second.
 _DIMS = {"batch2block_matmul": 0, "block2batch_matmul": 0}
@@ -76,10 +74,8 @@ class QuantizedAttention:
         factor = float(layer.impl.scale)
         query = self._round_rows(query, decoded, self._prefill_query, self._decode_query, factor)
         if key is not None and value is not None:
-            key, value = (
-                self._round(key, layer.num_kv_heads, self._key),
-                self._round(value, layer.num_kv_heads, self._value),
-            )
+            key = self._round(key, layer.num_kv_heads, self._key)
+            value = self._round(value, layer.num_kv_heads, self._value)
         out = type(layer).forward(layer, query, key, value, *args, **kwargs)
         return self._round_rows(out, decoded, self._prefill_out, self._decode_out)
 

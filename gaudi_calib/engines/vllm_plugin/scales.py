@@ -110,7 +110,7 @@ class ScaleSource:
             largest = max_magnitude(x if among is None else among)
         precision = PRECISIONS[self.session.config.hp_dtype]
         scales = scale_ranges(largest.float().cpu().numpy(), rule, self.device, precision)
-        return torch.from_numpy(np.maximum(scales, np.float32(TINY))).to(x.device)
+        return torch.as_tensor(np.maximum(scales, np.float32(TINY)), device=x.device)
 
     def _compute(self, nodes: Mapping[str, Node], weights: Mapping[str, torch.Tensor]) -> dict[str, ScaleNode]:
         def read(name: str) -> np.ndarray:
