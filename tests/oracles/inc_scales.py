@@ -112,6 +112,18 @@ class IncScales:
         with self._on_device(), arithmetic, torch.no_grad():
             return {name: self._compute(name, node, table, weights.get(name)) for name, node in nodes.items()}
 
+    def scale_dynamically(self, x: torch.Tensor, method: str, dim: int) -> torch.Tensor:
+        """Return the scales of an input's values `x` under dynamic quantization; one per channel are along `dim`."""
+        from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods import scale_method_factory, scales_method
+
+        module = SimpleNamespace(__hqt_config__=self.hqt_config)
+        params = {"hp_dtype": self.hp_dtype, "lp_dtype": torch.float8_e4m3fn}
+        rules = self.find_rules(self.parse(method), "", "")
+        with mock.patch.object(scales_method, "is_calc_scale_with_cguid", lambda: False):
+            factory = scale_method_factory.ScaleMethodFactory(rules, params, module, "linear")
+            calculator = factory.get_scale_method(scale_method_factory.QuantTensorName.INPUT, True, dim)
+            return calculator.calc_scales(x, self.common.QuantTensorType.DYNAMIC)
+
     def _compute(self, name: str, node: Node, table: Mapping[Any, Any], weight: np.ndarray | None) -> dict[str, Any]:
         op = find_op(name, node)
         layer_type = CLASS_OF_OP[op]
