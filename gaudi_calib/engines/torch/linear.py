@@ -61,7 +61,7 @@ class ObservedLinear:
         assert self.input.is_seen, linear.node
         weight = _measure_weight(plan, linear)
         require_finite_weight(linear.node, weight.values)
-        outputs = None
+        outputs: tuple[ChannelRange, ...] | None = None
         if linear.op is Op.ROW_PARALLEL_LINEAR:
             total = ChannelRange(np.array([max(self.products[1])], dtype=np.float32))
             outputs = (total, total)

@@ -115,14 +115,7 @@ def save_tensors(
             for batch in batches:
                 saver.batch = batch
                 batch.hidden = stream.run_outer(batch, batch.hidden)
-        head = plan.layout.vllm_lm_head
-        if head in nodes:
-            weight = plan.read_weight(head).to(stream.dtype)
-            for batch in batches:
-                saver.batch = batch
-                saver.save(head, "input0", batch.hidden)
-                if "output0" in nodes[head].channels:
-                    saver.save(head, "output0", batch.hidden @ weight.T)
+        saver.save_head()
 
 
 class _Saver:
@@ -151,6 +144,18 @@ class _Saver:
             elif node.weight:
                 expert = self._plan.read_rank_weight(name, 0, Topology(1))
                 self._write(f"{name}_weight_iter0", torch.from_numpy(expert))
+
+    def save_head(self) -> None:
+        """Save what the output projection sees, of batches that have come to it."""
+        node = self._plan.layout.vllm_lm_head
+        if node is None or node not in self._nodes:
+            return
+        weight = self._plan.read_weight(node).to(self._stream.dtype)
+        for batch in self._stream.batches:
+            self.batch = batch
+            self.save(node, "input0", batch.hidden)
+            if "output0" in self._nodes[node].channels:
+                self.save(node, "output0", batch.hidden @ weight.T)
 
     def _write(self, name: str, x: torch.Tensor) -> None:
         buffer = io.BytesIO()
