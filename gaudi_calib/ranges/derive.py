@@ -37,9 +37,7 @@ def derive_world(
     outputs = config.measures_outputs
     ranks = (derive_rank(channels, rank, topology, device, outputs=outputs) for rank in range(topology.world))
     derived = [select_nodes(apply_kv_cache(rank_set), config) for rank_set in ranks]
-    if parse_vllm_version(vllm) >= ROUTED_EXPERTS_SINCE:
-        return derived
-    return [_rename_experts(rank_set) for rank_set in derived]
+    return derived if _routes_experts(vllm) else [_rename_experts(rank_set) for rank_set in derived]
 
 
 def parse_vllm_version(vllm: str | None) -> tuple[int, ...]:
@@ -57,6 +55,15 @@ def parse_vllm_version(vllm: str | None) -> tuple[int, ...]:
     if len(parts) < 2 or not all(part.isdecimal() for part in parts[:2]):
         raise UsageError(f"{vllm!r} is not a version of vLLM", fix="give it as MAJOR.MINOR, for example 0.23")
     return tuple(int(part) for part in parts[:2])
+
+
+def _routes_experts(vllm: str | None) -> bool:
+    return parse_vllm_version(vllm) >= ROUTED_EXPERTS_SINCE
+
+
+def name_served(name: str, vllm: str | None) -> str:
+    """What this version of vLLM calls a module; None: a current one."""
+    return name if _routes_experts(vllm) else name_old(name)
 
 
 def _rename_experts(rank_set: RankSet[Node]) -> RankSet[Node]:

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# Of INC's observers, why they give no ranges.
+_WHY_NOT = {
+    "shape": "it notes the shapes of tensors, no ranges",
+    "maxabs_per_channel": "INC needs the shapes that a run with mode SHAPE left in the same place, and computes scales "
+    "from one range per tensor; the torch engine keeps ranges per channel with observer maxabs, too",
+    "save": "INC since 3.5 stops at the first module (NameError in `save_module`), and without a Gaudi vLLM saves none",
+}
+
 
 def find_side_config(options: RunOptions) -> Path | None:
     """Return the QUANTIZE config that is asked for where it lies in the run directory, else None."""
@@ -126,6 +134,36 @@ def choose_measure_config(
             "not usable as a MEASURE config here", where=path, why=f"mode is {config.mode}", fix="set mode to MEASURE"
         )
     return with_dump_stats_path(_settle_dtype(config, dtype, path, options.measure_config), layout.dump_stats_path)
+
+
+def require_observable(config: QuantConfig, options: RunOptions, path: Path, *, scales: bool) -> None:
+    """Raise ConfigError where the engine that measures does not observe what `config`, of the file `path`, asks for.
+
+    Args:
+        scales: are to be computed, which needs ranges.
+    """
+    off_gaudi = options.engine == "vllm" and options.platform != "hpu"
+    if config.observer == "save" and options.engine == "torch":
+        if scales:
+            raise ConfigError(
+                "observer save leaves tensors, and no ranges to compute scales from",
+                where=path,
+                fix="use observer maxabs; or save tensors with `gaudi-calib measure`",
+            )
+    elif config.observer != "maxabs":
+        raise ConfigError(
+            f"observer {config.observer} is not possible here",
+            where=path,
+            why=_WHY_NOT[config.observer],
+            fix="use observer maxabs" + (", or --engine torch" if config.observer == "save" else ""),
+        )
+    elif config.measures_outputs and off_gaudi:
+        raise ConfigError(
+            f"measure_exclude {config.measure_exclude} is not possible here",
+            where=path,
+            why="without a Gaudi, vLLM measures only the outputs that scales are computed from",
+            fix="leave measure_exclude out, or give --engine torch",
+        )
 
 
 def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Family, dtype: str) -> QuantConfig:

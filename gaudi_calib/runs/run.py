@@ -41,6 +41,7 @@ from gaudi_calib.runs.configs import (
     choose_quant_config,
     find_side_config,
     require_blocked,
+    require_observable,
     stage_config,
 )
 from gaudi_calib.runs.facts import describe_dataset, describe_model
@@ -110,6 +111,11 @@ class Target:
     ranges: dict[int, list[RankSet[Node]]] = field(default_factory=dict)
     reshared: set[int] = field(default_factory=set)
     record: Record = field(init=False)
+
+    @property
+    def saves_tensors(self) -> bool:
+        """Whether measuring leaves tensors in place of ranges."""
+        return self.measure_config.observer == "save"
 
     @property
     def placed(self) -> CalibrationDir:
@@ -271,7 +277,7 @@ class Run:
     def _record_files(self, replaced: Collection[Path]) -> None:
         """Complete the manifests, and stage them with the files they describe."""
         for target in self.targets:
-            config = {"measure": to_content(target.measure_config)} if target.ranges else {}
+            config = {"measure": to_content(target.measure_config)} if target.ranges or target.saves_tensors else {}
             if self.serves:
                 config["quantize"] = to_content(target.quant_config)
             staging = self.staging / target.device.name
@@ -342,6 +348,9 @@ class Run:
         serving = choose_quant_config(options, layout, family, self.dtype)
         get_scales_device(serving, device)
         path = find_side_config(options) or layout.quant_config
+        if self.fresh:
+            needs_ranges = self.serves and serving.uses_stats_files
+            require_observable(measuring, options, options.measure_config or layout.measure_config, scales=needs_ranges)
         require_blocked(measuring, self.plan, layout.measure_config)
         require_blocked(serving, self.plan, path)
         require_precision(serving.method_table, serving.hp_dtype)

@@ -1,6 +1,5 @@
 """The whole run, and what happens when it goes wrong: through the command line, stopped, on a full disk."""
 
-import itertools
 import json
 import os
 import signal
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -277,66 +275,6 @@ def test_blocklist_of_a_custom_config_is_obeyed(dataset: Path, tmp_path: Path):
     assert sorted({name.split(".")[3] for name in ranges.modules if "layers" in name}) == ["mlp"]
     assert list(ranges.nodes) == list(ranges.modules)
     assert any("'no_such' matches no node" in warning for warning in result.warnings)
-
-
-@pytest.fixture
-def with_outputs(tmp_path: Path) -> Path:
-    """A MEASURE config that asks for outputs, too: the template."""
-    return paths.ROOT / "quantization_config/maxabs_measure_include_outputs.json"
-
-
-def test_outputs_are_measured_where_the_config_asks(dataset: Path, with_outputs: Path, tmp_path: Path):
-    """The template gives every node outputs, at every world, and the same scales; else nothing differs."""
-    plain = calibrate(options(dataset, world=2, unified_world=1)).root
-    full = calibrate(
-        options(dataset, out=tmp_path / "full", world=2, unified_world=1, measure_config=with_outputs)
-    ).root
-    for device, world in itertools.product(("g2", "g3"), (1, 2)):
-        pairs = zip(*(CalibrationDir(root / device).read_world(world) for root in (plain, full)), strict=True)
-        for before, after in pairs:
-            assert before.modules == after.modules and list(before.nodes) == list(after.nodes)
-            for name, node in after.nodes.items():
-                assert node.outputs
-                assert repr(replace(node, outputs=None)) == repr(replace(before.nodes[name], outputs=None))
-                assert before.nodes[name].outputs in (None, node.outputs)
-        for path in (plain / device).glob("*MAXABS_HW*.json"):
-            assert path.read_bytes() == (full / device / path.name).read_bytes()
-
-
-def test_outputs_stay_when_ranks_are_joined_and_split(dataset: Path, with_outputs: Path, tmp_path: Path):
-    """unify, expand, merge and reshard keep them; an exact slice is never above what expand bounds it by."""
-    root = calibrate(options(dataset, world=2, measure_config=with_outputs, devices=("g3",))).root
-    assert run("unify", root / "g3", "-r", 1, "-o", tmp_path / "one") == 0
-    assert run("expand", tmp_path / "one", "-w", 4, "-o", tmp_path / "four") == 0
-    assert run("merge", root, root, "-o", tmp_path / "merged") == 0
-    assert run("reshard", tmp_path / "merged", "-t", 4, "--device", "g3") == 0
-    ranks = CalibrationDir(root / "g3").read_world(2)
-    bounds, exact = (CalibrationDir(path).read_world(4) for path in (tmp_path / "four", tmp_path / "merged/g3"))
-    for rank in range(4):
-        for name, node in exact[rank].nodes.items():
-            largest = np.maximum.reduce([one.nodes[name].outputs for one in ranks])
-            assert np.array_equal(bounds[rank].nodes[name].outputs, largest)
-            assert len(node.outputs) == len(largest)
-            if len(node.outputs) == 1:
-                assert node.outputs[0] <= largest[0]
-
-
-def test_outputs_that_were_not_measured_are_asked_for_in_vain(
-    dataset: Path, with_outputs: Path, capsys: pytest.CaptureFixture
-):
-    """The error of reshard and quantize names the command that measures them."""
-    root = calibrate(options(dataset, devices=("g3",))).root
-    config = json.loads((root / "maxabs_measure_g3.json").read_text())
-    (root / "maxabs_measure_g3.json").write_text(json.dumps({**config, "measure_exclude": "NONE"}))
-    before = snapshot_results(root)
-    assert run("reshard", root, "-t", 2) == 1
-    assert run("quantize", "-m", GOLDEN / "model", "-o", root.parent, "-t", 2, "--device", "g3") == 1
-    said = capsys.readouterr().err
-    command = f"gaudi-calib measure -m {GOLDEN / 'model'} -o {root.parent} -d {dataset} -t 2 --device g3"
-    assert said.count(f"measure again: {command}; or leave measure_exclude out") == 2
-    assert snapshot_results(root) == before
-    assert run(*command.split()[1:]) == 0
-    assert run("reshard", root, "-t", 4) == 0
 
 
 def test_postprocess_is_idempotent_and_equals_the_reference(tmp_path: Path):

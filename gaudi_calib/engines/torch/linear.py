@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +61,7 @@ class ObservedLinear:
         assert self.input.is_seen, linear.node
         weight = _measure_weight(plan, linear)
         require_finite_weight(linear.node, weight.values)
-        outputs = None
+        outputs: tuple[ChannelRange, ...] | None = None
         if linear.op is Op.ROW_PARALLEL_LINEAR:
             total = ChannelRange(np.array([max(self.products[1])], dtype=np.float32))
             outputs = (total, total)
@@ -100,9 +99,7 @@ def observe_fused(modules: Sequence[nn.Module], split: Split, *, outputs: bool) 
     """Watch a layer whose input every rank has all of, and that is fused from `modules`.
 
     Args:
-        outputs: of each module, too: where ranks split them before the bias is added, else behind it.
-
-    Source: INC `PatchedColumnParallelLinear`, `PatchedReplicatedLinear`, `forward_measure`.
+        outputs: of each module, too; see `multiply`.
     """
     observed = ObservedLinear()
     first = modules[0]  # they share their input
@@ -110,7 +107,7 @@ def observe_fused(modules: Sequence[nn.Module], split: Split, *, outputs: bool) 
     for module in modules if outputs else ():
         peak = Peak()
         observed.outputs.append(peak)
-        handles.append(module.register_forward_hook(partial(_observe_output, peak, biased=split is Split.NONE)))
+        handles.append(module.register_forward_hook(partial(_observe_output, peak, split)))
 
     def detach() -> None:
         for handle in handles:
@@ -120,12 +117,23 @@ def observe_fused(modules: Sequence[nn.Module], split: Split, *, outputs: bool) 
     return observed
 
 
-def _observe_output(peak: Peak, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any, *, biased: bool) -> None:
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    bias: torch.Tensor | None = getattr(module, "bias", None)
-    if type(module).forward is not nn.Linear.forward or not (bias is None or biased):  # a router returns something else
-        out = nn.functional.linear(args[0], weight, bias if biased else None)
+def _observe_output(
+    peak: Peak, split: Split, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
+) -> None:
+    is_whole = split is Split.NONE or module.bias is None
+    if type(module).forward is not nn.Linear.forward or not is_whole:  # routers return something else, too
+        out = multiply(module, args[0], split)
     peak.observe(out.flatten(0, -2), 0)
+
+
+def multiply(module: nn.Module, x: torch.Tensor, split: Split) -> torch.Tensor:
+    """Return the output of a layer as INC measures it: with its bias where ranks replicate it, else without.
+
+    Source: INC `PatchedReplicatedLinear`, `PatchedColumnParallelLinear` and `PatchedRowParallelLinear`.
+    """
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    bias: torch.Tensor | None = getattr(module, "bias", None) if split is Split.NONE else None
+    return nn.functional.linear(x, weight, bias)
 
 
 def measure_products(plan: ModelPlan, linear: LinearPlan, inputs: Sequence[torch.Tensor]) -> list[Peak]:
