@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gaudi_calib.errors import FileError, RangeError, UsageError
+from gaudi_calib.errors import ConfigError, FileError, RangeError, UsageError
 from gaudi_calib.files import show_size
 from gaudi_calib.layout import CHANNEL_RANGES_NAME
 from gaudi_calib.ranges.channels import ChannelRanges
@@ -97,7 +97,15 @@ def save_model_tensors(run: Run) -> None:
 
     assert run.prompts is not None
     (target,) = run.targets
+    run.warn_idle_patterns(target.measure_config)
     nodes = plan_tensors(run.plan, target.measure_config)
+    if not nodes:
+        raise ConfigError(
+            "no linear layer and no expert is left to save",
+            where=run.options.measure_config or target.layout.measure_config,
+            why="its lists block them all",
+            fix="take names out of the blocklist, or add some to the allowlist",
+        )
     _require_space(run, nodes.values(), run.prompts.token_ids)
     directory = run.staging / target.layout.tensors.relative_to(run.layout.root)
     with _show_progress(run.prompts.token_count) as show:
