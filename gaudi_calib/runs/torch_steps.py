@@ -26,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def _show_progress(tokens: int) -> Iterator[Callable[[float], None]]:
+def _show_progress(total: int) -> Iterator[Callable[[float], None]]:
     """Yield what is to be called with the tokens finished, and with 0 at the start."""
     from tqdm import tqdm
 
-    with tqdm(total=tokens, unit="tok", unit_scale=True, desc="measure") as bar:
+    with tqdm(total=total, unit="tok", unit_scale=True, desc="measure") as bar:
 
         def show(tokens: float) -> None:
             if not tokens:
@@ -66,22 +66,22 @@ def measure_model(run: Run) -> None:
 
 def require_savable(run: Run) -> None:
     """Raise UsageError where tensors would not be told apart, or be mixed up with what is there."""
-    root, options = run.layout.root, run.options
+    target, root, options = run.targets[0], run.layout.root, run.options
+    config = options.measure_config or target.layout.measure_config
     if len(run.targets) > 1:
         raise UsageError(
             "observer save is for one device at a time",
-            where="MEASURE config",
+            where=config,
             why="tensors are the same for both, and take much space",
             fix=f"give --device {options.devices[0]}",
         )
     if options.worlds != (1,):
         raise UsageError(
             f"observer save is for one rank, and -t is {options.world}",
-            where="MEASURE config",
+            where=config,
             why="INC names the files of tensors without the rank, so that ranks overwrite each other's",
             fix="leave -t and -r out",
         )
-    (target,) = run.targets
     if target.placed.files or run.layout.channel_ranges.is_file() or target.layout.tensors.exists():
         raise UsageError(
             "there are results already where tensors are to be saved",
