@@ -246,7 +246,7 @@ def _refuse_structure(part: str, values: Sequence[Any], place: _Place) -> NoRetu
         f"{part} of {place.node} has another form in different runs{place.rank}",
         where=place.sources[other],
         why=f"{described[other]} here, {described[0]} in {place.sources[0]}: the runs are of different models, "
-        "topologies or observers",
+        "topologies or MEASURE configs",
         fix="merge only runs of one model, measured with the same config and the same number of ranks",
     )
 

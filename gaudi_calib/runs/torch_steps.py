@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gaudi_calib.errors import FileError, RangeError, UsageError
+from gaudi_calib.errors import ConfigError, FileError, RangeError, UsageError
 from gaudi_calib.files import show_size
 from gaudi_calib.layout import CHANNEL_RANGES_NAME
 from gaudi_calib.ranges.channels import ChannelRanges
@@ -26,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def _show_progress(tokens: int) -> Iterator[Callable[[float], None]]:
+def _show_progress(total: int) -> Iterator[Callable[[float], None]]:
     """Yield what is to be called with the tokens finished, and with 0 at the start."""
     from tqdm import tqdm
 
-    with tqdm(total=tokens, unit="tok", unit_scale=True, desc="measure") as bar:
+    with tqdm(total=total, unit="tok", unit_scale=True, desc="measure") as bar:
 
         def show(tokens: float) -> None:
             if not tokens:
@@ -66,22 +66,22 @@ def measure_model(run: Run) -> None:
 
 def require_savable(run: Run) -> None:
     """Raise UsageError where tensors would not be told apart, or be mixed up with what is there."""
-    root, options = run.layout.root, run.options
+    target, root, options = run.targets[0], run.layout.root, run.options
+    config = options.measure_config or target.layout.measure_config
     if len(run.targets) > 1:
         raise UsageError(
             "observer save is for one device at a time",
-            where="MEASURE config",
+            where=config,
             why="tensors are the same for both, and take much space",
             fix=f"give --device {options.devices[0]}",
         )
     if options.worlds != (1,):
         raise UsageError(
             f"observer save is for one rank, and -t is {options.world}",
-            where="MEASURE config",
+            where=config,
             why="INC names the files of tensors without the rank, so that ranks overwrite each other's",
             fix="leave -t and -r out",
         )
-    (target,) = run.targets
     if target.placed.files or run.layout.channel_ranges.is_file() or target.layout.tensors.exists():
         raise UsageError(
             "there are results already where tensors are to be saved",
@@ -97,7 +97,15 @@ def save_model_tensors(run: Run) -> None:
 
     assert run.prompts is not None
     (target,) = run.targets
+    run.warn_idle_patterns(target.measure_config)
     nodes = plan_tensors(run.plan, target.measure_config)
+    if not nodes:
+        raise ConfigError(
+            "no linear layer and no expert is left to save",
+            where=run.options.measure_config or target.layout.measure_config,
+            why="its lists block them all",
+            fix="take names out of the blocklist, or add some to the allowlist",
+        )
     _require_space(run, nodes.values(), run.prompts.token_ids)
     directory = run.staging / target.layout.tensors.relative_to(run.layout.root)
     with _show_progress(run.prompts.token_count) as show:

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from gaudi_calib.cli.main import main
+from gaudi_calib.config.check import parse_quant_config
+from gaudi_calib.errors import ConfigError
 from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.rankfiles.store import read_ranges, read_scales
 from gaudi_calib.runs.calibrate import calibrate
+from gaudi_calib.runs.configs import require_observable
 from gaudi_calib.runs.options import RunOptions
 from tests.support import paths
 from tests.support.files import snapshot, write_prompts
@@ -224,3 +227,32 @@ def test_a_config_that_leaves_nothing_to_quantize_is_told(out: Path, capsys: pyt
     edit(config, blocklist={"types": [], "names": ["."]})
     assert serve(config, "-t", 2) == 0
     assert "leave no module to quantize: all is served in bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "engine", "platform", "fix"),
+    [
+        ({"observer": "save"}, "vllm", "hpu", "--engine torch"),
+        ({"observer": "save"}, "vllm", "cpu", "--engine torch"),
+        ({"observer": "shape"}, "vllm", "hpu", "observer maxabs"),
+        ({"observer": "maxabs_per_channel"}, "torch", "cpu", "observer maxabs"),
+        ({"measure_exclude": "NONE"}, "vllm", "cpu", "--engine torch"),
+        ({"measure_exclude": "PARAMS"}, "vllm", "cpu", "leave measure_exclude out"),
+        ({"measure_exclude": "NONE"}, "vllm", "hpu", None),
+        ({"measure_exclude": "NONE"}, "torch", "cpu", None),
+        ({"measure_exclude": "ALL"}, "vllm", "cpu", None),
+        ({"observer": "save"}, "torch", "cpu", None),
+    ],
+)
+def test_what_an_engine_does_not_observe_is_refused(
+    content: dict[str, str], engine: str, platform: str, fix: str | None
+) -> None:
+    """Before it starts; INC on a Gaudi measures outputs itself."""
+    config = parse_quant_config({"mode": "MEASURE", "dump_stats_path": "x/inc_output", **content})
+    options = RunOptions("model", Path("out"), engine=engine, platform=platform)
+    if fix is None:
+        require_observable(config, options, Path("measure.json"), scales=False)
+        return
+    with pytest.raises(ConfigError, match="is not possible here") as caught:
+        require_observable(config, options, Path("measure.json"), scales=False)
+    assert fix in str(caught.value.fix)

@@ -13,8 +13,9 @@ import pytest
 from gaudi_calib.cli.main import main
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError, FileError, UsageError
-from gaudi_calib.layout import MANIFEST_NAME
+from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file
 from gaudi_calib.manifest import read_manifest
+from gaudi_calib.rankfiles.store import read_ranges
 from gaudi_calib.runs.calibrate import calibrate, measure
 from gaudi_calib.runs.options import RunOptions
 from tests.support import paths
@@ -23,6 +24,7 @@ from tests.support.files import snapshot, write_prompts
 pytestmark = pytest.mark.torch
 
 GOLDEN = paths.GOLDEN / "llama-tiny"
+EXPERTS = paths.GOLDEN / "mixtral-tiny" / "model"
 WITH_OUTPUTS = paths.ROOT / "quantization_config/maxabs_measure_include_outputs.json"
 
 
@@ -88,6 +90,25 @@ def test_outputs_stay_when_ranks_are_joined_and_split(dataset: Path, tmp_path: P
             assert len(node.outputs) == len(largest)
             if len(node.outputs) == 1:
                 assert node.outputs[0] <= largest[0]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["whole", "sliced"])
+def test_experts_have_the_dummy_outputs_of_inc(shared: bool, dataset: Path, tmp_path: Path):
+    """Their matmuls never run, so 0 stands in; joined and split they stay as many as the experts."""
+    changes = {"model": str(EXPERTS), "measure_config": WITH_OUTPUTS, "expert_parallel": shared, "devices": ("g3",)}
+    root = calibrate(options(dataset, world=2, **changes)).root
+    single = calibrate(options(dataset, out=tmp_path / "single", **changes)).root
+    assert run("unify", root / "g3", "-r", 1, "-o", tmp_path / "one") == 0
+    assert run("expand", single / "g3", "-w", 2, "-o", tmp_path / "two") == 0
+    for made, wanted in ((tmp_path / "one", single / "g3"), (tmp_path / "two", root / "g3")):
+        for path in wanted.glob("*maxabs_*.json"):
+            if parse_rank_file(path.name).is_ranges:
+                ours, theirs = (read_ranges(directory / path.name).nodes for directory in (made, wanted))
+                assert list(ours) == list(theirs)
+                for name, node in ours.items():
+                    assert len(node.outputs) == len(theirs[name].outputs)
+                    if "_list." in name:
+                        assert node.outputs[0] == theirs[name].outputs[0] == 0
 
 
 def test_outputs_that_were_not_measured_are_asked_for_in_vain(dataset: Path, capsys: pytest.CaptureFixture):
@@ -164,6 +185,17 @@ def test_tensors_that_do_not_fit_on_the_disk_are_refused(
     given = {"dataset": str(dataset), "limit": fitting}
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name != MANIFEST_NAME and path.is_file()]
     assert measure(options(dataset, measure_config=config, devices=("g3",), dataset=given)).files
+
+
+def test_a_blocklist_that_leaves_nothing_to_save_is_refused(dataset: Path, tmp_path: Path):
+    """And patterns that match nothing are told, as when ranges are measured."""
+    config = write_config(tmp_path, observer="save", blocklist={"names": [".", "no_such"]})
+    with pytest.raises(ConfigError, match="is left to save"):
+        measure(options(dataset, measure_config=config, devices=("g3",)))
+    config = write_config(tmp_path, observer="save", blocklist={"names": ["mlp", "no_such"]})
+    result = measure(options(dataset, measure_config=config, devices=("g3",)))
+    assert any("'no_such' matches no node" in warning for warning in result.warnings)
+    assert not list(result.root.glob("g3/tensors/*mlp*"))
 
 
 @pytest.mark.parametrize("observer", ["shape", "maxabs_per_channel"])

@@ -102,6 +102,7 @@ def save_tensors(
         stream = Stream(plan, batches, dtype=getattr(torch, compute_dtype))
         saver = _Saver(stream, nodes, directory, vllm)
         saver.save_weights()
+        on_progress(0.0)
         with ExitStack() as outer:
             for facts in plan.layout.outer:
                 saver.watch_linear(stream.model, facts, facts.name, outer)
