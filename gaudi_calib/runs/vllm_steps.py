@@ -109,7 +109,7 @@ def measure_ranks(run: Run) -> None:
     for target in run.targets:
         run.warn_idle_patterns(target.measure_config)
         _run_phase(run, "measure", target, target.measure_config)
-        ranks = [apply_kv_cache(rank_set) for rank_set in _read_measured(run, target)]
+        ranks = _read_measured(run, target)
         target.ranges[world] = ranks
         if unified and unified != world:
             joined = unify_ranks(gather_world(ranks), unified, expert_parallel=run.expert_parallel)
@@ -187,14 +187,15 @@ def _describe_model(run: Run) -> "Deployment":
     )
 
 
-def _read_measured(run: Run, target: Target) -> Sequence[RankSet[Node]]:
-    """Return what the ranks wrote, after checking that it is whole.
+def _read_measured(run: Run, target: Target) -> list[RankSet[Node]]:
+    """Return what the ranks wrote, postprocessed, after checking that it is whole.
 
     Raises:
         FileError: a rank's file is missing. TopologyError: ranks have different nodes.
         RangeError: a range is not finite, or a module that serving needs never ran.
     """
-    ranks = gather_world(CalibrationDir(run.staging / target.device.name).read_world(run.options.world)).ranks
+    measured = CalibrationDir(run.staging / target.device.name).read_world(run.options.world)
+    ranks = gather_world(list(map(apply_kv_cache, measured))).ranks
     for rank_set in ranks:
         known = {*rank_set.nodes, *find_idle(rank_set.modules, rank_set.nodes)}
         silent = [name for name in rank_set.modules if name not in known]
@@ -207,7 +208,7 @@ def _read_measured(run: Run, target: Target) -> Sequence[RankSet[Node]]:
                 fix="generate more (--max-new-tokens), or give more prompts; -l limits them",
             )
     _cover_experts(run, ranks)
-    return ranks
+    return list(ranks)
 
 
 def _cover_experts(run: Run, ranks: Sequence[RankSet[Node]]) -> None:

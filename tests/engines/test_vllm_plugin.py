@@ -6,6 +6,7 @@ ranges agree to a bfloat16 step and FP8 results to almost every bit; one runs in
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -195,12 +196,13 @@ class Quantized:
         writes_scales: bool = False,
         factor: float = 1.0,
         world: int = 1,
+        one_by_one: bool = False,
         **content: object,
     ):
         """Measure `model` and compute its scales; those of qkv_proj's inputs are multiplied with `factor`.
 
         All ranks get the ranges of one, so that one computation predicts what they do together. `content` is that of
-        the config; nothing is blocked by itself.
+        the config; nothing is blocked by itself. Prompts share passes of the engine unless they run `one_by_one`.
         """
         plan = plan_model(model)
         self.model, self.device, self.prompts = model, get_device(device), prompts
@@ -222,7 +224,8 @@ class Quantized:
             write_rank_set(directory, replace(scales, nodes=nodes), method=method.upper())
         # Routers are of a class that INC does not patch.
         self.scales = {name: node for name, node in nodes.items() if not name.endswith("block_sparse_moe.gate")}
-        self.task = EngineTask(str(model), str(path), prompts, world=world, engine=FLOAT32)
+        engine = {**FLOAT32, "max_num_seqs": 1} if one_by_one else FLOAT32
+        self.task = EngineTask(str(model), str(path), prompts, world=world, engine=engine)
         self.answer: Answer | None = None
 
     def predict(self, *, quantized: bool = True) -> list[np.ndarray]:
@@ -248,9 +251,9 @@ def quantized(models, prompts, tmp_path_factory: pytest.TempPathFactory) -> dict
     def make(case: str, model: str, device: str, method: str, **options) -> Quantized:
         return Quantized(models(model), root / case, device, method, prompts, **options)
 
-    def alone(case: str, model: str, device: str, method: str, **options) -> Quantized:
-        return Quantized(models(model), root / case, device, method, prompts[-1:], **options)
-
+    alone = partial(make, one_by_one=True)
+    # vLLM takes the output projection's tokens in parts of its own.
+    one_per_tensor = {"dynamic_quantization": True, "blocklist": {"names": ["lm_head"]}}
     pcs = "act_maxabs_hw_weights_pcs_maxabs_pow2"
     cases = {
         "scale files": make("scale files", "llama", "g3", "maxabs_hw", writes_scales=True),
@@ -260,9 +263,8 @@ def quantized(models, prompts, tmp_path_factory: pytest.TempPathFactory) -> dict
         "tied": make("tied", "llama-tied", "g2", "maxabs_pow2"),
         "dynamic": make("dynamic", "llama", "g3", "maxabs_pcs_pow2", blocklist={"types": list(DYNAMIC_BLOCKED_TYPES)}),
         "dynamic attention": alone("dynamic attention", "llama", "g2", "maxabs_pcs_pow2"),
-        "dynamic tensors": alone(
-            "dynamic tensors", "llama", "g3", "maxabs_pow2", dynamic_quantization=True, blocklist={"names": ["lm_head"]}
-        ),
+        "dynamic experts": alone("dynamic experts", "mixtral", "g2", "maxabs_pow2", **one_per_tensor),
+        "dynamic tensors": alone("dynamic tensors", "llama", "g3", "maxabs_pow2", **one_per_tensor),
     }
     for case, answer in zip(cases.values(), run_engines([case.task for case in cases.values()]), strict=True):
         case.answer = answer
@@ -286,6 +288,7 @@ def find_distance(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -
         "tied",
         "dynamic",
         "dynamic attention",
+        "dynamic experts",
         "dynamic tensors",
         "two ranks",
     ],

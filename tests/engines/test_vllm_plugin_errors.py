@@ -14,6 +14,7 @@ import pytest
 from gaudi_calib.checkpoints.plan import plan_model
 from gaudi_calib.config.check import parse_quant_config
 from gaudi_calib.config.file import read_quant_config, write_quant_config
+from gaudi_calib.config.presets import DYNAMIC_BLOCKED_TYPES
 from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import ConfigError, FileError, ModelError, RangeError, TopologyError
@@ -197,9 +198,10 @@ def test_latent_attention_is_refused_unless_blocked(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("QUANT_CONFIG", str(write_config(tmp_path)))
     with pytest.raises(ConfigError, match="latent attention is not supported"):
         GaudiFp8Config()._refuse_latent(name)
-    blocked = write_config(tmp_path, blocklist={"types": [], "names": ["mla_attn"]})
-    monkeypatch.setenv("QUANT_CONFIG", str(blocked))
-    GaudiFp8Config()._refuse_latent(name)
+    by_type = {"blocklist": {"types": list(DYNAMIC_BLOCKED_TYPES)}, "scale_method": "maxabs_pcs_pow2"}
+    for content in ({"blocklist": {"names": ["mla_attn"]}}, {**by_type, "dynamic_quantization": True}):
+        monkeypatch.setenv("QUANT_CONFIG", str(write_config(tmp_path, **content)))
+        GaudiFp8Config()._refuse_latent(name)
 
 
 def test_pipeline_parallel_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,9 @@ import pytest
 
 from gaudi_calib.cli.main import main
 from gaudi_calib.cli.measure import measure
+from gaudi_calib.config.model import NodeFilter
 from gaudi_calib.config.presets import measure_config, quant_config
+from gaudi_calib.config.templates import list_templates
 from gaudi_calib.engines import detect
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.engines.vllm_runner import cluster, process
@@ -128,6 +130,28 @@ def test_phases_on_a_gaudi(model_type, world, facts, measure, quantize, env, dev
     assert [phase.saving for phase in phases] == ["shutdown", "none"]
     assert [list(map(len, phase.prompts)) for phase in phases] == [[100, 300], [16]]
     assert phases[0].max_new_tokens == [16, 16]
+
+
+@pytest.mark.parametrize(
+    ("blocklist", "modules", "quantizes_caches"),
+    [
+        ({}, (), True),
+        ({}, ("model.layers.0.self_attn.attn.impl.v_cache",), True),
+        ({"types": ["VLLMKVCache"]}, (), False),
+        ({"names": ["self_attn"]}, ("model.layers.0.self_attn.attn.impl.v_cache", "lm_head"), False),
+        ({}, ("lm_head",), False),
+    ],
+    ids=["all", "named", "types", "names", "no cache"],
+)
+def test_dynamic_caches_are_announced(blocklist: dict, modules: tuple[str, ...], quantizes_caches: bool) -> None:
+    """INC stops without VLLM_DYNAMIC_KV_QUANT where it scales the cache while serving; our plugin asks for nothing."""
+    config = list_templates()["maxabs_quant_dynamic_quantization_all_layers.json"]
+    config = config.model_copy(update={"blocklist": NodeFilter(**blocklist)})
+    for platform in ("hpu", "cpu"):
+        settings = plan_settings(platform, config, Path("q.json"), Deployment("/models/m", 1, None, modules=modules))
+        is_told = quantizes_caches and platform == "hpu"
+        assert settings.env.get("VLLM_DYNAMIC_KV_QUANT") == ("1" if is_told else None)
+        assert settings.args.get("kv_cache_dtype") == ("fp8_inc" if is_told else None)
 
 
 def test_phase_off_a_gaudi():

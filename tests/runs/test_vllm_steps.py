@@ -222,6 +222,21 @@ def test_naive_prompt_attention(cards, tmp_path):
     assert "serve" in command.argv
 
 
+def test_what_the_cache_replaces_may_be_anything(cards, tmp_path):
+    """A matmul reads blocks that nobody has written; its range is that of the cache in the end. The cache's counts."""
+    impl = "model.layers.0.self_attn.attn.impl"
+
+    def spoil(name: str, *values: float) -> Callable[[dict], None]:
+        return lambda nodes: nodes.update({name: Node(tuple(np.float32([value]) for value in values))})
+
+    cards.edit = edit_ranges(spoil(f"{impl}.matmul_qk", 1.0, np.nan))
+    (nodes, _) = (rank.nodes for rank in CalibrationDir(measure(options(tmp_path)).root / "g2").read_world(2))
+    assert nodes[f"{impl}.matmul_qk"].inputs[1] == nodes[f"{impl}.k_cache"].inputs[0]
+    cards.edit = edit_ranges(spoil(f"{impl}.k_cache", np.nan))
+    with pytest.raises(RangeError, match=f"{impl}.* is not finite"):
+        measure(options(tmp_path))
+
+
 def test_a_scale_is_not_finite(cards, tmp_path):
     """Scales are read back, too."""
 

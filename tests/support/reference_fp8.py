@@ -39,7 +39,7 @@ def compute_logprobs(
         prompts: how many tokens of each are its prompt; later ones are decoded.
         scales: by vLLM's module names; nodes that are not there stay as they are. None: nothing is rounded.
         dynamic: scales of activations come from the values: one for every token that enters a linear layer, and so
-            on, or one for all of a tensor. The only sequence of an engine is then meant.
+            on, or one for all of a tensor in a pass. Every pass then has tokens of one sequence.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
@@ -53,7 +53,7 @@ def compute_logprobs(
         if name.endswith("self_attn"):
             module.fp8 = (state, scales or {}, f"{name}.attn.impl.", device)
         elif name.endswith("mlp.experts"):
-            _patch_experts(module, name, scales or {}, device)
+            _patch_experts(module, name, scales or {}, device, state)
         elif isinstance(module, nn.Linear):
             _patch_linear(module, name, scales or {}, device, state)
     found = []
@@ -87,7 +87,8 @@ def scale_values(
     else:
         largest = magnitudes.amax(values, keepdim=True)
         prompt = largest.narrow(-2, 0, state["decoded_from"])
-        prompt.copy_(prompt.max())
+        if prompt.numel():
+            prompt.copy_(prompt.max())
     reciprocal = torch.tensor(2 / device.fullscale).bfloat16()
     return torch.exp2(torch.log2(largest.bfloat16() * reciprocal).ceil()).float()
 
@@ -117,7 +118,7 @@ def _weight_scale(node: ScaleNode, module: nn.Linear, last: str) -> float | torc
     return values[start : start + rows, None]
 
 
-def _patch_experts(module: nn.Module, name: str, scales: Scales, device: Device) -> None:
+def _patch_experts(module: nn.Module, name: str, scales: Scales, device: Device, state: Mapping[str, Any]) -> None:
     op = name.replace("mlp.experts", "block_sparse_moe.experts") + ".routed_experts.moe_op"
     if op not in scales:
         return
@@ -125,13 +126,19 @@ def _patch_experts(module: nn.Module, name: str, scales: Scales, device: Device)
         for index, weight in enumerate(weights.data):
             weight.copy_(round_fp8(weight, float(scales[f"{op}.{child}.{index}"].weight), device))
 
+    def rounding(x: torch.Tensor, number: int, prompt: int) -> torch.Tensor:
+        """Round tokens of which the first `prompt` are of one pass."""
+        known = {**state, "decoded_from": prompt}
+        scale = scale_values(x, device, known, (-1,), (-1,)) if state["dynamic"] else scales[op].inputs[number]
+        return round_fp8(x, scale, device)
+
     def forward(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(hidden)
-        hidden = round_fp8(hidden, scales[op].inputs[0], device)
+        out, start = torch.zeros_like(hidden), state["decoded_from"]
+        hidden = rounding(hidden, 0, start)
         for expert in index.unique().tolist():
             tokens, slot = torch.where(index == expert)
             gate, up = (hidden[tokens] @ module.gate_up_proj[expert].T).chunk(2, -1)
-            inner = round_fp8(module.act_fn(gate) * up, scales[op].inputs[1 + expert], device)
+            inner = rounding(module.act_fn(gate) * up, 1 + expert, int((tokens < start).sum()))
             out.index_add_(0, tokens, (inner @ module.down_proj[expert].T) * weights[tokens, slot, None].to(out.dtype))
         return out
 
