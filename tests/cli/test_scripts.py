@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,28 @@ def test_a_failing_calibration_keeps_its_exit_code(tiny: Path, program: Path, tm
     assert result.returncode == 1
     assert "missing.jsonl" in result.stderr
     assert not (tmp_path / "out" / "model" / "g3" / "inc_output_hooks_maxabs_0_1.npz").exists()
+
+
+# Of vllm-gaudi and vllm-hpu-extension, August 2026.
+FLAGS_OF_THE_REFERENCE = {
+    "1-prepare-calibration-dataset": "-d --dataset -m --model -o --output_name --max-model-length "
+    "--max-dataset-samples --chat-template",
+    "2-measure-scales": "-d --dataset -m --model --batch-size --tensor-parallel-size --max-dataset-samples "
+    "--max-num-prefill-seqs --block-quant --expert-parallel --auto-process-dataset --enforce-eager --max-model-len "
+    "--max-tokens --sample-len -v --verbose --distributed-executor-backend --gpu-memory-utilization",
+    "3-postprocess-measure": "-m --measurements -o --out -d --deepseek",
+    "4-quantize-scales": "--model --tensor-parallel-size --block-quant --enforce-eager --expert-parallel "
+    "--max-num-prefill-seqs --distributed-executor-backend --gpu-memory-utilization --max-model-len",
+    "5-unify_measurements": "-m --measurements -r --rank -o --out -u --use_expert_paral -s --skip_unify_scales",
+    "6-expand-measurements": "-m --measurements -o --out -w --target_world_size",
+}
+
+
+@pytest.mark.parametrize("name", FLAGS_OF_THE_REFERENCE)
+def test_every_flag_of_the_reference_is_taken(name: str, tmp_path: Path) -> None:
+    """Long ones and short ones are in --help."""
+    result = run_step(name, ["--help"], tmp_path)
+    assert set(FLAGS_OF_THE_REFERENCE[name].split()) <= set(re.findall(r"(?<!\S)--?[\w-]+", result.stdout))
 
 
 def test_step_0_fails_without_a_gaudi(tmp_path: Path) -> None:
