@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from gaudi_calib.config.method_form import MethodForm
-from gaudi_calib.config.methods import SCALE_METHODS
+from gaudi_calib.config.methods import DYNAMIC_BACKOFF, SCALE_METHODS
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.errors import Finding
 from gaudi_calib.files import explain_impossible
@@ -37,7 +37,7 @@ def find_warnings(config: QuantConfig) -> list[Finding]:
         _warn_scale_format,
         _warn_backoffs,
         _warn_method_table,
-        _warn_runtime_patching,
+        _warn_environment,
         _warn_ignored,
         _warn_types,
         _warn_observer,
@@ -187,8 +187,16 @@ def _warn_method_table(config: QuantConfig) -> Iterator[Finding]:
         return
     method = SCALE_METHODS[config.method_table.file_tag]
     for part in ("weight", "activation"):
-        default = getattr(method, part).backoff
-        if "backoff" not in getattr(form.default, part).model_fields_set and default != 1.0:
+        default, entry = getattr(method, part).backoff, getattr(form.default, part)
+        if part == "activation" and config.dynamic_quantization:
+            if "backoff" in entry.model_fields_set and entry.backoff != DYNAMIC_BACKOFF:
+                yield Finding(
+                    f"scale_method.default.{part}.backoff",
+                    f"INC takes {DYNAMIC_BACKOFF}, not the {entry.backoff} given",
+                    "dynamic quantization uses its own input backoff",
+                    "remove it",
+                )
+        elif "backoff" not in entry.model_fields_set and default != 1.0:
             yield Finding(
                 f"scale_method.default.{part}.backoff",
                 f"no backoff is given: INC takes 1.0, not the {default} of {method.name.lower()}",
@@ -203,8 +211,16 @@ def _warn_method_table(config: QuantConfig) -> Iterator[Finding]:
         )
 
 
-def _warn_runtime_patching(config: QuantConfig) -> Iterator[Finding]:
-    if config.required_env and config.mode == "QUANTIZE":
+def _warn_environment(config: QuantConfig) -> Iterator[Finding]:
+    env = config.list_required_env() if config.mode == "QUANTIZE" else {}
+    if "VLLM_DYNAMIC_KV_QUANT" in env:
+        yield Finding(
+            "dynamic_quantization",
+            "KV caches that are not blocked need VLLM_DYNAMIC_KV_QUANT=1 in the environment",
+            "vllm-gaudi then keeps a scale beside every entry, and INC stops without",
+            'export VLLM_DYNAMIC_KV_QUANT=1 before serving, or add "VLLMKVCache" to blocklist.types',
+        )
+    if "RUNTIME_SCALE_PATCHING" in env:
         yield Finding(
             "scale_method",
             f"{config.method_table.file_tag.lower()} needs RUNTIME_SCALE_PATCHING=0 in the environment",
@@ -214,10 +230,13 @@ def _warn_runtime_patching(config: QuantConfig) -> Iterator[Finding]:
 
 
 def _warn_ignored(config: QuantConfig) -> Iterator[Finding]:
-    if config.measure_exclude in ("INPUT", "PARAMS"):
+    if config.measure_exclude not in ("NONE", "OUTPUT"):
+        meaning = (
+            "NONE: everything is measured" if config.measures_outputs else "OUTPUT: inputs and weights are measured"
+        )
         yield Finding(
             "measure_exclude",
-            f"INC treats measure_exclude {config.measure_exclude} as NONE: everything is measured",
+            f"INC treats measure_exclude {config.measure_exclude} as {meaning}",
             fix="use NONE or OUTPUT",
         )
     if config.ignore_modules_wo_measures:

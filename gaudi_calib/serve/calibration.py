@@ -197,7 +197,7 @@ def advise(calibration: Calibration, model: ModelSource) -> Advice:
 
 def _no_world(calibration: Calibration, model: ModelSource, world: int) -> FileError:
     advice = advise(calibration, model)
-    worlds = [str(size) for size in advice.worlds]
+    worlds = [str(size) for size in advice.worlds if not calibration.placed.list_missing(size)]
     ways = [advice.derive(world), "serve with " + " or ".join(f"-t {size}" for size in worlds) if worlds else None]
     return FileError(
         f"no files for {world} ranks",

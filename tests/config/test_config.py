@@ -9,6 +9,7 @@ from gaudi_calib.config.check import inspect_quant_config, parse_quant_config
 from gaudi_calib.config.file import read_quant_config, write_quant_config
 from gaudi_calib.config.methods import SCALE_METHODS
 from gaudi_calib.config.model import (
+    NodeFilter,
     describe_scaling,
     describe_schema,
     find_idle_patterns,
@@ -18,6 +19,7 @@ from gaudi_calib.config.model import (
 )
 from gaudi_calib.config.presets import choose_family, measure_config, plan_configs, quant_config
 from gaudi_calib.config.rules import find_warnings
+from gaudi_calib.config.templates import list_templates
 from gaudi_calib.errors import ConfigError, ModelError, UsageError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.layout import RunLayout
@@ -70,8 +72,8 @@ def test_every_method_and_family_gives_a_config_that_reads_back(family, method, 
     assert "scale_format" not in {finding.where for finding in find_warnings(config)}
 
 
-def test_dynamic_methods_leave_the_types_inc_cannot_quantize():
-    """A dynamic method switches dynamic quantization on and blocks matmuls and KV caches."""
+def test_dynamic_methods_leave_attention():
+    """A dynamic method switches dynamic quantization on and blocks matmuls and KV caches, as the reference does."""
     content = to_content(quant_config(FAMILIES[0], PATH, "maxabs_pcs_pow2"))
     assert content["dynamic_quantization"] is True
     assert content["scale_format"] == "CONST"
@@ -320,7 +322,16 @@ WARNED = {
         {"scale_method": "maxabs_pcs_pow2", "dynamic_quantization": True, "scale_params": {"input_backoff": 0.5}},
         "scale_params.input_backoff",
     ),
+    "backoff of a dynamic dict": (
+        {
+            "dynamic_quantization": True,
+            "scale_method": {"default": {"weight": {"backoff": 0.5}, "activation": {"backoff": 0.25}}},
+        },
+        "scale_method.default.activation.backoff",
+    ),
+    "dynamic caches": ({"scale_method": "maxabs_pcs_pow2", "dynamic_quantization": True}, "dynamic_quantization"),
     "exclude": ({"measure_exclude": "INPUT"}, "measure_exclude"),
+    "exclude all": ({"measure_exclude": "ALL"}, "measure_exclude"),
     "dotted type": ({"blocklist": {"types": ["torch.nn.Linear"]}}, "blocklist.types"),
     "unmeasured modules": ({"ignore_modules_wo_measures": True}, "ignore_modules_wo_measures"),
     "e5m2": ({"fp8_config": "E5M2"}, "fp8_config"),
@@ -380,9 +391,41 @@ def test_backoffs_are_written_as_inc_reads_them():
 
 
 def test_required_environment():
-    """Only static per-channel methods need runtime scale patching off."""
-    needs = {method for method in SCALE_METHODS if quant_config(FAMILIES[0], PATH, method).required_env}
+    """Static per-channel methods need runtime scale patching off; dynamic caches are announced to vllm-gaudi."""
+    needs = {method for method in SCALE_METHODS if quant_config(FAMILIES[0], PATH, method).list_required_env()}
     assert needs == {name for name in SCALE_METHODS if "WEIGHTS_PCS" in name}
+    everything = list_templates()["maxabs_quant_dynamic_quantization_all_layers.json"]
+    assert everything.list_required_env() == {"VLLM_DYNAMIC_KV_QUANT": "1"}
+    assert everything.list_required_env(["a.k_cache"]) == {"VLLM_DYNAMIC_KV_QUANT": "1"}
+    assert everything.list_required_env([]) == {}
+    for lists in ({"types": ["VLLMKVCache"]}, {"names": ["self_attn"]}):
+        assert everything.model_copy(update={"blocklist": NodeFilter(**lists)}).list_required_env() == {}
+
+
+def test_backoff_of_dynamic_activations():
+    """It is INC's own, whatever the config says; that of weights, and of static activations, is not touched."""
+    pow2 = {"granularity": "PTS", "scale_value_type": "MAXABS", "rounding_method": "POW2", "backoff": 0.125}
+    both = {"weight": pow2, "activation": pow2}
+    for dynamic, backoff in ((True, 0.5), (False, 0.125)):
+        config = parse(scale_method={"default": both, "nodes": {"lm_head": both}}, dynamic_quantization=dynamic)
+        for method in config.method_table.methods:
+            assert (method.activation.backoff, method.weight.backoff) == (backoff, 0.125)
+        short = parse(scale_method="maxabs_pow2", dynamic_quantization=dynamic, scale_params={"input_backoff": 0.125})
+        assert short.method_table.default.activation.backoff == backoff
+        assert (to_content(short)["scale_method"] == "maxabs_pow2") == dynamic
+
+
+def test_what_cannot_be_dynamic_is_left_alone():
+    """Softmax and the fused op stay as they are in a dynamic config; attention's matmuls and caches do not."""
+    content = {"scale_method": "maxabs_pcs_pow2", "dynamic_quantization": True}
+    for class_name, is_left in {
+        "ModuleFusedSDPA": True,
+        "Softmax": True,
+        "Matmul": False,
+        "VLLMKVCache": False,
+    }.items():
+        assert parse(**content).is_blocked("model.layers.0", class_name) == is_left
+        assert not parse().is_blocked("model.layers.0", class_name)
 
 
 def test_scales_device():

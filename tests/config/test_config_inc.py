@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gaudi_calib.config.check import inspect_quant_config, parse_quant_config
 from gaudi_calib.config.file import validate_file
 from gaudi_calib.config.methods import SCALE_METHODS, ScaleMethod
-from gaudi_calib.config.model import get_scales_device, to_content
+from gaudi_calib.config.model import STATIC_TYPES, get_scales_device, to_content
 from gaudi_calib.config.rules import find_warnings
 from gaudi_calib.config.templates import list_templates
 from gaudi_calib.errors import ConfigError
@@ -19,7 +19,10 @@ from tests.support.published import read_published
 
 pytest.importorskip("neural_compressor.torch", reason="the hpu extra (INC) is not installed")
 
+import torch
+from neural_compressor.torch.algorithms.fp8_quant._core.patching_common import _mod_default_dict
 from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods import scale_method_config as inc_methods
+from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods import scale_method_factory as factory
 from neural_compressor.torch.algorithms.fp8_quant._quant_common import quant_config as inc
 from neural_compressor.torch.algorithms.fp8_quant.observer import OBSERVER_TYPES
 from neural_compressor.torch.quantization import FP8Config
@@ -88,6 +91,24 @@ def test_the_13_methods_have_the_fields_and_backoffs_of_inc():
     assert {name: ours(method) for name, method in SCALE_METHODS.items()} == mapping
     dynamic_only = {method.name for method in inc.SUPPORTED_DYNAMIC_QUANTIZATION_SCALES}
     assert {name for name, method in SCALE_METHODS.items() if method.is_dynamic_only} == dynamic_only
+
+
+def test_what_can_be_dynamic_is_what_inc_says():
+    """Of the classes that INC patches it leaves exactly these alone with dynamic quantization."""
+    assert {name for name, info in _mod_default_dict.items() if not info.supports_dynamic_quantization} == STATIC_TYPES
+
+
+def test_the_backoff_of_dynamic_activations_is_that_of_inc(monkeypatch: pytest.MonkeyPatch):
+    """Of every method that INC takes for dynamic quantization; weights keep the method's own."""
+    monkeypatch.setattr(factory, "get_device_type_for_scales", lambda mod: INCAcceleratorType.GAUDI3)
+    params = {"hp_dtype": torch.bfloat16, "lp_dtype": torch.float8_e4m3fn}
+    for key, parts in inc_methods.scale_method_config_mapping.items():
+        if not SCALE_METHODS[key.name].allows_dynamic:
+            continue
+        theirs = factory.ScaleMethodFactory(parts, params, None, "kv_cache")
+        ours = parse_quant_config({"scale_method": key.name, "dynamic_quantization": True}).method_table.default
+        assert ours.activation.backoff == theirs.get_scale_method(factory.QuantTensorName.INPUT, True).backoff
+        assert ours.weight.backoff == theirs.get_scale_method(factory.QuantTensorName.WEIGHT_OUT_CH).backoff
 
 
 HW = {
@@ -275,6 +296,15 @@ def test_any_combination_is_judged_as_inc_judges_it(content, device, tmp_path_fa
     if "scale_format" in content:
         announced = any(finding.where == "scale_format" for finding in find_warnings(config))
         assert announced == (parsed["scale_format"].name != content["scale_format"].upper())
+
+
+@pytest.mark.parametrize("value", inc.MeasureExclude.__members__)
+def test_outputs_are_measured_where_inc_measures_them(value, tmp_path):
+    """Whatever else measure_exclude may name, INC leaves out outputs or nothing."""
+    content = {"mode": "MEASURE", "measure_exclude": value.lower(), "dump_stats_path": str(tmp_path / "inc_output")}
+    excluded = ask_inc(content, DEVICES["g3"])["measure_exclude"]
+    skips = bool(excluded & (inc.MeasureExclude.OUTPUT | inc.MeasureExclude.ALL))  # in register_patched_measure_modules
+    assert parse_quant_config(content).measures_outputs != skips
 
 
 @pytest.mark.parametrize("name", list_templates())

@@ -84,9 +84,10 @@ def test_without_quant_config_it_says_what_to_set(monkeypatch: pytest.MonkeyPatc
     ("content", "what"),
     [
         ({"mode": "MEASURE", "observer": "maxabs_per_channel"}, "observer maxabs_per_channel is not supported"),
+        ({"mode": "MEASURE", "measure_exclude": "NONE"}, "measure_exclude NONE is not supported"),
         ({"fp8_config": "E5M2"}, "fp8_config E5M2 is not supported"),
     ],
-    ids=["observer", "format"],
+    ids=["observer", "outputs", "format"],
 )
 def test_what_only_a_gaudi_can_do_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, object], what: str

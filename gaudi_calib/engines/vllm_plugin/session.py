@@ -116,3 +116,10 @@ def _check_support(config: QuantConfig, path: Path) -> None:
         raise ConfigError(
             f"{what} is not supported by quantization gaudi_fp8", where=path, fix="use observer maxabs and E4M3"
         )
+    if config.mode == "MEASURE" and config.measures_outputs:
+        raise ConfigError(
+            f"measure_exclude {config.measure_exclude} is not supported by quantization gaudi_fp8",
+            where=path,
+            why="it measures only the outputs that scales are computed from",
+            fix="leave measure_exclude out, or measure with `gaudi-calib measure --engine torch`",
+        )
