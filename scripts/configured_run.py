@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 from gaudi_calib.advice import advise_configs
 from gaudi_calib.cli.main import main
@@ -26,6 +27,9 @@ from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.layout import DUMP_NAME, RunLayout
 from gaudi_calib.staging import stage_files
+
+# Our flags of measuring -> those of step 2, wherever a step advises to measure again.
+MEASURING_FLAGS = {"-t": "--tensor-parallel-size", "-b": "--batch-size"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class ConfiguredRun:
             directory.mkdir(parents=True)
             if reads_ranges:
                 self._copy_in(directory)
-            with contextlib.redirect_stdout(io.StringIO()):  # it names the scratch directory
+            told = Renaming(sys.stderr, str(directory), str(self.dump.parent))
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
                 exit_code = main(self._words(command, model, Path(scratch)), flags=flags)
             if exit_code == 0:
                 self._move_out(directory)
@@ -136,11 +141,36 @@ def find_configured_run(model: str, device: str | None) -> ConfiguredRun:
     return ConfiguredRun(path, placed.path / str(placed.dump), known.name)
 
 
+class Renaming(io.TextIOBase):
+    """A text stream that calls a directory otherwise: the scratch directory as the place it stands for."""
+
+    def __init__(self, stream: TextIO, name: str, other: str):
+        self.stream, self.name, self.other = stream, name, other
+
+    def write(self, text: str) -> int:
+        """Write `text` at once."""
+        return self.stream.write(text.replace(self.name, self.other))
+
+    def flush(self) -> None:
+        """Flush the stream behind it."""
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        """Tell whether a person reads it, who sees progress move."""
+        return self.stream.isatty()
+
+
 class IdleFlag(argparse.Action):
     """A flag of the reference that is taken and has no effect without vLLM; says so on stderr."""
 
     def __call__(self, *arguments: object) -> None:
         print(f"Note: no effect with the torch engine: {arguments[-1]}", file=sys.stderr)
+
+
+def _read_world(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks")
+    return int(text)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -150,7 +180,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("-m", "--model", required=True, help="directory or Hugging Face name of the model")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks that will serve (%(default)s)")
+    parser.add_argument(
+        "--tensor-parallel-size", type=_read_world, default=1, help="ranks that will serve (%(default)s)"
+    )
     parser.add_argument(
         "--device",
         choices=sorted(DEVICES),

@@ -1,5 +1,10 @@
 #!/usr/bin/env python3
-"""Step 1: dataset to NAME-calibration-dataset.pkl, a table with one row of token ids per prompt.
+"""Step 1: dataset to NAME-calibration-dataset.pkl, a table with one row per prompt.
+
+    prompt_token_ids  list of int; what step 2 measures
+    input             {"prompt_token_ids": the same list}: a prompt as vLLM's `LLM.generate` takes it, for the
+                      reference's step 2, which hands this column on (its own step 1 puts text there, which
+                      is then tokenized once more)
 
 The table is what step 2 takes as -d; `gaudi-calib prepare` writes the same as JSON lines. Its options
 that the reference does not have are taken as well.
@@ -18,7 +23,7 @@ from gaudi_calib.cli.main import report_errors
 from gaudi_calib.files import expand_path, write_bytes
 
 # Our flags -> the reference's.
-FLAGS = {"--max-tokens": "--max-model-length", "-l": "--max-dataset-samples"}
+FLAGS = {"--max-tokens": "--max-model-length", "-l": "--max-dataset-samples", "--limit": "--max-dataset-samples"}
 
 
 def main() -> int:
@@ -38,7 +43,7 @@ def main() -> int:
             return exit_code
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     content = io.BytesIO()
-    pd.DataFrame(rows).to_pickle(content)
+    pd.DataFrame([{**row, "input": row} for row in rows]).to_pickle(content)
     target = expand_path(f"{options.output_name}-calibration-dataset.pkl")
     write_bytes(target, content.getvalue())
     counts = json.loads(summary.getvalue())

@@ -8,7 +8,7 @@ that the reference does not have are taken as well.
 import argparse
 import sys
 
-from configured_run import IdleFlag, find_configured_run, make_parser
+from configured_run import MEASURING_FLAGS, IdleFlag, find_configured_run, make_parser
 
 from gaudi_calib.cli.main import report_errors
 
@@ -20,11 +20,11 @@ ENGINE_FLAGS = {
 }
 # Our other flags -> the reference's.
 FLAGS = {
-    "-b": "--batch-size",
+    **MEASURING_FLAGS,
     "-e": "--enforce-eager",
     "-l": "--max-dataset-samples",
+    "--limit": "--max-dataset-samples",
     "-o": "dump_stats_path",
-    "-t": "--tensor-parallel-size",
     "-u": "--expert-parallel",
 }
 

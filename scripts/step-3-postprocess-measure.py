@@ -19,7 +19,7 @@ def main() -> int:
         "-d", "--deepseek", action="store_true", help="taken and not needed: a latent cache is recognised"
     )
     options = parser.parse_args()
-    return run_command(["postprocess", options.measurements, "-o", options.out])
+    return run_command(["postprocess", "-m", options.measurements, "-o", options.out], flags={"--output": "--out"})
 
 
 if __name__ == "__main__":

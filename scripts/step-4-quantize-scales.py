@@ -2,7 +2,8 @@
 """Step 4: compute the scales that QUANT_CONFIG (a QUANTIZE config) asks for.
 
 Ranges are read from its dump_stats_path, scales are written beside them. How experts are shared is
-found out; -u is checked against it.
+found out; -u is checked against it. Options of `gaudi-calib quantize` that the reference does not
+have are taken as well.
 """
 
 import argparse
@@ -18,17 +19,17 @@ FLAGS = {"-t": "--tensor-parallel-size", "-o": "dump_stats_path", "--config-quan
 
 def main() -> int:
     """Compute scales, and return the exit code."""
-    options = parse_options()
+    options, more = parse_options()
     run = find_configured_run(options.model, options.device)
     run.require_world(options.tensor_parallel_size, options.model)
     words = ["quantize", "-t", str(options.tensor_parallel_size), "--config-quant", str(run.config)]
     if options.expert_parallel is not None:
         words.append("-u" if options.expert_parallel else "--no-expert-parallel")
-    return run.execute(words, options.model, reads_ranges=True, flags=FLAGS)
+    return run.execute([*words, *more], options.model, reads_ranges=True, flags=FLAGS)
 
 
-def parse_options() -> argparse.Namespace:
-    """Return the reference's options."""
+def parse_options() -> tuple[argparse.Namespace, list[str]]:
+    """Return the reference's options, and the words that are none of them."""
     parser = make_parser("Compute scales from measured ranges; QUANT_CONFIG says which and how.")
     parser.add_argument(
         "-u", "--expert-parallel", action=argparse.BooleanOptionalAction, help="ranks hold whole experts"
@@ -39,7 +40,7 @@ def parse_options() -> argparse.Namespace:
     for name in ("--max-num-prefill-seqs", "--distributed-executor-backend", "--gpu-memory-utilization"):
         idle.add_argument(name, action=IdleFlag)
     idle.add_argument("--max-model-len", action=IdleFlag)
-    return parser.parse_args()
+    return parser.parse_known_args()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,12 @@ reference does not have are taken as well.
 import argparse
 import sys
 
+from configured_run import MEASURING_FLAGS
+
 from gaudi_calib.cli.main import main as run_command
+
+# Our flags -> the step's.
+FLAGS = {**MEASURING_FLAGS, "--output": "--out", "--expert-parallel": "-u", "--skip-scales": "-s"}
 
 
 def main() -> int:
@@ -23,10 +28,10 @@ def main() -> int:
     parser.add_argument("-s", "--skip_unify_scales", action="store_true", help="leave out the scales")
     parser.add_argument("--device", choices=["g2", "g3"], help="device of the scales (default: found out)")
     options, more = parser.parse_known_args()
-    words = ["unify", options.measurements, "-r", str(options.rank), "-o", options.out]
+    words = ["unify", "-m", options.measurements, "-r", str(options.rank), "-o", options.out]
     words += ["--expert-parallel"] * options.use_expert_paral + ["--skip-scales"] * options.skip_unify_scales
     words += ["--device", options.device] if options.device else []
-    return run_command([*words, *more], flags={"--expert-parallel": "-u", "--skip-scales": "-s"})
+    return run_command([*words, *more], flags=FLAGS)
 
 
 if __name__ == "__main__":

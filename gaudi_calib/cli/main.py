@@ -25,6 +25,8 @@ PROGRAM = "gaudi-calib"
 
 _COMMAND_OR_FLAG = re.compile(rf"{PROGRAM} [^`;\n]*|(?<![\w/-])--?[a-z][a-z-]*")
 
+_TWICE = re.compile(r"('--?[\w-]+') / \1")
+
 # In the order help lists them; each is a function of its name in a module of its name.
 COMMANDS = (
     *("calibrate", "prepare", "measure", "postprocess", "unify", "expand", "merge", "reshard", "quantize", "relocate"),
@@ -144,10 +146,12 @@ def report_errors(call: Callable[[], object], *, flags: Mapping[str, str] | None
 def respell(text: str, flags: Mapping[str, str]) -> str:
     """Return `text` with flags spelled as `flags` says, but for those of commands of this program.
 
+    Names of one option that become the same are one.
+
     >>> respell("pass --max-tokens 8 or -l 3, or run `gaudi-calib prepare -l 3`", {"-l": "--samples"})
     'pass --max-tokens 8 or --samples 3, or run `gaudi-calib prepare -l 3`'
     """
-    return _COMMAND_OR_FLAG.sub(lambda found: flags.get(found[0], found[0]), text)
+    return _TWICE.sub(r"\1", _COMMAND_OR_FLAG.sub(lambda found: flags.get(found[0], found[0]), text))
 
 
 def _fail(message: str, *, exit_code: int) -> int:

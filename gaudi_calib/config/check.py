@@ -69,7 +69,8 @@ def inspect_quant_config(content: object) -> Inspection:
     if twice:
         errors = [Finding(old, f"{old} and {_OLD_NAMES[old]} are both given", fix=f"remove {old}") for old in twice]
         return Inspection(None, tuple(errors))
-    read = {_OLD_NAMES.get(key, key): value for key, value in content.items() if not _is_unread(key, value)}
+    given: Mapping[str, Any] = content
+    read = {_OLD_NAMES.get(key, key): value for key, value in given.items() if not _is_unread(key, value)}
     notes = (*_note_spelling(content), *_note_unread(content))
     try:
         config = QuantConfig.model_validate(read)

@@ -44,7 +44,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> "PreTraine
         tokenizer: Any = AutoTokenizer.from_pretrained(str(directory or model), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and its hub client raise many types
         why = " ".join(str(error).split())[:400]
-        if "trust_remote_code" in why:
+        if "trust_remote_code" in str(error):
             fix = "pass --trust-remote-code if you trust the code in the model's directory"
         raise DataError("the model has no usable tokenizer", where=model, why=why, fix=fix) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes one up where there are no files

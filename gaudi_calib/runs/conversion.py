@@ -117,7 +117,7 @@ def open_record(source: CalibrationDir, out: Path) -> "AbstractContextManager[Re
             f"{out} holds another measurement than {source.path}",
             where=out / MANIFEST_NAME,
             why="one directory has the ranges of one measurement; `merge` joins several",
-            fix="give a new directory to -o, or leave -o out",
+            fix="give -o a new directory, or the one that the ranges are from",
         )
     return record_run(out / MANIFEST_NAME, fresh=False, **inherited)
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -167,6 +169,28 @@ def test_a_failing_calibration_keeps_its_exit_code(tiny: Path, program: Path, tm
     assert not (tmp_path / "out" / "model" / "g3" / "inc_output_hooks_maxabs_0_1.npz").exists()
 
 
+# Of vllm-gaudi and vllm-hpu-extension, August 2026.
+FLAGS_OF_THE_REFERENCE = {
+    "1-prepare-calibration-dataset": "-d --dataset -m --model -o --output_name --max-model-length "
+    "--max-dataset-samples --chat-template",
+    "2-measure-scales": "-d --dataset -m --model --batch-size --tensor-parallel-size --max-dataset-samples "
+    "--max-num-prefill-seqs --block-quant --expert-parallel --auto-process-dataset --enforce-eager --max-model-len "
+    "--max-tokens --sample-len -v --verbose --distributed-executor-backend --gpu-memory-utilization",
+    "3-postprocess-measure": "-m --measurements -o --out -d --deepseek",
+    "4-quantize-scales": "--model --tensor-parallel-size --block-quant --enforce-eager --expert-parallel "
+    "--max-num-prefill-seqs --distributed-executor-backend --gpu-memory-utilization --max-model-len",
+    "5-unify_measurements": "-m --measurements -r --rank -o --out -u --use_expert_paral -s --skip_unify_scales",
+    "6-expand-measurements": "-m --measurements -o --out -w --target_world_size",
+}
+
+
+@pytest.mark.parametrize("name", FLAGS_OF_THE_REFERENCE)
+def test_every_flag_of_the_reference_is_taken(name: str, tmp_path: Path) -> None:
+    """Long ones and short ones are in --help."""
+    result = run_step(name, ["--help"], tmp_path)
+    assert set(FLAGS_OF_THE_REFERENCE[name].split()) <= set(re.findall(r"(?<!\S)--?[\w-]+", result.stdout))
+
+
 def test_step_0_fails_without_a_gaudi(tmp_path: Path) -> None:
     """No device is no exit code 2 or 3, which mean Gaudi 2 and Gaudi 3."""
     result = run_step("0-detect-device", [], tmp_path)
@@ -186,12 +210,17 @@ def test_step_0_returns_the_generation(digit: int, tmp_path: Path) -> None:
 
 @pytest.mark.torch
 def test_step_1_writes_what_step_2_reads(tiny: Path, tmp_path: Path) -> None:
-    """NAME-calibration-dataset.pkl holds one row of token ids per sample, cut to the model length."""
+    """NAME-calibration-dataset.pkl holds one row of token ids per sample, cut to the model length.
+
+    The reference's step 2 gives each cell of `input` to vLLM, which takes token ids in a dict.
+    """
     words = ["-m", tiny / "Model", "-d", tiny / "prompts.jsonl", "-o", "name", "--max-dataset-samples", 3]
     result = run_step("1-prepare-calibration-dataset", [*words, "--max-model-length", 5], tmp_path)
     assert result.returncode == 0, result.stderr
     table = pd.read_pickle(tmp_path / "name-calibration-dataset.pkl")
     assert [len(ids) for ids in table["prompt_token_ids"]] == [5, 5, 5]
+    assert all(type(token) is int for ids in table["prompt_token_ids"] for token in ids)
+    assert list(table["input"]) == [{"prompt_token_ids": ids} for ids in table["prompt_token_ids"]]
 
 
 def test_steps_5_and_6_advise_flags_that_they_take(tmp_path: Path) -> None:
@@ -210,6 +239,108 @@ def test_steps_5_and_6_advise_flags_that_they_take(tmp_path: Path) -> None:
     for advised in ("-u", "--no-expert-parallel"):
         result = run_step("5-unify_measurements", [*unify, advised, "-s"], tmp_path)
         assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("6-expand-measurements", ["-m", "ranges", "-w", 0], "'-w' / '--target_world_size'"),
+        ("6-expand-measurements", ["-m", "nowhere", "-w", 2], "'-m' / '--measurements'"),
+        ("6-expand-measurements", ["-m", "ranges", "-w", 2, "-o", "file"], "'-o' / '--out'"),
+        ("5-unify_measurements", ["-m", "ranges", "-r", 0], "'-r' / '--rank'"),
+        ("5-unify_measurements", ["-m", "nowhere", "-r", 1], "'-m' / '--measurements'"),
+        ("3-postprocess-measure", ["-m", "nowhere"], "'-m' / '--measurements'"),
+        ("3-postprocess-measure", ["-m", "ranges", "-o", "file"], "'-o' / '--out'"),
+    ],
+)
+def test_what_is_wrong_with_a_flag_is_said_by_the_steps_name_of_it(
+    name: str, words: list, message: str, tmp_path: Path
+) -> None:
+    """One line that names the flag as `--help` of the step has it."""
+    (tmp_path / "ranges").mkdir()
+    (tmp_path / "file").touch()
+    result = run_step(name, words, tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"Error: Invalid value for {message}: "), result.stderr
+    own = run_step(name, ["--help"], tmp_path).stdout
+    assert all(flag in own for flag in message.replace("'", "").split(" / "))
+
+
+def test_measuring_again_is_advised_by_the_flag_of_step_2(tmp_path: Path) -> None:
+    """Steps 5 and 6 have no -t; the step that measures calls it --tensor-parallel-size."""
+    result = run_step("5-unify_measurements", ["-m", paths.GOLDEN / "mixtral-tiny/tp1/g2", "-r", 1], tmp_path)
+    assert result.returncode == 1
+    assert "measure with a larger --tensor-parallel-size that" in result.stderr
+
+
+def test_step_6_deals_out_experts_of_a_single_rank_only(tmp_path: Path) -> None:
+    """Whether two ranks held slices or experts of their own, it asks, and takes what it advises."""
+    start = ["-m", paths.GOLDEN / "mixtral-tiny/tp1/g2", "-w", 2, "-o", tmp_path / "two", "--tensor-parallel"]
+    assert run_step("6-expand-measurements", start, tmp_path).returncode == 0
+    words = ["-m", "two", "-w", 4, "-o", "four", "--from-world", 2]
+    result = run_step("6-expand-measurements", words, tmp_path)
+    assert result.returncode == 1
+    assert "give -u if each rank held experts of its own, --tensor-parallel if each held" in result.stderr
+    assert not (tmp_path / "four").exists()
+    for advised in ("-u", "--tensor-parallel"):
+        result = run_step("6-expand-measurements", [*words, advised], tmp_path)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("place", ["run/model/g2", "elsewhere"])
+def test_step_4_takes_expert_parallel_for_files_of_the_reference(place: str, tmp_path: Path) -> None:
+    """Rank files alone, no manifest: -u is checked against the ranges, and what contradicts them is told."""
+    golden, ranges = paths.GOLDEN / "mixtral-tiny", tmp_path / place
+    deal = ["-m", golden / "tp1/g2", "-w", 2, "-o", ranges]
+    assert run_step("6-expand-measurements", [*deal, "-s"], tmp_path).returncode == 0
+    assert not (ranges / "calibration_manifest.json").exists()
+    config = write_config(
+        tmp_path / "q.json",
+        mode="QUANTIZE",
+        scale_method="maxabs_hw",
+        dump_stats_path=str(ranges / "inc_output"),
+        blocklist=blocked("self_attn", "lm_head"),
+    )
+    words = ["--model", golden / "model", "--tensor-parallel-size", 2, "--device", "g2"]
+    result = run_step("4-quantize-scales", [*words, "--no-expert-parallel"], tmp_path, QUANT_CONFIG=config)
+    assert result.returncode == 1
+    assert f"where: {ranges}\n" in result.stderr and "fix:   give -u, which" in result.stderr
+    result = run_step("4-quantize-scales", [*words, "--expert-parallel"], tmp_path, QUANT_CONFIG=config)
+    assert result.returncode == 0, result.stderr
+    assert (ranges / "inc_output_hooks_maxabs_MAXABS_HW_1_2.npz").is_file()
+
+
+@pytest.mark.parametrize("size", [0, -1, "two"])
+def test_a_number_of_ranks_is_at_least_one(size: object, tmp_path: Path) -> None:
+    """Said before anything is read."""
+    config = write_config(tmp_path / "q.json", mode="QUANTIZE", dump_stats_path="./g2/inc_output")
+    words = ["--model", "model", "--tensor-parallel-size", size]
+    result = run_step("4-quantize-scales", words, tmp_path, QUANT_CONFIG=config)
+    assert result.returncode == 2
+    assert f"'{size}' is no number of ranks" in result.stderr
+
+
+@pytest.mark.torch
+def test_step_2_lets_a_tokenizer_run_its_code_where_it_is_told_to(tiny: Path, tmp_path: Path) -> None:
+    """The reference always does; here the error names the flag, and the step takes it."""
+    model = tmp_path / "Model"
+    shutil.copytree(tiny / "Model", model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "OwnTokenizer"}))
+    (model / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2 w3"}\n')
+    measure = write_config(tmp_path / "m.json", mode="MEASURE", dump_stats_path="./g3/inc_output")
+    words = ["-m", model, "-d", "rows.jsonl"]
+    env = {"QUANT_CONFIG": measure, "HF_HOME": tmp_path / "hf"}
+    result = run_step("2-measure-scales", words, tmp_path, **env)
+    assert result.returncode == 1 and "pass --trust-remote-code if you trust" in result.stderr, result.stderr
+    result = run_step("2-measure-scales", [*words, "--trust-remote-code"], tmp_path, **env)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "g3/inc_output_hooks_maxabs_0_1.npz").is_file()
 
 
 LONG, UNKNOWN = [1] * 2000, [10**6]
@@ -239,7 +370,7 @@ def test_step_1_advises_flags_that_it_takes(
     given = ["-m", tiny / "Model", "-d", data, "-o", tmp_path / "name"]
     result = run_step("1-prepare-calibration-dataset", [*given, *words], tmp_path)
     assert result.returncode in (1, 2) and advice in result.stderr, result.stderr
-    assert "--max-tokens" not in result.stderr and " -l " not in result.stderr
+    assert "--max-tokens" not in result.stderr and " -l " not in result.stderr and "--limit" not in result.stderr
     result = run_step("1-prepare-calibration-dataset", [*given, *followed], tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(pd.read_pickle(tmp_path / "name-calibration-dataset.pkl")) == 1

@@ -106,7 +106,9 @@ def test_the_backoff_of_dynamic_activations_is_that_of_inc(monkeypatch: pytest.M
         if not SCALE_METHODS[key.name].allows_dynamic:
             continue
         theirs = factory.ScaleMethodFactory(parts, params, None, "kv_cache")
-        ours = parse_quant_config({"scale_method": key.name, "dynamic_quantization": True}).method_table.default
+        ours = parse_quant_config(
+            {"mode": "QUANTIZE", "scale_method": key.name, "dynamic_quantization": True}
+        ).method_table.default
         assert ours.activation.backoff == theirs.get_scale_method(factory.QuantTensorName.INPUT, True).backoff
         assert ours.weight.backoff == theirs.get_scale_method(factory.QuantTensorName.WEIGHT_OUT_CH).backoff
 
