@@ -96,6 +96,7 @@ def flatten(scales: object) -> tuple[float, ...]:
         ("qwen3-235b", "unify DIR -r 1", 0, ""),
         ("qwen3-235b", "expand DIR -w 8 --from-world 4", 0, ""),
         ("mixtral-8x7b", "expand DIR -w 2 --device g3", 0, ""),
+        ("llama-2-7b", "expand DIR -w 2 --device g2", 0, ""),
         ("mixtral-8x7b", "unify DIR -r 1", 1, "nothing to unify into 1"),
         ("llama-3.1-70b", "unify DIR -r 1", 1, "--from-world N"),
         ("llama-3.1-70b", "unify DIR -r 2 --from-world 8 --device g3", 0, ""),
@@ -106,7 +107,10 @@ def flatten(scales: object) -> tuple[float, ...]:
         ("llama-4-maverick", "postprocess DIR", 1, "--dump inc_measure_output or --dump inc_output"),
         ("llama-4-maverick", "merge DIR DIR/. -o OUT", 1, "--dump inc_measure_output or --dump inc_output"),
         *((name, "postprocess DIR", 0, "") for name in SETS if name != "llama-4-maverick"),
-        *((name, "merge DIR COPY -o OUT", 0, "") for name in ("deepseek-r1", "llama-3.1-70b", "mixtral-8x7b")),
+        *(
+            (name, "merge DIR COPY -o OUT", 0, "")
+            for name in ("deepseek-r1", "llama-2-7b", "llama-3.1-70b", "mixtral-8x7b")
+        ),
     ],
 )
 def test_commands_take_them(
