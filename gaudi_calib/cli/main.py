@@ -28,7 +28,7 @@ _COMMAND_OR_FLAG = re.compile(rf"{PROGRAM} [^`;\n]*|(?<![\w/-])--?[a-z][a-z-]*")
 # In the order help lists them; each is a function of its name in a module of its name.
 COMMANDS = (
     *("calibrate", "prepare", "measure", "postprocess", "unify", "expand", "merge", "reshard", "quantize", "relocate"),
-    *("serve", "convert-weights", "config", "detect"),
+    *("diff", "serve", "convert-weights", "config", "detect"),
 )
 
 
