@@ -1,12 +1,13 @@
 """Modules that INC quantizes and that the files lack: it fails when the first of them runs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError
-from gaudi_calib.ranges.derive import name_old
+from gaudi_calib.ranges.experts import name_old
+from gaudi_calib.ranges.idle import find_idle
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import Op
 from gaudi_calib.rankfiles.store import read_node_names, read_stored_names
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 def find_uncovered(
     ops: Mapping[str, Op],
     config: "QuantConfig",
-    covered: Iterable[str],
+    covered: Collection[str],
     *,
-    modules: Iterable[str],
+    modules: Collection[str],
     measured_with: "QuantConfig | None",
 ) -> list[str]:
-    """Return the modules that INC quantizes with `config` and that a rank's file lacks.
+    """Return the modules that INC quantizes with `config`, that run, and that a rank's file lacks.
 
     Args:
         ops: what each module of the model computes, by name.
@@ -32,7 +33,8 @@ def find_uncovered(
         measured_with: the MEASURE config, where it is known: what it did not block, and INC did not patch
             then, INC never patches.
     """
-    named, patched = set(map(name_old, covered)), set(map(name_old, modules))
+    named = set(map(name_old, [*covered, *find_idle(modules, covered)]))
+    patched = set(map(name_old, modules))
 
     def is_served(name: str, op: Op) -> bool:
         layer_type = find_layer_type(name, op)

@@ -36,6 +36,9 @@ ScaleValueType = Literal["MAXABS", "FIXED_VALUE", "OPT"]
 Rounding = Literal["IDENTITY", "POW2", "HW_ALIGNED", "HW_ALIGNED_FIXED", "SCALE_UNIT"]
 
 SECTIONS = ("nodes", "layers", "layer_types")
+# Of every activation that is scaled while serving, whatever its method says.
+# Source: INC `ScaleMethodFactory.get_scale_method`, fp8_quant/_core/scale_methods/scale_method_factory.py.
+DYNAMIC_BACKOFF = 0.5
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,17 @@ class MethodTable:
     def file_tag(self) -> str:
         """The method's name in scale file names: that of the default."""
         return self.default.name
+
+    def for_dynamic(self) -> "MethodTable":
+        """Return the table that holds where activations are scaled while serving (`dynamic_quantization`)."""
+
+        def change(method: ScaleMethod) -> ScaleMethod:
+            return replace(method, activation=method.activation.with_backoff(DYNAMIC_BACKOFF))
+
+        overrides = {
+            section: {key: change(method) for key, method in getattr(self, section).items()} for section in SECTIONS
+        }
+        return MethodTable(change(self.default), **overrides)
 
     def entries(self) -> Iterator[tuple[str, ScaleMethod]]:
         """Yield (where, method) of the default and every override, the default first."""

@@ -4,6 +4,7 @@ Source: INC `Fp8cfg.parse`, fp8_quant/_quant_common/quant_config.py (3.10), and
 `should_quantize`, fp8_quant/_core/utils.py.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,10 +12,48 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, field_serializer
 
-from gaudi_calib.config.method_form import MethodForm, OneOf, PositiveFloat, StrictModel, build_table, spell_out
+from gaudi_calib.config.method_form import (
+    MethodForm,
+    OneOf,
+    PositiveFloat,
+    RuleError,
+    StrictModel,
+    build_table,
+    spell_out,
+)
 from gaudi_calib.config.methods import SCALE_METHODS, MethodTable, ScaleMethod
 from gaudi_calib.errors import ConfigError, Finding
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, HP_DTYPES, Device, get_device
+
+# What vllm-gaudi runs; INC alone also knows NONE, SHAPE and LOAD.
+MODES = ("QUANTIZE", "MEASURE")
+# Keys of INC's own files and of older ones that INC's parser takes, and why they change nothing.
+UNREAD_KEYS = {
+    "_json_file": "INC puts the path of the file there itself",
+    "non_tunable_params": "only INC's tuning of its own configs reads it",
+    "mod_dict": "INC fills it itself, and refuses modules of one's own",
+    "local_rank": "INC asks torch.distributed for the rank",
+    "global_rank": "it only becomes GlobalRank of the files of ranges, which nobody reads",
+    "int4_weights": "INC reads it no more: it asks the checkpoint whether weights are 4 bits wide",
+    "dump_stats_xlsx_path": "no INC that was published reads it",
+}
+# Classes of modules that stay as they are with `dynamic_quantization`: INC scales them from ranges only.
+# Source: INC `_mod_default_dict`, fp8_quant/_core/patching_common.py.
+STATIC_TYPES = frozenset(
+    {
+        "BlockSoftmaxConstMax",
+        "Conv2d",
+        "GaudiDeepseekV3MoE",
+        "GaudiFP8Linear",
+        "GaudiMixtralSparseMoeBlock",
+        "KVCache",
+        "LoRACompatibleConv",
+        "ModuleFusedSDPA",
+        "Softmax",
+    }
+)
+# Stands for all caches where no list of nodes is at hand.
+_ANY_CACHE = "model.layers.0.self_attn.attn.impl.k_cache"
 
 
 def _read_flag(value: object) -> object:
@@ -29,6 +68,23 @@ def _read_count(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _read_mode(value: object) -> object:
+    if value in MODES:
+        return value
+    meant = str(value).upper()
+    raise RuleError(
+        [
+            Finding(
+                "mode",
+                f"mode cannot be {json.dumps(value, default=str)[:80]}",
+                f"vllm-gaudi knows {' and '.join(MODES)}, compares the text as it stands, and refuses any other",
+                f'write "mode": "{meant if meant in MODES else "QUANTIZE"}"'
+                + ("" if meant in MODES else ', or "MEASURE" to measure'),
+            )
+        ]
+    )
+
+
 def _refuse_null(value: object) -> object:
     if value is None:
         raise ValueError("leave the key out")
@@ -41,6 +97,7 @@ def _refuse_bare_list(value: object) -> object:
     return value
 
 
+Mode = Annotated[str, BeforeValidator(_read_mode), WithJsonSchema({"type": "string", "enum": list(MODES)})]
 Flag = Annotated[
     bool, BeforeValidator(_read_flag), WithJsonSchema({"enum": [True, False, "true", "false", "True", "False"]})
 ]
@@ -80,7 +137,9 @@ class QuantConfig(StrictModel):
     """
 
     method: Annotated[str, OneOf("HOOKS")] = "HOOKS"
-    mode: Annotated[str, OneOf("NONE", "QUANTIZE", "MEASURE", "SHAPE", "LOAD")] = "QUANTIZE"
+    mode: Annotated[str, BeforeValidator(_read_mode), WithJsonSchema({"type": "string", "enum": list(MODES)})] = (
+        "QUANTIZE"
+    )
     observer: Annotated[str, OneOf("maxabs", "maxabs_per_channel", "shape", "save", exact_case=True)] = "maxabs"
     scale_method: ScaleMethodField = "MAXABS_HW"
     scale_format: Annotated[str, OneOf("CONST", "SCALAR")] = "SCALAR"
@@ -125,31 +184,45 @@ class QuantConfig(StrictModel):
             return self.scale_method
         published, given = SCALE_METHODS[self.scale_method], self.scale_params
         weight = published.weight.with_backoff(given.weight_backoff)
-        activation = published.activation.with_backoff(given.input_backoff)
+        activation = published.activation
+        if not self.dynamic_quantization:
+            activation = activation.with_backoff(given.input_backoff)
         method = ScaleMethod(published.name, weight, activation)
         return self.scale_method if method == published else spell_out(method)
 
     @property
     def method_table(self) -> MethodTable:
-        """The scale method of every node, with the backoffs of `scale_params`."""
-        return build_table(self.explicit_method)
+        """The scale method of every node, with the backoffs that INC uses."""
+        table = build_table(self.explicit_method)
+        return table.for_dynamic() if self.dynamic_quantization else table
 
     @property
     def uses_stats_files(self) -> bool:
         """Whether INC reads or writes ranges: not for fixed scales, not for dynamic ones."""
         fixed = all(method.is_fixed for method in self.method_table.methods)
-        return not ((self.dynamic_quantization or fixed) and self.mode in ("QUANTIZE", "LOAD"))
+        return not ((self.dynamic_quantization or fixed) and self.mode == "QUANTIZE")
+
+    @property
+    def measures_outputs(self) -> bool:
+        """Whether INC measures every output, not only those it computes scales from."""
+        return self.measure_exclude not in ("OUTPUT", "ALL")
 
     @property
     def dtype(self) -> str:
         """What the model is served in, as vLLM calls it."""
         return next(dtype for dtype, hp_dtype in HP_DTYPES.items() if hp_dtype == self.hp_dtype)
 
-    @property
-    def required_env(self) -> dict[str, str]:
-        """Environment variables without which serving with this config fails."""
-        static_per_channel = not self.dynamic_quantization and self.method_table.default.is_per_channel
-        return {"RUNTIME_SCALE_PATCHING": "0"} if static_per_channel else {}
+    def quantizes_caches(self, caches: Iterable[str] | None = None) -> bool:
+        """Whether INC quantizes any of the KV caches called `caches`; None: one that is called as in most models."""
+        names = [_ANY_CACHE] if caches is None else caches
+        return any(not self.is_blocked(name, "VLLMKVCache") for name in names)
+
+    def list_required_env(self, caches: Iterable[str] | None = None) -> dict[str, str]:
+        """Return the environment variables without which serving with this config fails; see `quantizes_caches`."""
+        if self.dynamic_quantization:
+            # Source: INC `PatchedVLLMKVCache`, fp8_quant/_quant_common/helper_modules.py.
+            return {"VLLM_DYNAMIC_KV_QUANT": "1"} if self.quantizes_caches(caches) else {}
+        return {"RUNTIME_SCALE_PATCHING": "0"} if self.method_table.default.is_per_channel else {}
 
     def is_blocked(self, name: str, class_name: str | None = None) -> bool:
         """Tell whether INC leaves node `name` alone.
@@ -161,6 +234,8 @@ class QuantConfig(StrictModel):
         >>> QuantConfig(blocklist={"names": ["lm_head"]}, dump_stats_path="out/inc").is_blocked("lm_head")
         True
         """
+        if self.dynamic_quantization and class_name in STATIC_TYPES:
+            return True
         allow, block = self.allowlist, self.blocklist
         allowed = not (allow.types or allow.names) or class_name in allow.types or _matches_any(allow.names, name)
         return not allowed or class_name in block.types or _matches_any(block.names, name)

@@ -14,7 +14,7 @@ from gaudi_calib.layout import RunLayout
 from gaudi_calib.models.families import FAMILIES, Family
 from gaudi_calib.models.source import open_model
 
-# Module types that INC cannot quantize dynamically.
+# What the reference's templates of dynamic methods leave in BF16, all of attention; INC could quantize it, too.
 DYNAMIC_BLOCKED_TYPES = ("Matmul", "B2BMatmul", "KVCache", "VLLMKVCache")
 
 
@@ -47,7 +47,7 @@ def quant_config(
     """Return the QUANTIZE config of `family`, the one that serves.
 
     Per-channel and dynamic methods get `scale_format` CONST where INC would force it;
-    dynamic methods also block the module types that INC cannot quantize dynamically.
+    dynamic methods also block attention, as the reference does.
 
     Args:
         dump_stats_path: where ranges and scales are, as directory/prefix; made absolute.

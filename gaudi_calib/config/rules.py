@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from gaudi_calib.config.method_form import MethodForm
-from gaudi_calib.config.methods import SCALE_METHODS
+from gaudi_calib.config.methods import DYNAMIC_BACKOFF, SCALE_METHODS
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.errors import Finding
 from gaudi_calib.files import explain_impossible
@@ -20,6 +20,7 @@ Rule = Callable[[QuantConfig], Iterator[Finding]]
 def find_errors(config: QuantConfig) -> list[Finding]:
     """Return every rule of INC that `config` breaks."""
     rules: tuple[Rule, ...] = (
+        _check_mode,
         _check_dynamic,
         _check_patterns,
         _check_path,
@@ -33,16 +34,25 @@ def find_errors(config: QuantConfig) -> list[Finding]:
 def find_warnings(config: QuantConfig) -> list[Finding]:
     """Return what INC or vllm-gaudi silently changes or ignores in a valid `config`."""
     rules: tuple[Rule, ...] = (
-        _warn_mode,
         _warn_scale_format,
         _warn_backoffs,
         _warn_method_table,
-        _warn_runtime_patching,
+        _warn_environment,
         _warn_ignored,
         _warn_types,
         _warn_observer,
     )
     return [finding for rule in rules for finding in rule(config)]
+
+
+def _check_mode(config: QuantConfig) -> Iterator[Finding]:
+    if "mode" not in config.model_fields_set:
+        yield Finding(
+            "mode",
+            "mode is missing",
+            "INC takes QUANTIZE, and vllm-gaudi refuses the file",
+            'add "mode": "QUANTIZE", or "MEASURE" to measure',
+        )
 
 
 def _check_dynamic(config: QuantConfig) -> Iterator[Finding]:
@@ -58,7 +68,7 @@ def _check_dynamic(config: QuantConfig) -> Iterator[Finding]:
     for key in ("use_qdq", "fake_quant", "row_parallel_linear_allreduce_quantization"):
         if getattr(config, key):
             yield Finding(key, f"{key} does not work with dynamic_quantization", fix=f"remove {key}")
-    if config.mode not in ("QUANTIZE", "LOAD"):
+    if config.mode != "QUANTIZE":
         yield Finding(
             "mode",
             f"mode {config.mode} does not work with dynamic_quantization",
@@ -136,19 +146,6 @@ def _check_observer(config: QuantConfig) -> Iterator[Finding]:
         )
 
 
-def _warn_mode(config: QuantConfig) -> Iterator[Finding]:
-    if "mode" not in config.model_fields_set:
-        yield Finding(
-            "mode", "mode is missing: INC takes QUANTIZE, vllm-gaudi refuses the file", fix='add "mode": "QUANTIZE"'
-        )
-    elif config.mode not in ("MEASURE", "QUANTIZE"):
-        yield Finding(
-            "mode",
-            f"mode {config.mode} is known to INC only; vllm-gaudi refuses the file",
-            fix="use MEASURE or QUANTIZE to run under vLLM",
-        )
-
-
 def _warn_scale_format(config: QuantConfig) -> Iterator[Finding]:
     if config.scale_format != "SCALAR" or "scale_format" not in config.model_fields_set:
         return
@@ -190,8 +187,16 @@ def _warn_method_table(config: QuantConfig) -> Iterator[Finding]:
         return
     method = SCALE_METHODS[config.method_table.file_tag]
     for part in ("weight", "activation"):
-        default = getattr(method, part).backoff
-        if "backoff" not in getattr(form.default, part).model_fields_set and default != 1.0:
+        default, entry = getattr(method, part).backoff, getattr(form.default, part)
+        if part == "activation" and config.dynamic_quantization:
+            if "backoff" in entry.model_fields_set and entry.backoff != DYNAMIC_BACKOFF:
+                yield Finding(
+                    f"scale_method.default.{part}.backoff",
+                    f"INC takes {DYNAMIC_BACKOFF}, not the {entry.backoff} given",
+                    "dynamic quantization uses its own input backoff",
+                    "remove it",
+                )
+        elif "backoff" not in entry.model_fields_set and default != 1.0:
             yield Finding(
                 f"scale_method.default.{part}.backoff",
                 f"no backoff is given: INC takes 1.0, not the {default} of {method.name.lower()}",
@@ -206,8 +211,16 @@ def _warn_method_table(config: QuantConfig) -> Iterator[Finding]:
         )
 
 
-def _warn_runtime_patching(config: QuantConfig) -> Iterator[Finding]:
-    if config.required_env and config.mode in ("QUANTIZE", "LOAD"):
+def _warn_environment(config: QuantConfig) -> Iterator[Finding]:
+    env = config.list_required_env() if config.mode == "QUANTIZE" else {}
+    if "VLLM_DYNAMIC_KV_QUANT" in env:
+        yield Finding(
+            "dynamic_quantization",
+            "KV caches that are not blocked need VLLM_DYNAMIC_KV_QUANT=1 in the environment",
+            "vllm-gaudi then keeps a scale beside every entry, and INC stops without",
+            'export VLLM_DYNAMIC_KV_QUANT=1 before serving, or add "VLLMKVCache" to blocklist.types',
+        )
+    if "RUNTIME_SCALE_PATCHING" in env:
         yield Finding(
             "scale_method",
             f"{config.method_table.file_tag.lower()} needs RUNTIME_SCALE_PATCHING=0 in the environment",
@@ -217,10 +230,13 @@ def _warn_runtime_patching(config: QuantConfig) -> Iterator[Finding]:
 
 
 def _warn_ignored(config: QuantConfig) -> Iterator[Finding]:
-    if config.measure_exclude in ("INPUT", "PARAMS"):
+    if config.measure_exclude not in ("NONE", "OUTPUT"):
+        meaning = (
+            "NONE: everything is measured" if config.measures_outputs else "OUTPUT: inputs and weights are measured"
+        )
         yield Finding(
             "measure_exclude",
-            f"INC treats measure_exclude {config.measure_exclude} as NONE: everything is measured",
+            f"INC treats measure_exclude {config.measure_exclude} as {meaning}",
             fix="use NONE or OUTPUT",
         )
     if config.ignore_modules_wo_measures:
@@ -249,8 +265,9 @@ def _warn_observer(config: QuantConfig) -> Iterator[Finding]:
     if config.observer == "maxabs_per_channel" and config.mode == "MEASURE":
         yield Finding(
             "observer",
-            "maxabs_per_channel needs the files of an earlier run with mode SHAPE in the same place",
-            fix='run with "mode": "SHAPE", "observer": "shape" first, or use "observer": "maxabs"',
+            "maxabs_per_channel needs the files of an earlier run of INC with mode SHAPE in the same place",
+            "vllm-gaudi runs no such mode",
+            'use "observer": "maxabs"',
         )
     elif config.observer == "save" and config.mode == "MEASURE":
         yield Finding("observer", "save stores every tensor, not ranges", fix='use "observer": "maxabs" to calibrate')

@@ -2,6 +2,8 @@
 
 node, layer_types   one measured module; what it computes, and the class of its module in vLLM
 table               all nodes of a rank as flat arrays
+idle                modules that never run
+sources             which of a node's ranges scales come from; nobody reads the others
 bf16                rounding to bfloat16
 topology, channels  how ranks share a model; a whole model's ranges per channel
 derive              what each rank of a topology sees of them

@@ -10,7 +10,7 @@ import heapq
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from numbers import Real
@@ -21,7 +21,8 @@ import numpy as np
 from gaudi_calib.errors import ModelError, RangeError, TopologyError
 from gaudi_calib.layout import DUMP_NAME
 from gaudi_calib.ranges.channels import ChannelRanges
-from gaudi_calib.ranges.node import Node, Op, RankSet, find_op
+from gaudi_calib.ranges.node import Node, RankSet
+from gaudi_calib.ranges.sources import find_damaged, list_read
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
 
 T = TypeVar("T")
@@ -38,11 +39,13 @@ class _Place:
         node: its name.
         rank: ` on rank 1 of 2`, or nothing.
         sources: where each of the values comes from.
+        read: the parts of it that must be finite; None for all.
     """
 
     node: str
     rank: str
     sources: Sequence[object]
+    read: Collection[str] | None = None
 
 
 def merge_ranks(runs: Sequence[RankSet[Node]], sources: Sequence[object]) -> RankSet[Node]:
@@ -53,15 +56,13 @@ def merge_ranks(runs: Sequence[RankSet[Node]], sources: Sequence[object]) -> Ran
         sources: where each comes from, to name in errors.
 
     Returns:
-        Nodes in module order, `num_samples` the largest. A row-parallel layer's second
-        output is uninitialised memory at world 1, and elsewhere where it is not finite; the
-        first one replaces it.
+        Nodes in module order, `num_samples` the largest.
 
     Raises:
         TopologyError: the runs are of different ranks, or a node has another number of
             inputs, outputs or channels.
         ModelError: a weight range differs.
-        RangeError: NaN or infinity; names node, rank and source.
+        RangeError: a range that scales come from is NaN or infinite; names node, rank and source.
     """
     first = runs[0]
     for run, source in zip(runs, sources, strict=True):
@@ -72,7 +73,6 @@ def merge_ranks(runs: Sequence[RankSet[Node]], sources: Sequence[object]) -> Ran
                 fix="combine the same rank of each run",
             )
     tables = [tabulate_ranges(run.nodes) for run in runs]
-    tables = [_without_garbage(table, first.world) for table in tables]
     samples = [run.num_samples for run in runs if run.num_samples is not None]
     modules = join_names([run.modules for run in runs])
     combined = _combine_alike(tables)
@@ -142,20 +142,6 @@ def _sort_key(name: str) -> tuple[list[str | int], str]:
     return parts, name
 
 
-def _without_garbage(table: RangeTable, world: int) -> RangeTable:
-    """Give row-parallel layers their first output for a second one that was not measured."""
-    if world > 1 and np.isfinite(table.numbers).all():
-        return table
-    shapes = zip(table.inventory.names, table.inventory.shapes, strict=True)
-    nodes = {name: table[name] for name, shape in shapes if find_op(name, shape) is Op.ROW_PARALLEL_LINEAR}
-    firsts = {
-        name: node.outputs[0]
-        for name, node in nodes.items()
-        if node.outputs and (world == 1 or not np.isfinite(node.outputs[-1]).all())
-    }
-    return table.replace({name: replace(nodes[name], outputs=(first, first)) for name, first in firsts.items()})
-
-
 def _combine_alike(tables: Sequence[RangeTable]) -> RangeTable | None:
     """Combine runs with the same nodes at once; None where they differ, or something is wrong."""
     inventory = tables[0].inventory
@@ -165,7 +151,7 @@ def _combine_alike(tables: Sequence[RangeTable]) -> RangeTable | None:
     weights = inventory.per_node([shape.weight or 0 for shape in inventory.distinct_shapes])
     ends = inventory.starts + inventory.sizes
     is_weight = np.arange(inventory.size) >= np.repeat(ends - weights, inventory.sizes)
-    if not np.isfinite(numbers).all() or (numbers != numbers[0])[:, is_weight].any():
+    if any(map(any, map(find_damaged, tables))) or (numbers != numbers[0])[:, is_weight].any():
         return None
     return RangeTable(inventory, np.maximum.reduce(numbers))
 
@@ -178,8 +164,9 @@ def _combine_nodes(
     for name in order:
         having = [(run[name], source) for run, source in zip(runs, sources, strict=True) if name in run]
         if having:
-            place = _Place(name, rank, [source for _, source in having])
-            combined[name] = _combine("", [node for node, _ in having], place, equal=False)
+            nodes, origins = zip(*having, strict=True)
+            read = list_read(name, nodes[0]) if isinstance(nodes[0], Node) else None
+            combined[name] = _combine("", nodes, _Place(name, rank, origins, read), equal=False)
     return combined
 
 
@@ -235,7 +222,7 @@ def _combine_arrays(part: str, values: Sequence[np.ndarray], place: _Place, *, e
         _refuse_structure(part, values, place)
     for value, source in zip(values, place.sources, strict=True):
         finite = np.isfinite(value)
-        if not finite.all():
+        if not finite.all() and (place.read is None or part in place.read):
             _refuse_number(part, value[~finite][0], place, source)
     if not equal:
         return np.maximum.reduce(values)

@@ -145,7 +145,7 @@ class RangeTable(_Table[Node]):
 
     def equals(self, other: "RangeTable") -> bool:
         """Tell whether `other` has the same ranges of the same nodes, in the same order."""
-        return self.inventory.equals(other.inventory) and np.array_equal(self.numbers, other.numbers)
+        return self.inventory.equals(other.inventory) and np.array_equal(self.numbers, other.numbers, equal_nan=True)
 
     def rename(self, names: Sequence[str]) -> "RangeTable":
         """Return the same ranges by other names."""

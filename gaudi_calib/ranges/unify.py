@@ -20,6 +20,7 @@ from gaudi_calib.ranges.experts import (
     rename_modules,
 )
 from gaudi_calib.ranges.node import Node, RankSet
+from gaudi_calib.ranges.sources import find_damaged
 from gaudi_calib.ranges.table import Inventory, RangeTable, tabulate_ranges
 
 
@@ -46,14 +47,16 @@ def gather_world(ranks: Sequence[RankSet[Node]]) -> World:
 
     Raises:
         TopologyError: nodes, shapes or experts differ between ranks; see `find_expert_layers` too.
-        RangeError: NaN or infinity; names node and rank.
+        RangeError: a range that scales come from is NaN or infinite; names node and rank.
     """
     tables = [tabulate_ranges(rank.nodes) for rank in ranks]
     first = tables[0].inventory
     if not all(table.inventory.equals(first) for table in tables):
         tables = _align_tables(ranks, tables)
-    checked = [replace(rank, nodes=_require_finite(rank, table)) for rank, table in zip(ranks, tables, strict=True)]
-    return World(tuple(checked), first, tuple(find_expert_layers(first)))
+    for rank, table in zip(ranks, tables, strict=True):
+        _require_finite(rank, table)
+    gathered = [replace(rank, nodes=table) for rank, table in zip(ranks, tables, strict=True)]
+    return World(tuple(gathered), first, tuple(find_expert_layers(first)))
 
 
 def unify_ranks(world: World, size: int, *, expert_parallel: bool) -> list[RankSet[Node]]:
@@ -169,22 +172,11 @@ def _require_same_experts(left: RankSet[Node], right: RankSet[Node], first: Inve
             )
 
 
-def _require_finite(rank: RankSet[Node], table: RangeTable) -> RangeTable:
-    """Refuse NaN and infinity.
-
-    Row-parallel `outputs[1]`, the product summed over ranks, is uninitialised memory at world 1, and at every world
-    where the layer leaves summing to others (shared experts); no scale comes from it. `outputs[0]` stands in.
-    """
-    bad = np.flatnonzero(~np.isfinite(table.numbers)).tolist()
-    numbers = table.numbers.copy() if bad else table.numbers
-    for position in bad:
-        name, part = table.describe_number(position)
-        if part == "outputs[1]" and rank.nodes[name].weight is not None:
-            numbers[position] = numbers[position - 1]
-        if not np.isfinite(numbers[position]):
-            raise RangeError(
-                f"{part} of {name} is not finite on rank {rank.rank} of {rank.world}",
-                why=f"the range is {float(numbers[position])}",
-                fix="find the sample that overflows (measure with -b 1) and measure again",
-            )
-    return RangeTable(table.inventory, numbers)
+def _require_finite(rank: RankSet[Node], table: RangeTable) -> None:
+    """Refuse NaN and infinity in ranges that are read; elsewhere they are passed on."""
+    for name, part, value in find_damaged(table):
+        raise RangeError(
+            f"{part} of {name} is not finite on rank {rank.rank} of {rank.world}",
+            why=f"the range is {value}",
+            fix="find the sample that overflows (measure with -b 1) and measure again",
+        )

@@ -19,6 +19,7 @@ from gaudi_calib.config.model import QuantConfig, with_dump_stats_path
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import CalibrationError, FileError, RangeError, UsageError
 from gaudi_calib.layout import DUMP_NAME, RankFile
+from gaudi_calib.ranges.idle import find_idle
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.unify import gather_world, unify_ranks
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Prompt attention is either fused or naive; the modules of the other way never run.
-_ALTERNATIVES = ("softmax", "fused_scaled_dot_product_attention")
 _SHOWN = 3
 
 
@@ -197,8 +196,8 @@ def _read_measured(run: Run, target: Target) -> Sequence[RankSet[Node]]:
     """
     ranks = gather_world(CalibrationDir(run.staging / target.device.name).read_world(run.options.world)).ranks
     for rank_set in ranks:
-        unseen = (name for name in rank_set.modules if name not in rank_set.nodes)
-        silent = [name for name in unseen if name.rpartition(".")[2] not in _ALTERNATIVES]
+        known = {*rank_set.nodes, *find_idle(rank_set.modules, rank_set.nodes)}
+        silent = [name for name in rank_set.modules if name not in known]
         if silent:
             raise RangeError(
                 f"{len(silent)} modules of rank {rank_set.rank} of {rank_set.world} never ran: "

@@ -18,15 +18,17 @@ Source: INC fp8_quant/_core/scale_methods/ops_quantizer.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from gaudi_calib.config.methods import MethodTable, ScaleMethod, TensorScaling, get_scale_method
-from gaudi_calib.errors import ConfigError, RangeError
+from gaudi_calib.errors import ConfigError, IdleExpertError, RangeError
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.layer_types import find_layer_type, is_expert_matmul
 from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, RankSet, ScaleNode, find_op
+from gaudi_calib.ranges.sources import Part, find_sources, label_part
 from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, ScaleShape, ScaleTable, tabulate_ranges
 from gaudi_calib.scales.optimal import choose_tensor_scale
 from gaudi_calib.scales.precision import FP32, PRECISIONS, Precision
@@ -34,7 +36,6 @@ from gaudi_calib.scales.rounding import round_scales
 from gaudi_calib.scales.tensor import scale_channels, scale_ranges
 
 WeightReader = Callable[[str], "np.ndarray | None"]
-Part = tuple[str, int]  # ("inputs", 0)
 
 
 def compute_scales(
@@ -45,8 +46,10 @@ def compute_scales(
     weights: WeightReader,
     layer_types: Mapping[str, str] | None = None,
     hp_dtype: str = "BF16",
+    allows_idle: bool = False,
+    as_on_cpu: bool = False,
 ) -> RankSet[ScaleNode]:
-    """Return the scales of one rank, bit for bit those INC computes.
+    """Return the scales of one rank, bit for bit those INC computes on a Gaudi.
 
     Args:
         ranges: one rank's ranges; rounded to `hp_dtype` first, as INC does.
@@ -57,6 +60,10 @@ def compute_scales(
             Called only for per-channel and `OPT` rules, and where a weight has no range.
         layer_types: module class by node name, for nodes `find_layer_type` gets wrong.
         hp_dtype: what INC computes in: `BF16`, `FP16` or `FP32`, as in QUANT_CONFIG.
+        allows_idle: give experts that saw no token a scale of 0, as INC does; what a token becomes
+            that is sent to one when serving, nobody knows.
+        as_on_cpu: give the scales that INC computes on a CPU instead, which divides ranges where a Gaudi
+            multiplies them by a rounded reciprocal. For comparison with INC where there is no Gaudi.
 
     Returns:
         Nodes in the order of `ranges`. Scales are floats; output scales of a linear
@@ -66,19 +73,20 @@ def compute_scales(
     Raises:
         RangeError: a range that is needed is missing, NaN, infinite, negative, or leads to a
             scale of 0 (a division by zero when serving), or a weight is missing or malformed.
+        IdleExpertError: it is the range of an expert, and `allows_idle` is not given.
         ConfigError: the table has `layer_types` and a node's class is not known, or an `OPT` rule and another
             `hp_dtype` than BF16.
     """
     table = MethodTable(get_scale_method(method)) if isinstance(method, str) else method
     require_precision(table, hp_dtype)
-    formats = _Formats(device, PRECISIONS[hp_dtype])
+    formats = _Formats(device, replace(PRECISIONS[hp_dtype], divides=as_on_cpu))
     measured = tabulate_ranges(ranges.nodes)
     names, count = measured.inventory.names, len(measured.inventory.names)
     shapes = [ScaleShape(0, 0, False)] * count
     solved = []
     others: dict[str, ScaleNode] = {}
     for alike in _find_classes(measured.inventory, table, layer_types or {}):
-        scales = _solve_class(alike, measured, formats)
+        scales = _solve_class(alike, measured, formats, allows_idle=allows_idle)
         if scales.weight_rule is not None:
             for row, inputs, output in zip(alike.rows.tolist(), scales.inputs, scales.output, strict=True):
                 rule = scales.weight_rule
@@ -179,29 +187,13 @@ def _find_rules(name: str, op: Op, table: MethodTable, layer_types: Mapping[str,
     return table.for_node(name, layer_type)
 
 
-def find_sources(op: Op, shape: RangeShape) -> tuple[list[Part], Part | None]:
-    """Return the ranges that the inputs' scales come from, and that of the output where it has its own."""
-    if op is Op.MATMUL or (op is Op.B2B_MATMUL and shape.outputs is None):  # before INC 1.24
-        return [("inputs", 0), ("inputs", 1)], None
-    if op is Op.B2B_MATMUL:
-        return [("inputs", 0), ("outputs", 0)], None
-    if op is Op.SOFTMAX:
-        return [], ("outputs", 0)
-    if op is Op.FUSED_SDPA:
-        return [("inputs", 0), ("inputs", 1), ("inputs", 2), ("outputs", 1)], ("outputs", 0)
-    if op is Op.DYNAMIC_MOE:
-        experts = [("outputs", index) for index in range(1, len(shape.outputs or ()))]
-        return [("inputs", index) for index in range(len(shape.inputs))] + experts, ("outputs", 0)
-    return [("inputs", 0)], ("outputs", 0) if op is Op.ROW_PARALLEL_LINEAR else None
-
-
-def _solve_class(alike: _Class, measured: RangeTable, formats: _Formats) -> _ClassScales:
+def _solve_class(alike: _Class, measured: RangeTable, formats: _Formats, *, allows_idle: bool) -> _ClassScales:
     activation, (inputs, output) = alike.rules.activation, find_sources(alike.op, alike.shape)
     is_linear = alike.op in (Op.LINEAR, Op.ROW_PARALLEL_LINEAR)
     if is_linear and activation.is_fixed:
         output = ("outputs", 0)
     parts = inputs if output is None else [*inputs, output]
-    scales = _scale_parts(alike, parts, activation, measured, formats)
+    scales = _scale_parts(alike, parts, activation, measured, formats, allows_idle=allows_idle)
     entries = scales[:, : len(inputs)]
     if alike.op is Op.KV_CACHE:
         return _ClassScales(entries, entries[:, 0])
@@ -217,7 +209,13 @@ def _solve_class(alike: _Class, measured: RangeTable, formats: _Formats) -> _Cla
 
 
 def _scale_parts(
-    alike: _Class, parts: Sequence[Part], rule: TensorScaling, measured: RangeTable, formats: _Formats
+    alike: _Class,
+    parts: Sequence[Part],
+    rule: TensorScaling,
+    measured: RangeTable,
+    formats: _Formats,
+    *,
+    allows_idle: bool = False,
 ) -> np.ndarray:
     """Return the scales of some ranges of a class: float32, shape (nodes, parts)."""
     if rule.is_fixed:
@@ -231,7 +229,12 @@ def _scale_parts(
         name, label = alike.names[alike.rows[node]], label_part(parts[part])
         raise _bad_range(name, label, found, int(bad.sum()), formats.precision)
     scales = scale_ranges(ranges, rule, *formats)
-    for node, part in np.argwhere((scales == 0) | ~np.isfinite(scales)).tolist():
+    is_expert = np.array([alike.op is Op.DYNAMIC_MOE and kind == "outputs" and place > 0 for kind, place in parts])
+    idle = (scales == 0) & (ranges == 0) & is_expert
+    if idle.any() and not allows_idle:
+        node = int(idle.any(axis=1).argmax())
+        raise _idle_experts(alike.names[alike.rows[node]], int(idle.sum()), int(idle.any(axis=1).sum()))
+    for node, part in np.argwhere(((scales == 0) | ~np.isfinite(scales)) & ~idle).tolist():
         name, label = alike.names[alike.rows[node]], label_part(parts[part])
         if not (ranges[node, part] == 0 and is_expert_matmul(name) and label == "inputs[0]"):
             raise _bad_scale(name, label, float(measured_ranges[node, part]), float(scales[node, part]), rule)
@@ -261,11 +264,6 @@ def _take_ranges(alike: _Class, parts: Sequence[Part], measured: RangeTable) -> 
         return measured.numbers[starts + np.array([offset for offset, _ in chosen], dtype=np.int64)]
     columns = [measured.numbers[starts + offset + np.arange(channels)].max(axis=1) for offset, channels in chosen]
     return np.stack(columns, axis=1)
-
-
-def label_part(part: Part) -> str:
-    """Return how messages call a range of a node: `inputs[0]`, `weight`."""
-    return "weight" if part[0] == "weight" else f"{part[0]}[{part[1]}]"
 
 
 def _scale_node(
@@ -331,6 +329,16 @@ def _bad_range(name: str, part: str, value: float, count: int, precision: Precis
         where=name,
         why=f"a range is a finite maximum of absolute values that {precision.dtype} can hold",
         fix="find the sample that overflows and measure again",
+    )
+
+
+def _idle_experts(name: str, experts: int, layers: int) -> IdleExpertError:
+    return IdleExpertError(
+        f"{experts} experts of {layers} layers saw no token, and their scale would be 0",
+        where=name,
+        why="their ranges are 0, and dividing by the scale gives inf or NaN as soon as a token is sent to one",
+        fix="measure with more data, so that tokens reach every expert; or use a hardware-aligned method, whose "
+        "smallest scale is not 0: there such an expert adds next to nothing",
     )
 
 

@@ -1,7 +1,8 @@
-"""The arithmetic that INC computes scales in (`hp_dtype` of QUANT_CONFIG), on float32 arrays, bit for bit as torch's.
+"""The arithmetic that INC computes scales in (`hp_dtype` of QUANT_CONFIG), on float32 arrays.
 
 A value here is a float32 that the number format can represent; an operation runs in float32 and its result
-is rounded to the nearest such value, ties to even, which is what torch does on a CPU for one operation.
+is rounded to the nearest such value, ties to even, which is what torch does on a CPU for one operation. A card
+does the same but for one operation: `divide_by_constant`.
 """
 
 from collections.abc import Callable
@@ -16,18 +17,31 @@ from gaudi_calib.ranges.bf16 import round_to_bf16
 
 @dataclass(frozen=True)
 class Precision:
-    """A number format.
+    """A number format, and how the processor that INC runs on divides by a constant in it.
 
     Attributes:
-        dtype: name of it, as torch and vLLM have it.
+        dtype: name of the format, as torch and vLLM have it.
         round: to its nearest value; takes anything float32 can hold, returns float32 of the same shape. Values
             beyond the largest become inf; NaN stays NaN.
+        divides: whether a constant is divided by, as a CPU does, and not its reciprocal multiplied with, as a
+            Gaudi does.
     """
 
     dtype: str
     round: Callable[[ArrayLike], np.ndarray]
+    divides: bool = False
 
-    def divide(self, x: np.ndarray, divisor: float | np.ndarray) -> np.ndarray:
+    def divide_by_constant(self, x: np.ndarray, divisor: float) -> np.ndarray:
+        """Return `x / divisor` for a divisor that is no tensor; a Gaudi rounds its reciprocal first.
+
+        >>> from dataclasses import replace
+        >>> x = np.array(1.015625, dtype=np.float32)
+        >>> [float(one.divide_by_constant(x, 112.0)) for one in (BF16, replace(BF16, divides=True))]
+        [0.009033203125, 0.00909423828125]
+        """
+        return self.divide(x, divisor) if self.divides else self.multiply(x, self.divide(1, divisor))
+
+    def divide(self, x: ArrayLike, divisor: float | np.ndarray) -> np.ndarray:
         """Return `x / divisor`; a Python float is rounded to float32 only, as torch does."""
         with np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore"):
             return self.round(np.asarray(x, dtype=np.float32) / np.asarray(divisor, dtype=np.float32))

@@ -25,7 +25,7 @@ def scale_ranges(ranges: np.ndarray, method: TensorScaling, device: Device, prec
     >>> scale_ranges(np.array([1.0, 30.0, 0.0]), get_scale_method("maxabs_hw").activation, GAUDI2).tolist()
     [0.0625, 1.0, 0.00390625]
     """
-    scales = precision.divide(precision.round(ranges), device.fullscale * method.backoff)
+    scales = precision.divide_by_constant(precision.round(ranges), device.fullscale * method.backoff)
     return round_scales(scales, method.rounding_method, device, precision)
 
 
@@ -42,7 +42,7 @@ def scale_channels(
         float32 holding values of `precision`, shape (out,).
     """
     largest = precision.round(np.abs(weight).max(axis=1, initial=0.0))
-    scales = np.maximum(precision.divide(largest, device.fullscale * method.backoff), precision.round(TINY))
+    scales = np.maximum(precision.divide_by_constant(largest, device.fullscale * method.backoff), precision.round(TINY))
     scales = round_scales(scales, method.rounding_method, device, precision)
     if method.scale_value_type == "MAXABS":
         return scales

@@ -9,6 +9,7 @@ from gaudi_calib.config.check import inspect_quant_config, parse_quant_config
 from gaudi_calib.config.file import read_quant_config, write_quant_config
 from gaudi_calib.config.methods import SCALE_METHODS
 from gaudi_calib.config.model import (
+    NodeFilter,
     describe_scaling,
     describe_schema,
     find_idle_patterns,
@@ -18,10 +19,12 @@ from gaudi_calib.config.model import (
 )
 from gaudi_calib.config.presets import choose_family, measure_config, plan_configs, quant_config
 from gaudi_calib.config.rules import find_warnings
+from gaudi_calib.config.templates import list_templates
 from gaudi_calib.errors import ConfigError, ModelError, UsageError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.layout import RunLayout
 from gaudi_calib.models.families import FAMILIES, find_family
+from tests.support.published import read_published
 
 PATH = "/data/out/g2/inc_output"
 
@@ -69,8 +72,8 @@ def test_every_method_and_family_gives_a_config_that_reads_back(family, method, 
     assert "scale_format" not in {finding.where for finding in find_warnings(config)}
 
 
-def test_dynamic_methods_leave_the_types_inc_cannot_quantize():
-    """A dynamic method switches dynamic quantization on and blocks matmuls and KV caches."""
+def test_dynamic_methods_leave_attention():
+    """A dynamic method switches dynamic quantization on and blocks matmuls and KV caches, as the reference does."""
     content = to_content(quant_config(FAMILIES[0], PATH, "maxabs_pcs_pow2"))
     assert content["dynamic_quantization"] is True
     assert content["scale_format"] == "CONST"
@@ -125,7 +128,10 @@ def test_an_unknown_key_names_the_nearest_known_one(content, key, nearest):
 
 
 REFUSED = {
-    "mode": ({"mode": "QUANTISE"}, "QUANTIZE is the nearest"),
+    "mode": ({"mode": "QUANTISE"}, 'write "mode": "QUANTIZE", or "MEASURE"'),
+    "mode in lower case": ({"mode": "measure"}, 'write "mode": "MEASURE"'),
+    "mode of INC only": ({"mode": "LOAD"}, 'write "mode": "QUANTIZE", or "MEASURE"'),
+    "modules of one's own": ({"mod_dict": {"MyLinear": "linear"}}, "remove it"),
     "observer in capitals": ({"observer": "MAXABS"}, "use one of maxabs, maxabs_per_channel, shape, save"),
     "method": ({"scale_method": "maxabs_hv"}, "MAXABS_HW is the nearest"),
     "method that is a number": ({"scale_method": 3}, "use one of UNIT_SCALE"),
@@ -165,6 +171,57 @@ def test_a_refusal_says_how_to_repair_it(content, fix):
         parse(**content)
     assert fix in error.value.fix
     assert error.value.exit_code == 1
+
+
+def test_a_config_says_what_to_do():
+    """Without a mode INC would quantize, and vllm-gaudi refuses the file."""
+    errors = inspect_quant_config({"dump_stats_path": PATH}).errors
+    assert [(finding.where, finding.fix) for finding in errors] == [
+        ("mode", 'add "mode": "QUANTIZE", or "MEASURE" to measure')
+    ]
+
+
+UNREAD = {
+    "_json_file": None,
+    "non_tunable_params": ["white_list"],
+    "mod_dict": {},
+    "local_rank": 0,
+    "global_rank": None,
+    "int4_weights": "True",
+    "dump_stats_xlsx_path": "out/stats.xlsx",
+}
+
+
+def test_keys_that_inc_takes_and_does_not_read_are_warnings():
+    """INC writes some of them itself, older ones read others; each is told with its reason, and not written again."""
+    content = {"mode": "QUANTIZE", "dump_stats_path": PATH}
+    inspection = inspect_quant_config({**content, **UNREAD})
+    assert {finding.where: finding.fix for finding in inspection.warnings} == dict.fromkeys(UNREAD, "remove it")
+    assert all(finding.why for finding in inspection.warnings)
+    assert to_content(inspection.config) == content
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"dump_stats_paths": "out/x"}, "dump_stats_path"),
+        ({"blocklst": {}, "blacklist": {}}, "blocklist"),
+        ({"allowlist": {"names": [], "name": ["mlp"]}}, "names"),
+    ],
+    ids=["beside it", "beside its old name", "in a list"],
+)
+def test_a_fix_makes_no_second_key_of_one_name(content, key):
+    """Where the key that was meant is there, the misspelt one is one too many."""
+    errors = inspect_quant_config({"mode": "QUANTIZE", "dump_stats_path": PATH, **content}).errors
+    assert [finding.fix for finding in errors] == [f"remove it: '{key}' is given, too"]
+
+
+@pytest.mark.parametrize("published", read_published(), ids=lambda published: published["from"])
+def test_published_configs(published):
+    """The settings of every public QUANT_CONFIG: what is wrong with them, and what is surprising."""
+    inspection = inspect_quant_config(published["content"])
+    assert [finding.where for finding in inspection.errors] == published["errors"]
+    assert [finding.where for finding in inspection.warnings] == published["warnings"]
 
 
 def test_all_problems_are_found_at_once():
@@ -222,10 +279,10 @@ def test_unreadable_files_are_config_errors(tmp_path):
 
 
 def test_spelling_of_the_file_does_not_matter():
-    """Case, string booleans and the old names of the lists mean the same."""
+    """Case (but for mode and observer), string booleans and the old names of the lists mean the same."""
     loose = parse_quant_config(
         {
-            "mode": "quantize",
+            "mode": "QUANTIZE",
             "scale_method": "Maxabs_Hw",
             "scale_format": "CONST",
             "use_qdq": "True",
@@ -265,9 +322,17 @@ WARNED = {
         {"scale_method": "maxabs_pcs_pow2", "dynamic_quantization": True, "scale_params": {"input_backoff": 0.5}},
         "scale_params.input_backoff",
     ),
+    "backoff of a dynamic dict": (
+        {
+            "dynamic_quantization": True,
+            "scale_method": {"default": {"weight": {"backoff": 0.5}, "activation": {"backoff": 0.25}}},
+        },
+        "scale_method.default.activation.backoff",
+    ),
+    "dynamic caches": ({"scale_method": "maxabs_pcs_pow2", "dynamic_quantization": True}, "dynamic_quantization"),
     "exclude": ({"measure_exclude": "INPUT"}, "measure_exclude"),
+    "exclude all": ({"measure_exclude": "ALL"}, "measure_exclude"),
     "dotted type": ({"blocklist": {"types": ["torch.nn.Linear"]}}, "blocklist.types"),
-    "mode of INC only": ({"mode": "LOAD"}, "mode"),
     "unmeasured modules": ({"ignore_modules_wo_measures": True}, "ignore_modules_wo_measures"),
     "e5m2": ({"fp8_config": "E5M2"}, "fp8_config"),
     "tensors": ({"mode": "MEASURE", "observer": "save"}, "observer"),
@@ -293,13 +358,18 @@ def test_what_inc_changes_silently_is_a_warning(content, key):
 
 
 def test_warnings_about_spelling():
-    """Old names, a missing mode and a truthy "False" are told, and written correctly."""
+    """Old names and a truthy "False" are told, and written correctly."""
     inspection = inspect_quant_config(
-        {"whitelist": {"names": ["mlp"]}, "seperate_measure_files": "False", "dump_stats_path": PATH}
+        {
+            "mode": "MEASURE",
+            "whitelist": {"names": ["mlp"]},
+            "seperate_measure_files": "False",
+            "dump_stats_path": PATH,
+        }
     )
-    assert [finding.where for finding in inspection.warnings] == ["whitelist", "seperate_measure_files", "mode"]
+    assert [finding.where for finding in inspection.warnings] == ["whitelist", "seperate_measure_files"]
     assert to_content(inspection.config) == {
-        "mode": "QUANTIZE",
+        "mode": "MEASURE",
         "allowlist": {"types": [], "names": ["mlp"]},
         "dump_stats_path": PATH,
         "seperate_measure_files": False,
@@ -321,9 +391,41 @@ def test_backoffs_are_written_as_inc_reads_them():
 
 
 def test_required_environment():
-    """Only static per-channel methods need runtime scale patching off."""
-    needs = {method for method in SCALE_METHODS if quant_config(FAMILIES[0], PATH, method).required_env}
+    """Static per-channel methods need runtime scale patching off; dynamic caches are announced to vllm-gaudi."""
+    needs = {method for method in SCALE_METHODS if quant_config(FAMILIES[0], PATH, method).list_required_env()}
     assert needs == {name for name in SCALE_METHODS if "WEIGHTS_PCS" in name}
+    everything = list_templates()["maxabs_quant_dynamic_quantization_all_layers.json"]
+    assert everything.list_required_env() == {"VLLM_DYNAMIC_KV_QUANT": "1"}
+    assert everything.list_required_env(["a.k_cache"]) == {"VLLM_DYNAMIC_KV_QUANT": "1"}
+    assert everything.list_required_env([]) == {}
+    for lists in ({"types": ["VLLMKVCache"]}, {"names": ["self_attn"]}):
+        assert everything.model_copy(update={"blocklist": NodeFilter(**lists)}).list_required_env() == {}
+
+
+def test_backoff_of_dynamic_activations():
+    """It is INC's own, whatever the config says; that of weights, and of static activations, is not touched."""
+    pow2 = {"granularity": "PTS", "scale_value_type": "MAXABS", "rounding_method": "POW2", "backoff": 0.125}
+    both = {"weight": pow2, "activation": pow2}
+    for dynamic, backoff in ((True, 0.5), (False, 0.125)):
+        config = parse(scale_method={"default": both, "nodes": {"lm_head": both}}, dynamic_quantization=dynamic)
+        for method in config.method_table.methods:
+            assert (method.activation.backoff, method.weight.backoff) == (backoff, 0.125)
+        short = parse(scale_method="maxabs_pow2", dynamic_quantization=dynamic, scale_params={"input_backoff": 0.125})
+        assert short.method_table.default.activation.backoff == backoff
+        assert (to_content(short)["scale_method"] == "maxabs_pow2") == dynamic
+
+
+def test_what_cannot_be_dynamic_is_left_alone():
+    """Softmax and the fused op stay as they are in a dynamic config; attention's matmuls and caches do not."""
+    content = {"scale_method": "maxabs_pcs_pow2", "dynamic_quantization": True}
+    for class_name, is_left in {
+        "ModuleFusedSDPA": True,
+        "Softmax": True,
+        "Matmul": False,
+        "VLLMKVCache": False,
+    }.items():
+        assert parse(**content).is_blocked("model.layers.0", class_name) == is_left
+        assert not parse().is_blocked("model.layers.0", class_name)
 
 
 def test_scales_device():
@@ -400,9 +502,15 @@ def test_schema_describes_what_is_accepted():
     validator = jsonschema.Draft202012Validator(describe_schema())
     good = to_content(quant_config(find_family("deepseek_v3"), PATH, "maxabs_hw", use_qdq="True"))
     table = {"mode": "QUANTIZE", "scale_method": {"default": {"weight": {"rounding_method": "pow2"}}}}
-    for content in (good, table, {"mode": "measure"}):
+    for content in (good, table, {"mode": "MEASURE"}):
         assert list(validator.iter_errors(content)) == []
-    for content in ({"mode": "QUANTISE"}, {"modes": "QUANTIZE"}, {"blocklist": ["lm_head"]}, {"use_qdq": 1.5}):
+    for content in (
+        {"mode": "QUANTISE"},
+        {"mode": "measure"},
+        {"modes": "QUANTIZE"},
+        {"blocklist": ["lm_head"]},
+        {"use_qdq": 1.5},
+    ):
         assert list(validator.iter_errors(content)) != []
 
 

@@ -103,7 +103,7 @@ def _compare(name: str, ours: float, real: float):
 def test_scales_of_golden_ranges_are_those_of_inc(model: str):
     """Of the same ranges, scales are equal to the bit."""
     real = read_scales(GOLDEN / model / "tp1" / "g2" / "inc_output_hooks_maxabs_MAXABS_HW_0_1.json")
-    ours = compute_scales(read_golden(model), "maxabs_hw", GAUDI2, weights=_no_weights)
+    ours = compute_scales(read_golden(model), "maxabs_hw", GAUDI2, weights=_no_weights, as_on_cpu=True)
     assert list(ours.nodes) == list(real.nodes)
     assert repr(ours.nodes) == repr(dict(real.nodes))
 
@@ -112,7 +112,7 @@ def test_scales_of_golden_ranges_are_those_of_inc(model: str):
 def test_scales_of_measured_ranges_fit_those_of_inc(model: str, measured: Callable[[str], RankSet[Node]]):
     """With the caches' ranges in the matmuls, all but one scale: ours saw the queries of prefill, too."""
     real = read_scales(GOLDEN / model / "tp1" / "g2" / "inc_output_hooks_maxabs_MAXABS_HW_0_1.json")
-    ours = compute_scales(apply_kv_cache(measured(model)), "maxabs_hw", GAUDI2, weights=_no_weights)
+    ours = compute_scales(apply_kv_cache(measured(model)), "maxabs_hw", GAUDI2, weights=_no_weights, as_on_cpu=True)
     assert list(ours.nodes) == list(real.nodes)
     for name, node in real.nodes.items():
         mine = ours.nodes[name]

@@ -14,7 +14,7 @@ import pytest
 from gaudi_calib.checkpoints.plan import ModelPlan, plan_model
 from gaudi_calib.config.file import write_quant_config
 from gaudi_calib.config.methods import get_scale_method
-from gaudi_calib.config.presets import measure_config, quant_config
+from gaudi_calib.config.presets import DYNAMIC_BLOCKED_TYPES, measure_config, quant_config
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.fp8 import get_device
@@ -24,7 +24,7 @@ from gaudi_calib.ranges.topology import Topology
 from gaudi_calib.rankfiles.store import write_rank_set, write_rank_sets
 from gaudi_calib.runs.unify import Conversion, unify_dir
 from gaudi_calib.scales.compute import compute_scales
-from tests.support.reference_fp8 import compute_logprobs
+from tests.support.reference_fp8 import Dynamic, compute_logprobs
 from tests.support.tiny import make_tiny_model
 
 pytest.importorskip("vllm")
@@ -195,18 +195,21 @@ class Quantized:
         writes_scales: bool = False,
         factor: float = 1.0,
         world: int = 1,
+        **content: object,
     ):
         """Measure `model` and compute its scales; those of qkv_proj's inputs are multiplied with `factor`.
 
-        All ranks get the ranges of one, so that one computation predicts what they do together.
+        All ranks get the ranges of one, so that one computation predicts what they do together. `content` is that of
+        the config; nothing is blocked by itself.
         """
         plan = plan_model(model)
         self.model, self.device, self.prompts = model, get_device(device), prompts
         directory = root / device
         directory.mkdir(parents=True)
-        self.dynamic = get_scale_method(method).is_dynamic_only
-        lists = {} if self.dynamic else NOTHING_BLOCKED  # INC cannot quantize attention dynamically
-        config = quant_config(plan.family, directory / "inc_output", method, **lists)
+        config = quant_config(plan.family, directory / "inc_output", method, **{**NOTHING_BLOCKED, **content})
+        self.dynamic: Dynamic = None
+        if config.dynamic_quantization:
+            self.dynamic = "channel" if get_scale_method(method).is_dynamic_only else "tensor"
         path = root / f"maxabs_quant_{device}.json"
         write_quant_config(path, config)
         one = Topology(1)
@@ -217,9 +220,8 @@ class Quantized:
         nodes = {name: _spoil(name, node, factor) for name, node in scales.nodes.items()}
         if writes_scales:
             write_rank_set(directory, replace(scales, nodes=nodes), method=method.upper())
-        # Routers are of a class that INC does not patch, and the fused op is never dynamic.
-        left = ("block_sparse_moe.gate", *(["scaled_dot_product_attention"] if self.dynamic else []))
-        self.scales = {name: node for name, node in nodes.items() if not name.endswith(left)}
+        # Routers are of a class that INC does not patch.
+        self.scales = {name: node for name, node in nodes.items() if not name.endswith("block_sparse_moe.gate")}
         self.task = EngineTask(str(model), str(path), prompts, world=world, engine=FLOAT32)
         self.answer: Answer | None = None
 
@@ -246,6 +248,9 @@ def quantized(models, prompts, tmp_path_factory: pytest.TempPathFactory) -> dict
     def make(case: str, model: str, device: str, method: str, **options) -> Quantized:
         return Quantized(models(model), root / case, device, method, prompts, **options)
 
+    def alone(case: str, model: str, device: str, method: str, **options) -> Quantized:
+        return Quantized(models(model), root / case, device, method, prompts[-1:], **options)
+
     pcs = "act_maxabs_hw_weights_pcs_maxabs_pow2"
     cases = {
         "scale files": make("scale files", "llama", "g3", "maxabs_hw", writes_scales=True),
@@ -253,7 +258,11 @@ def quantized(models, prompts, tmp_path_factory: pytest.TempPathFactory) -> dict
         "experts": make("experts", "mixtral", "g2", "maxabs_hw"),
         "per channel": make("per channel", "qwen3", "g2", pcs, writes_scales=True),
         "tied": make("tied", "llama-tied", "g2", "maxabs_pow2"),
-        "dynamic": make("dynamic", "llama", "g3", "maxabs_pcs_pow2"),
+        "dynamic": make("dynamic", "llama", "g3", "maxabs_pcs_pow2", blocklist={"types": list(DYNAMIC_BLOCKED_TYPES)}),
+        "dynamic attention": alone("dynamic attention", "llama", "g2", "maxabs_pcs_pow2"),
+        "dynamic tensors": alone(
+            "dynamic tensors", "llama", "g3", "maxabs_pow2", dynamic_quantization=True, blocklist={"names": ["lm_head"]}
+        ),
     }
     for case, answer in zip(cases.values(), run_engines([case.task for case in cases.values()]), strict=True):
         case.answer = answer
@@ -268,7 +277,18 @@ def find_distance(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -
 
 
 @pytest.mark.parametrize(
-    "case", ["scale files", "wrong scales", "experts", "per channel", "tied", "dynamic", "two ranks"]
+    "case",
+    [
+        "scale files",
+        "wrong scales",
+        "experts",
+        "per channel",
+        "tied",
+        "dynamic",
+        "dynamic attention",
+        "dynamic tensors",
+        "two ranks",
+    ],
 )
 def test_quantized_logprobs_are_those_of_a_plain_computation(quantized, case: str):
     """Prefill and decode, over the whole vocabulary, bit for bit at most positions; unquantized ones are far away.

@@ -6,6 +6,7 @@ vllm-gaudi and INC left, to where QUANT_CONFIG of that phase points.
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from gaudi_calib.errors import CalibrationError, DataError, FileError, RangeErro
 from gaudi_calib.fp8 import GAUDI2
 from gaudi_calib.layout import parse_rank_file
 from gaudi_calib.manifest import read_manifest
-from gaudi_calib.rankfiles.store import read_scales, write_rank_set
+from gaudi_calib.ranges.node import Node
+from gaudi_calib.rankfiles.store import read_ranges, read_scales, write_rank_set
 from gaudi_calib.runs.calibrate import calibrate, list_files, measure
 from gaudi_calib.runs.options import RunOptions
+from gaudi_calib.serve.command import ServeOptions, plan_on_gaudi
 from tests.support import paths
 from tests.support.files import write_prompts
 
@@ -37,9 +40,11 @@ class FakeCards:
 
     Attributes:
         phases: what was run, in order.
+        golden: the model's files.
     """
 
     def __init__(self) -> None:
+        self.golden = GOLDEN
         self.phases: list[Phase] = []
         self.configs: list[dict] = []
         self.keep = lambda name: True
@@ -51,7 +56,7 @@ class FakeCards:
         self.configs.append(config)
         target = Path(config["dump_stats_path"]).parent
         world = phase.settings.args["tensor_parallel_size"]
-        for path in sorted((GOLDEN / f"tp{world}" / target.name).iterdir()):
+        for path in sorted((self.golden / f"tp{world}" / target.name).iterdir()):
             parts = parse_rank_file(path.name)
             is_scale = parts is not None and parts.method is not None
             if parts and is_scale == (phase.name == "quantize") and self.keep(path.name):
@@ -71,7 +76,7 @@ def cards(monkeypatch) -> FakeCards:
 
 def options(out: Path, **changes) -> RunOptions:
     facts = {"dataset": {"dataset": str(write_prompts(out))}, "world": 2, "batch_size": 4}
-    return RunOptions(str(GOLDEN / "model"), out, **{**facts, **changes})
+    return RunOptions(**{"model": str(GOLDEN / "model"), "out": out, **facts, **changes})
 
 
 def test_calibration_on_a_gaudi(cards, tmp_path):
@@ -153,6 +158,68 @@ def test_a_module_never_ran(cards, tmp_path):
     with pytest.raises(RangeError, match="16 modules of rank 0 of 2 never ran") as caught:
         measure(options(tmp_path))
     assert "--max-new-tokens" in caught.value.fix
+
+
+def edit_ranges(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """Return what lets `change` alter the nodes of a rank's ranges, in the json and the npz that a card left."""
+
+    def edit(path: Path) -> None:
+        parts = parse_rank_file(path.name)
+        if path.suffix == ".npz" and parts and parts.method is None:
+            ranks = read_ranges(path.with_suffix(".json"))
+            nodes = dict(ranks.nodes)
+            change(nodes)
+            write_rank_set(path.parent, replace(ranks, nodes=nodes))
+
+    return edit
+
+
+def calibrate_deepseek(cards: FakeCards, out: Path) -> Path:
+    """Measure and quantize the golden DeepSeek on the cards, and return the directory of its files."""
+    cards.golden = paths.GOLDEN / "deepseek-v3-fp8-tiny"
+    result = calibrate(options(out, model=str(cards.golden / "model"), world=1))
+    return result.root / "g2"
+
+
+def test_modules_that_never_run_are_no_error(cards, tmp_path):
+    """INC lists a second set of a DeepSeek's attention ops, which vLLM never calls; its files are taken as they are."""
+    directory = calibrate_deepseek(cards, tmp_path)
+    (ranks,) = CalibrationDir(directory).read_world(1)
+    assert ranks.modules == tuple(
+        json.loads((cards.golden / "tp1/g2/inc_output_hooks_maxabs_0_1_mod_list.json").read_text())
+    )
+    assert "model.layers.0.self_attn.mla_attn.mla_attn.matmul_qk" in {*ranks.modules} - {*ranks.nodes}
+
+
+def test_a_module_beside_idle_ones_never_ran(cards, tmp_path):
+    """One matmul that serving needs is missing among those that it does not: told, and only that one."""
+    missing = "model.layers.1.self_attn.mla_attn.mla_attn.impl.matmul_av"
+    cards.edit = edit_ranges(lambda nodes: nodes.pop(missing))
+    with pytest.raises(RangeError, match=f"1 modules of rank 0 of 1 never ran: {missing}\n"):
+        calibrate_deepseek(cards, tmp_path)
+    cards.edit = edit_ranges(lambda nodes: nodes.pop("model.layers.1.mlp.experts.routed_experts.moe_op"))
+    with pytest.raises(CalibrationError, match="experts"):
+        calibrate_deepseek(cards, tmp_path)
+
+
+def test_naive_prompt_attention(cards, tmp_path):
+    """The fused op is idle then, and infinity enters softmax: both are left as the cards left them."""
+
+    def go_naive(nodes: dict) -> None:
+        for name in [name for name in nodes if name.endswith("fused_scaled_dot_product_attention")]:
+            softmax = f"{name.rpartition('.')[0]}.softmax"
+            del nodes[name]
+            nodes[softmax] = Node((np.float32([np.inf]),), (np.float32([1]),))
+
+    cards.edit = edit_ranges(go_naive)
+    directory = measure(options(tmp_path, unified_world=1)).root / "g2"
+    for world in (2, 1):
+        for rank in CalibrationDir(directory).read_world(world):
+            assert rank.nodes["model.layers.0.self_attn.attn.impl.softmax"].inputs == (np.inf,)
+    command = plan_on_gaudi(
+        ServeOptions(str(GOLDEN / "model"), calibrate(options(tmp_path)).quant_configs["g2"], 2, "g2")
+    )
+    assert "serve" in command.argv
 
 
 def test_a_scale_is_not_finite(cards, tmp_path):

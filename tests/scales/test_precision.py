@@ -1,5 +1,6 @@
 """The arithmetic of scales equals torch's on the CPU, over every bfloat16 and every float16 value."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,19 @@ def test_division_equals_torch(device, backoff: float, values: Values):
     np.testing.assert_array_equal(ours, (values.tensor / divisor).float().numpy())
     singles = [(values.tensor[index] / divisor).item() for index in range(0, len(ours), 97)]
     assert ours[::97].tolist() == singles
+
+
+@pytest.mark.parametrize("backoff", [0.25, 0.5, 1.0, 0.3])
+@pytest.mark.parametrize("device", [GAUDI2, GAUDI3], ids=lambda device: device.name)
+def test_a_gaudi_multiplies_by_a_rounded_reciprocal_where_a_cpu_divides(device, backoff: float, values: Values):
+    """Over every value, as torch computes either."""
+    divisor = device.fullscale * backoff
+    reciprocal = torch.ones((), dtype=values.tensor.dtype) / divisor
+    on_card = values.precision.divide_by_constant(values.numbers, divisor)
+    np.testing.assert_array_equal(on_card, (values.tensor * reciprocal).float().numpy())
+    on_cpu = replace(values.precision, divides=True).divide_by_constant(values.numbers, divisor)
+    np.testing.assert_array_equal(on_cpu, (values.tensor / divisor).float().numpy())
+    assert (on_card != on_cpu).any()
 
 
 def test_products_and_differences_equal_torch(values: Values):

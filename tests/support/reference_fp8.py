@@ -5,9 +5,9 @@ values and attention outputs are divided by their scale, rounded by the NumPy ca
 multiplied again; nothing is shared with the vLLM plugin but the scales.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from gaudi_calib.ranges.node import PerChannelWeight, ScaleNode
 from gaudi_calib.scales.cast import cast_to_fp8
 
 Scales = Mapping[str, ScaleNode]
+Dynamic = Literal["channel", "tensor"] | None
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
@@ -29,7 +30,7 @@ def compute_logprobs(
     scales: Scales | None,
     device: Device,
     *,
-    dynamic: bool = False,
+    dynamic: Dynamic = None,
 ) -> list[np.ndarray]:
     """Return the log-probabilities of the next token at every position, float32 of shape (tokens, vocabulary).
 
@@ -37,7 +38,8 @@ def compute_logprobs(
         sequences: token ids.
         prompts: how many tokens of each are its prompt; later ones are decoded.
         scales: by vLLM's module names; nodes that are not there stay as they are. None: nothing is rounded.
-        dynamic: every token that enters a linear layer has a scale of its own.
+        dynamic: scales of activations come from the values: one for every token that enters a linear layer, and so
+            on, or one for all of a tensor. The only sequence of an engine is then meant.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
@@ -46,14 +48,14 @@ def compute_logprobs(
     model = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32, attn_implementation="fp8_reference"
     ).eval()
-    state = {"decoded_from": 0}
+    state: dict[str, Any] = {"decoded_from": 0, "dynamic": dynamic}
     for name, module in model.named_modules():
         if name.endswith("self_attn"):
             module.fp8 = (state, scales or {}, f"{name}.attn.impl.", device)
         elif name.endswith("mlp.experts"):
             _patch_experts(module, name, scales or {}, device)
         elif isinstance(module, nn.Linear):
-            _patch_linear(module, name, scales or {}, device, dynamic=dynamic)
+            _patch_linear(module, name, scales or {}, device, state)
     found = []
     with torch.inference_mode():
         for tokens, state["decoded_from"] in zip(sequences, prompts, strict=True):
@@ -70,13 +72,27 @@ def round_fp8(x: torch.Tensor, scale: float | torch.Tensor | None, device: Devic
     return (rounded * scale).to(x.dtype)
 
 
-def scale_tokens(x: torch.Tensor, device: Device) -> torch.Tensor:
-    """One power of two per token, shape (..., 1), in bfloat16 arithmetic; its range is used in full."""
-    largest = x.abs().amax(-1, keepdim=True).bfloat16()
-    return torch.exp2(torch.log2(largest / device.fullscale).ceil()).float()
+def scale_values(
+    x: torch.Tensor, device: Device, state: Mapping[str, Any], channels: tuple[int, ...], values: tuple[int, ...]
+) -> torch.Tensor:
+    """Return powers of two for `x`, whose tokens are in its last dimension but one; half of the range is used.
+
+    Args:
+        channels, values: dimensions that share a scale where there is one per channel, and one per tensor. A pass has
+            all of a prompt's tokens, or one.
+    """
+    magnitudes = x.abs().clamp(min=torch.finfo(torch.bfloat16).tiny)
+    if state["dynamic"] == "channel":
+        largest = magnitudes.amax(channels, keepdim=True) if channels else magnitudes
+    else:
+        largest = magnitudes.amax(values, keepdim=True)
+        prompt = largest.narrow(-2, 0, state["decoded_from"])
+        prompt.copy_(prompt.max())
+    reciprocal = torch.tensor(2 / device.fullscale).bfloat16()
+    return torch.exp2(torch.log2(largest.bfloat16() * reciprocal).ceil()).float()
 
 
-def _patch_linear(module: nn.Linear, name: str, scales: Scales, device: Device, *, dynamic: bool) -> None:
+def _patch_linear(module: nn.Linear, name: str, scales: Scales, device: Device, state: Mapping[str, Any]) -> None:
     parent, _, last = name.rpartition(".")
     node = scales.get(f"{parent}.{FUSED.get(last, last)}" if parent else last)
     if node is None:
@@ -86,7 +102,7 @@ def _patch_linear(module: nn.Linear, name: str, scales: Scales, device: Device, 
     )
 
     def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        scale = scale_tokens(args[0], device) if dynamic else node.inputs[0]
+        scale = scale_values(args[0], device, state, (-1,), (-1,)) if state["dynamic"] else node.inputs[0]
         return (round_fp8(args[0], scale, device),)
 
     module.register_forward_pre_hook(enter)
@@ -138,10 +154,15 @@ def _attend(
         node = scales.get(prefix + op)
         return None if node is None else float(getattr(node, kind)[index])
 
+    def rounding(x: torch.Tensor, stored: float | None, channels: tuple[int, ...] = (-1,)) -> torch.Tensor:
+        if stored is None or not state["dynamic"]:
+            return round_fp8(x, stored, device)
+        return round_fp8(x, scale_values(x, device, state, channels, (1, -1)), device)
+
     fused = "fused_scaled_dot_product_attention"
-    rounding: Callable[..., torch.Tensor] = partial(round_fp8, device=device)
     prefill = rounding(query, scale(fused))
-    scaled = rounding(query * scaling, scale("batch2block_matmul", index=1))
+    # A pass that decodes one sequence has one row, so that every column of it has a scale of its own.
+    scaled = rounding(query * scaling, scale("batch2block_matmul", index=1), ())
     decode = rounding(scaled, scale("matmul_qk")) / scaling
     query = torch.cat([prefill[:, :, :start], decode[:, :, start:]], dim=2)
     groups = query.shape[1] // key.shape[1]
@@ -151,5 +172,5 @@ def _attend(
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     out = (torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ value.float()).to(value.dtype)
     first = rounding(out[:, :, :start], scale(fused, "outputs"))
-    later = rounding(out[:, :, start:], scale("block2batch_matmul", index=1))
+    later = rounding(out, scale("block2batch_matmul", index=1), ())[:, :, start:]
     return torch.cat([first, later], dim=2).transpose(1, 2), None

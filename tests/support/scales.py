@@ -1,10 +1,27 @@
-"""Scales in a form that two sides can be compared in."""
+"""Ranges and scales of INC's JSON, and ours in a form that can be compared with it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from gaudi_calib.ranges.node import PerChannelWeight, ScaleNode
+from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
+
+
+def to_rank(nodes: Mapping[str, dict]) -> RankSet[Node]:
+    """Return the `Nodes` of a file of ranges as the only rank of a world."""
+    return RankSet(
+        0,
+        1,
+        {
+            name: Node(
+                tuple(map(_to_vector, node["inputs"])),
+                tuple(map(_to_vector, node["outputs"])) if "outputs" in node else None,
+                _to_vector(node["params"]["weight"]) if node.get("params") else None,
+            )
+            for name, node in nodes.items()
+        },
+    )
 
 
 def to_json(node: ScaleNode) -> dict[str, Any]:
@@ -19,6 +36,10 @@ def to_json(node: ScaleNode) -> dict[str, Any]:
         "outputs": [_to_list(scale) for scale in node.outputs],
         "params": params,
     }
+
+
+def _to_vector(matrix: list) -> np.ndarray:
+    return np.array(matrix, dtype=np.float32).reshape(-1)
 
 
 def _to_list(value: float | np.ndarray) -> Any:

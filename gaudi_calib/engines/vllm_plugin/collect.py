@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import TypeVar
 
-import numpy as np
 from torch import nn
 
 from gaudi_calib.checkpoints.plan import ModelPlan
@@ -19,6 +18,7 @@ from gaudi_calib.ranges.channels import ChannelNode, ChannelRanges
 from gaudi_calib.ranges.derive import derive_rank, select_nodes
 from gaudi_calib.ranges.layer_types import is_expert_matmul
 from gaudi_calib.ranges.node import Node, RankSet
+from gaudi_calib.ranges.sources import find_damaged
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
 from gaudi_calib.ranges.topology import Topology
 
@@ -127,8 +127,7 @@ def _collect_attention(model: nn.Module, plan: ModelPlan, session: Session) -> d
 
 
 def _require_finite(table: RangeTable) -> None:
-    for position in np.flatnonzero(~np.isfinite(table.numbers)).tolist():
-        name, _ = table.describe_number(position)
+    for name, _, _ in find_damaged(table):
         raise RangeError(
             f"{name} saw NaN or infinity",
             where=name,

@@ -8,8 +8,13 @@ vLLM's kernel reads keys and values from the cache, so they are rounded once, by
 scale; where the caches are blocked, by that of the fused op. Not emulated, because kernels
 do not show them: the rounding of probabilities (`matmul_av.inputs[0]`, the fused op's amax),
 of single blocks' results before they are added up, and of softmax denominators (Gaudi 2).
+
+Dynamic methods leave the fused op alone: a prompt attends in bfloat16. What is cached has a scale per token and head;
+other matmuls are scaled over the tokens of a pass. Not emulated: that keys and values of a prompt are rounded only
+for what comes after it, and that values are rounded once more, by block.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,25 +32,36 @@ from gaudi_calib.ranges.node import ATTENTION_OPS, Op, ScaleNode
 
 _SHAPES = {Op.MATMUL: (2, None), Op.B2B_MATMUL: (2, 1), Op.KV_CACHE: (1, None), Op.FUSED_SDPA: (3, 2)}
 _FUSED = "fused_scaled_dot_product_attention"
+# The dimension of (tokens, heads, channels) whose values share a scale where a dynamic method has one per channel:
+# INC takes rows of a matmul's first input, columns of its second.
+_DIMS = {"batch2block_matmul": 0, "block2batch_matmul": 0}
+
+Scaler = Callable[[torch.Tensor], float | torch.Tensor]
 
 
 class QuantizedAttention:
     """Stands in for `forward` of one of vLLM's attention layers."""
 
-    def __init__(self, layer: Attention, scales: dict[str, ScaleNode], source: ScaleSource):
-        """Take the scales of the layer's ops by their short names; ops that are missing stay in bfloat16."""
+    def __init__(
+        self, layer: Attention, names: Mapping[str, str], scales: Mapping[str, ScaleNode], source: ScaleSource
+    ):
+        """Take names and scales of the layer's ops by their short names; ops without scales stay in bfloat16."""
         self.layer, self.device = layer, source.device
 
-        def find_input(op: str, index: int) -> float | None:
-            return scales[op].inputs[index] if op in scales else None
+        def enter(op: str, index: int) -> list[Scaler]:
+            """Return what scales an input of `op`, nothing where it is not quantized."""
+            if op not in scales:
+                return []
+            stored, layer_type = scales[op].inputs[index], find_layer_type(names[op], ATTENTION_OPS[op])
+            return [lambda x: source.scale_input(x, stored, names[op], layer_type, dim=_DIMS.get(op, -1))]
 
         # Where both caches are blocked, the fused op rounds keys and values.
-        self._key = find_input("k_cache", 0) or find_input(_FUSED, 1)
-        self._value = find_input("v_cache", 0) or find_input(_FUSED, 2)
-        self._prefill_query = find_input(_FUSED, 0)
-        self._decode_query = find_input("batch2block_matmul", 1), find_input("matmul_qk", 0)
-        self._prefill_out = float(scales[_FUSED].outputs[0]) if _FUSED in scales else None
-        self._decode_out = find_input("block2batch_matmul", 1)
+        self._key = enter("k_cache", 0) or enter(_FUSED, 1)
+        self._value = enter("v_cache", 0) or enter(_FUSED, 2)
+        self._prefill_query = enter(_FUSED, 0)
+        self._decode_query = enter("batch2block_matmul", 1) + enter("matmul_qk", 0)
+        self._prefill_out: list[Scaler] = [lambda _: float(scales[_FUSED].outputs[0])] if _FUSED in scales else []
+        self._decode_out = enter("block2batch_matmul", 1)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
@@ -54,33 +70,38 @@ class QuantizedAttention:
         metadata = find_metadata(layer.layer_name)
         if metadata is None:
             return type(layer).forward(layer, query, key, value, *args, **kwargs)
-        decodes = Sequences.from_metadata(metadata).find_decodes()
-        query = self._round_query(query, decodes)
+        decoded = Sequences.from_metadata(metadata).find_decodes().nonzero().flatten().to(query.device)
+        factor = float(layer.impl.scale)
+        query = self._round_rows(query, decoded, self._prefill_query, self._decode_query, factor)
         if key is not None and value is not None:
-            key, value = self._round(key, self._key), self._round(value, self._value)
+            key = self._round(key, layer.num_kv_heads, self._key)
+            value = self._round(value, layer.num_kv_heads, self._value)
         out = type(layer).forward(layer, query, key, value, *args, **kwargs)
-        return _select(decodes, self._round(out, self._decode_out), self._round(out, self._prefill_out))
+        return self._round_rows(out, decoded, self._prefill_out, self._decode_out)
 
-    def _round_query(self, query: torch.Tensor, decodes: torch.Tensor) -> torch.Tensor:
-        prefill = self._round(query, self._prefill_query)
-        if not bool(decodes.any()):
-            return prefill
-        factor = float(self.layer.impl.scale)
-        scaled = self._round((query * factor).to(query.dtype), *self._decode_query)
-        return _select(decodes, (scaled.float() / factor).to(query.dtype), prefill)
+    def _round_rows(
+        self, x: torch.Tensor, decoded: torch.Tensor, prefill: list[Scaler], decode: list[Scaler], factor: float = 1.0
+    ) -> torch.Tensor:
+        """Round tokens of prompts one way, `decoded` ones, which are multiplied with `factor` before, another."""
+        rounded = self._round(x, self.layer.num_heads, prefill)
+        if not len(decoded):
+            return rounded
+        scaled = self._round((x[decoded] * factor).to(x.dtype), self.layer.num_heads, decode)
+        return rounded.index_copy(0, decoded, (scaled.float() / factor).to(x.dtype))
 
-    def _round(self, x: torch.Tensor, *scales: float | None) -> torch.Tensor:
-        for scale in scales:
-            if scale is not None:
-                x = pass_through(x, scale, self.device)
-        return x
+    def _round(self, x: torch.Tensor, heads: int, scalers: list[Scaler]) -> torch.Tensor:
+        """Pass `x`, of shape (tokens, ...), through FP8, once for each of `scalers`."""
+        by_head = x.reshape(len(x), heads, -1)
+        for scale in scalers:
+            by_head = pass_through(by_head, scale(by_head), self.device)
+        return by_head.reshape(x.shape)
 
 
 def quantize_attention(layer: Attention, source: ScaleSource) -> None:
     """Make `layer` compute in FP8, as far as the config does not block its ops.
 
     Raises:
-        ConfigError: the config asks for dynamic quantization of attention, or vLLM is to quantize its cache itself.
+        ConfigError: vLLM is to quantize its cache itself.
         RangeError: an op that is not blocked was not measured.
     """
     config = source.session.config
@@ -88,16 +109,9 @@ def quantize_attention(layer: Attention, source: ScaleSource) -> None:
     if not names:
         return
     _require_plain_cache(layer, source)
-    if source.is_dynamic:
-        raise ConfigError(
-            "dynamic quantization of attention is not supported by quantization gaudi_fp8",
-            where=source.session.path,
-            why=f"it does not block {', '.join(names)}",
-            fix='add "Matmul", "B2BMatmul" and "VLLMKVCache" to blocklist.types, as the presets do',
-        )
     found = source.find({name: stand_in(*_SHAPES[ATTENTION_OPS[op]]) for op, name in names.items()})
     scales = {op: found[name] for op, name in names.items() if name in found}
-    layer.forward = QuantizedAttention(layer, scales, source)  # type: ignore[method-assign]
+    layer.forward = QuantizedAttention(layer, names, scales, source)  # type: ignore[method-assign]
 
 
 def _require_plain_cache(layer: Attention, source: ScaleSource) -> None:
@@ -111,22 +125,9 @@ def _require_plain_cache(layer: Attention, source: ScaleSource) -> None:
 
 
 def _list_ops(layer: str, config: QuantConfig) -> list[str]:
-    """Ops that INC would quantize; softmax is patched and never called, and the fused op is static only."""
-    called = {op: kind for op, kind in ATTENTION_OPS.items() if kind in _SHAPES}
-    if config.dynamic_quantization:
-        called.pop(_FUSED)
+    """Ops that INC would quantize; softmax is patched and never called."""
     return [
         op
-        for op, kind in called.items()
-        if not config.is_blocked(f"{layer}.impl.{op}", find_layer_type(f"{layer}.impl.{op}", kind))
+        for op, kind in ATTENTION_OPS.items()
+        if kind in _SHAPES and not config.is_blocked(f"{layer}.impl.{op}", find_layer_type(f"{layer}.impl.{op}", kind))
     ]
-
-
-def _select(mask: torch.Tensor, chosen: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Rows of `chosen` where `mask`, shape (tokens,), else of `other`; rows beyond are padding."""
-    if chosen is other:
-        return other
-    out = other.clone()
-    rows = mask.nonzero().flatten().to(out.device)
-    out[rows] = chosen[rows]
-    return out

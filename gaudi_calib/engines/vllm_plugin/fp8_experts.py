@@ -1,7 +1,8 @@
 """Routed experts, computed as the target device would: its fused op takes FP8 in and multiplies FP8.
 
-hidden states   scale inputs[0] of the op; dynamic methods: per token
-intermediate    scale inputs[1 + i] of expert i; dynamic methods: per token
+hidden states   scale inputs[0] of the op; dynamic methods: of each token, or of all
+intermediate    scale inputs[1 + i] of expert i; dynamic methods: as the hidden states, expert by expert (the
+                device's fused op scales it inside, nobody says how)
 weights         those of w13_list.i and w2_list.i
 """
 
@@ -28,6 +29,7 @@ class QuantizedExpertsMethod(ExpertsMethod):
         self.name, self.source = name, source
         self._input_scales: list[float] = []
         self._weight_scales: dict[str, torch.Tensor] = {}
+        self._hidden: torch.Tensor | None = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
         count = len(layer.w13_weight)
@@ -47,11 +49,18 @@ class QuantizedExpertsMethod(ExpertsMethod):
             )
             weight.copy_(values)
 
+    def apply(
+        self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *shared: Any, **_: Any
+    ) -> torch.Tensor:
+        self._hidden = x
+        return super().apply(layer, x, topk_weights, topk_ids)
+
     def multiply(self, layer: Any, part: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         if not self._input_scales:
             return super().multiply(layer, part, expert, x)
         stored = self._input_scales[0 if part == "w13" else 1 + expert]
-        scale = self.source.scale_input(x, stored, f"{self.name}.routed_experts.moe_op", "VllmMixtureOfExpertsOp")
+        op, among = f"{self.name}.routed_experts.moe_op", self._hidden if part == "w13" else None
+        scale = self.source.scale_input(x, stored, op, "VllmMixtureOfExpertsOp", among=among)
         product = nn.functional.linear(quantize(x, scale, self.source.device), getattr(layer, f"{part}_weight")[expert])
         out = (product.float() * (self._weight_scales[f"{part}_list.{expert}"] * scale)).to(x.dtype)
         return out + getattr(layer, f"{part}_bias")[expert] if self.moe.has_bias else out

@@ -149,9 +149,11 @@ class GaudiFp8Config(QuantizationConfig):
             )
 
     def _refuse_latent(self, prefix: str) -> None:
+        from gaudi_calib.ranges.layer_types import find_layer_type
         from gaudi_calib.ranges.node import LATENT_ATTENTION_OPS
 
-        if all(self.session.config.is_blocked(f"{prefix}.impl.{op}") for op in LATENT_ATTENTION_OPS):
+        names = {f"{prefix}.impl.{op}": kind for op, kind in LATENT_ATTENTION_OPS.items()}
+        if all(self.session.config.is_blocked(name, find_layer_type(name, kind)) for name, kind in names.items()):
             return
         raise ConfigError(
             "latent attention is not supported by quantization gaudi_fp8",

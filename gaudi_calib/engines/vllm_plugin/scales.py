@@ -14,6 +14,7 @@ from gaudi_calib.engines.observe.peak import max_magnitude
 from gaudi_calib.engines.vllm_plugin.session import Session
 from gaudi_calib.errors import FileError, RangeError
 from gaudi_calib.fp8 import Device
+from gaudi_calib.ranges.bf16 import TINY
 from gaudi_calib.ranges.node import Node, PerChannelWeight, RankSet, ScaleNode
 from gaudi_calib.rankfiles.store import read_ranges, read_scales
 from gaudi_calib.scales.compute import compute_scales
@@ -77,23 +78,39 @@ class ScaleSource:
             raise self._unmeasured(missing[0])
         return {**stored, **(self._compute(measured, weights) if measured else {})}
 
-    def scale_input(self, x: torch.Tensor, stored: float, node: str, layer_type: str) -> float | torch.Tensor:
-        """Return the scale of an input of `node`: the `stored` one, or one per token, where the method is dynamic.
+    def scale_input(
+        self,
+        x: torch.Tensor,
+        stored: float,
+        node: str,
+        layer_type: str | None,
+        *,
+        dim: int = -1,
+        among: torch.Tensor | None = None,
+    ) -> float | torch.Tensor:
+        """Return the scale of an input of `node`: the `stored` one, or where the method is dynamic that of the values.
 
         Args:
-            x: shape (..., channels).
+            x: the values.
             layer_type: class of the node's module.
+            dim: the dimension of `x` whose values share a scale where there is one per channel.
+            among: what shares a scale where there is one per tensor; None: `x`.
 
         Returns:
-            A number, or float32 of shape (..., 1); 1 for a token of zeros.
+            A number, or float32: of the shape of `x` but for `dim`, which is 1, or ().
+
+        Source: INC `MaxAbsDynamicPts`, `MaxAbsDynamicPcs`, fp8_quant/_core/scale_methods/scales_method.py.
         """
         if not self.is_dynamic:
             return stored
         rule = self.table.for_node(node, layer_type).activation
-        largest = max_magnitude(x, -1).unsqueeze(-1).float()
+        if rule.is_per_channel:
+            largest = max_magnitude(x, dim).unsqueeze(dim)
+        else:
+            largest = max_magnitude(x if among is None else among)
         precision = PRECISIONS[self.session.config.hp_dtype]
-        scales = torch.from_numpy(scale_ranges(largest.cpu().numpy(), rule, self.device, precision)).to(x.device)
-        return torch.where(scales > 0, scales, torch.ones_like(scales))
+        scales = scale_ranges(largest.float().cpu().numpy(), rule, self.device, precision)
+        return torch.as_tensor(np.maximum(scales, np.float32(TINY)), device=x.device)
 
     def _compute(self, nodes: Mapping[str, Node], weights: Mapping[str, torch.Tensor]) -> dict[str, ScaleNode]:
         def read(name: str) -> np.ndarray:

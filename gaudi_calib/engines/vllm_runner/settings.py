@@ -13,7 +13,6 @@ from pathlib import Path
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.engines import QUANTIZATION
 from gaudi_calib.models.families import Family
-from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import Op, classify
 
 # Cards of one Gaudi node; more ranks need Ray.
@@ -22,9 +21,6 @@ NODE_CARDS = 8
 # vLLM copies variables with its own prefixes to Ray's workers, and those that this one names.
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 _RAY_PREFIXES = ("VLLM_", "HF_", "NCCL_")
-
-# Stands for all caches where no list of nodes is at hand.
-_ANY_CACHE = "model.layers.0.self_attn.attn.impl.k_cache"
 
 
 @dataclass(frozen=True)
@@ -103,18 +99,19 @@ def plan_settings(platform: str, config: QuantConfig, quant_config: Path, deploy
     args: dict[str, object] = {} if deployed.quantization else {"quantization": "inc"}
     if deployed.quantization and deployed.quantization.get("weight_block_size"):
         env["VLLM_HPU_FORCE_CHANNEL_FP8"] = "0"
-    if config.mode != "MEASURE" and _quantizes_caches(config, deployed.modules):
+    caches = _list_caches(deployed.modules)
+    if config.mode != "MEASURE" and config.quantizes_caches(caches):
         args["kv_cache_dtype"] = "fp8_inc"
     if deployed.world > 1:
         env["PT_HPU_ENABLE_LAZY_COLLECTIVES"] = "true"
     family_env = deployed.family.env if deployed.family else {}
-    return Settings({**args, **shared}, {**env, **family_env, **deployed.env, **config.required_env})
+    return Settings({**args, **shared}, {**env, **family_env, **deployed.env, **config.list_required_env(caches)})
 
 
-def _quantizes_caches(config: QuantConfig, modules: Sequence[str]) -> bool:
-    named = modules or [_ANY_CACHE]
-    caches = [name for name in named if classify(name.rpartition(".")[2], None, has_weight=False) is Op.KV_CACHE]
-    return any(not config.is_blocked(name, find_layer_type(name, Op.KV_CACHE)) for name in caches)
+def _list_caches(modules: Sequence[str]) -> list[str] | None:
+    """Return the KV caches among `modules`; None where no module is known."""
+    ops = {name: classify(name.rpartition(".")[2], None, has_weight=False) for name in modules}
+    return [name for name, op in ops.items() if op is Op.KV_CACHE] if modules else None
 
 
 def bind_cpus(world: int, environ: Mapping[str, str]) -> dict[str, str]:
