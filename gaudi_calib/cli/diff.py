@@ -74,7 +74,7 @@ def _describe(found: "Difference") -> str:
         _describe_changes("Ranges, B / A", found.ranges),
     ]
     if found.scales is None:
-        blocks.append("Scales: not compared; nothing says which device will serve (--device does)")
+        blocks.append(f"Scales: not compared; {found.uncompared}")
     else:
         blocks.append(_describe_changes(f"Scales, B / A ({' against '.join(found.methods)})", found.scales))
         blocks.append(_describe_clipped(found))
@@ -123,7 +123,7 @@ def _indent(text: str) -> str:
 def _to_json(found: "Difference") -> dict[str, Any]:
     return {
         **{name: str(getattr(found, name)) for name in ("left", "right")},
-        **{name: getattr(found, name) for name in ("worlds", "world", "methods")},
+        **{name: getattr(found, name) for name in ("worlds", "world", "methods", "uncompared")},
         "nodes": found.nodes._asdict(),
         **{
             name: None if rows is None else [_without_nan(row._asdict()) for row in rows]

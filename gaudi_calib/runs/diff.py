@@ -11,10 +11,12 @@ from gaudi_calib.errors import FileError, ModelError, UsageError
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import Device
 from gaudi_calib.moved import find_calibrations
+from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges, tabulate_scales
 from gaudi_calib.rankfiles.store import read_scales
 from gaudi_calib.runs.conversion import Conversion
+from gaudi_calib.runs.recipe import find_recipe
 from gaudi_calib.runs.unify import bring_to_world
 from gaudi_calib.scales.compare import (
     Change,
@@ -70,6 +72,7 @@ class Difference:
         nodes: those that only one side has.
         ranges: by kind of node and part, numbers that no scale comes from left out.
         scales: the same of scales; None where there are none to compare.
+        uncompared: why there are none.
         methods: how the scales of either side are made, and whether they were read or computed.
         clipped: ranges of the right side that the scales of the left side clip, the worst first.
         settings: of the configs that serve.
@@ -83,6 +86,7 @@ class Difference:
     nodes: Names
     ranges: list[Change]
     scales: list[Change] | None = None
+    uncompared: str | None = None
     methods: tuple[str, ...] = ()
     clipped: list[Clipped] = field(default_factory=list)
     settings: list[Setting] = field(default_factory=list)
@@ -164,8 +168,8 @@ def _diff_places(
         origin=_compare_settings(_list_facts(left.manifest), _list_facts(right.manifest)),
     )
     one, other = scales
-    if one is None or other is None:
-        return found
+    if isinstance(one, str) or isinstance(other, str):
+        return replace(found, uncompared=one if isinstance(one, str) else str(other))
     clipped = [
         clip for seen, held in zip(tables[1], one.ranks, strict=True) for clip in find_clipped(seen, held, one.device)
     ]
@@ -192,20 +196,30 @@ def _choose_worlds(left: CalibrationDir, right: CalibrationDir, world: int | Non
     return pair, world or common
 
 
-def _take_scales(place: CalibrationDir, ranks: Sequence[RankSet[Node]], device: str | None) -> Scales | None:
-    """Return the scales of `ranks`: those in the files, else those that the run's method gives; None without device."""
-    known = place.settle_device(device)
-    if known is None:
-        return None
+def _take_scales(place: CalibrationDir, ranks: Sequence[RankSet[Node]], device: str | None) -> Scales | str:
+    """Return the scales of `ranks`: those in the files, else what the run's method gives; or why there are none."""
     world, config = len(ranks), place.quant_config
-    stored = [tag for tag in place.list_methods(world) if not place.list_missing(world, method=tag)]
+    stored = [tag for tag in place.list_methods(world) if _has_scales(place, world, tag)]
     tag = config.method_table.file_tag if config else next(iter(stored), "MAXABS_HW")
-    if tag in stored:
+    recipe = find_recipe(place, tag, device)
+    known = place.settle_device(device)
+    if tag in stored and known is not None:
         files = [place.name_file(rank, world, method=tag, extension="json") for rank in range(world)]
         place.require_recorded(file for path in files for file in (path, path.with_suffix(".npz")))
-        tables = [flatten_scales(tabulate_scales(read_scales(path).nodes)) for path in files]
-        return Scales(tag, True, known, tables)
-    return None
+        scales = [read_scales(path) for path in files]
+    elif isinstance(recipe, str):
+        return recipe
+    else:
+        chosen = [select_nodes(rank, config) if config else rank for rank in ranks]
+        scales = recipe.compute(chosen, allows_idle=True)
+    assert known is not None
+    flat = [flatten_scales(tabulate_scales(rank.nodes)) for rank in scales]
+    return Scales(tag, tag in stored, known if isinstance(recipe, str) else recipe.scales_device, flat)
+
+
+def _has_scales(place: CalibrationDir, world: int, tag: str) -> bool:
+    names = (place.name_file(rank, world, method=tag, extension="json") for rank in range(world))
+    return all(path in place.files for path in names)
 
 
 def _compare_settings(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Setting]:

@@ -1,7 +1,7 @@
 """Two calibrations of one model, number by number: what differs, and what the scales of one would clip of the other.
 
-Nodes go by the name that every vLLM has them under (`name_old`). Of a node that only one side has, or an output that
-only one side measured, there is nothing to compare: those are counted apart.
+Nodes go by the name that releases of vLLM have in common (`name_ageless`). What only one side has, a node or an output
+that only one side measured, is left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from gaudi_calib.fp8 import Device
-from gaudi_calib.ranges.derive import name_old
+from gaudi_calib.ranges.experts import name_ageless
 from gaudi_calib.ranges.node import Op, PerChannelWeight, ScaleNode, find_op
+from gaudi_calib.ranges.sources import find_sources, label_part, list_read
 from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, ScaleTable, join_values
-from gaudi_calib.scales.compute import find_sources, label_part
 
 _SPREAD = (5, 50, 95)  # percentiles of the ratios
 
@@ -111,10 +111,10 @@ def _list_values(node: ScaleNode) -> list[np.ndarray]:
 
 def list_unpaired(left: Inventory[RangeShape], right: Inventory[RangeShape]) -> Names:
     """Return the nodes that only one side has."""
-    there, here = set(map(name_old, right.names)), set(map(name_old, left.names))
+    there, here = set(map(name_ageless, right.names)), set(map(name_ageless, left.names))
     return Names(
-        tuple(name for name in left.names if name_old(name) not in there),
-        tuple(name for name in right.names if name_old(name) not in here),
+        tuple(name for name in left.names if name_ageless(name) not in there),
+        tuple(name for name in right.names if name_ageless(name) not in here),
     )
 
 
@@ -166,10 +166,10 @@ def find_clipped(ranges: RangeTable, scales: RangeTable, device: Device) -> list
 
 def _group_nodes(left: Inventory[RangeShape], right: Inventory[RangeShape]) -> Iterator[_Group]:
     """Yield the nodes that both sides have, by kind and shape."""
-    places = {name_old(name): row for row, name in enumerate(right.names)}
+    places = {name_ageless(name): row for row, name in enumerate(right.names)}
     groups: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
     for row, name in enumerate(left.names):
-        place = places.get(name_old(name))
+        place = places.get(name_ageless(name))
         if place is not None:
             key = _find_kind(name), int(left.kinds[row]), int(right.kinds[place])
             groups.setdefault(key, []).append((row, place))
@@ -190,8 +190,7 @@ def _pair_parts(
     """Yield each part that both sides have: its name, where its numbers start on either side, and its channels."""
     one, other = map(_locate, group.shapes)
     op = find_op(group.kind, group.shapes[0])
-    sources, output = find_sources(op, group.shapes[0])
-    told = {"weight", *map(label_part, sources), *([label_part(output)] if output else [])}
+    told, sources = list_read(group.kind, group.shapes[0]), find_sources(op, group.shapes[0])[0]
     for part, (offset, channels) in one.items():
         if part not in other or other[part][1] != channels or (read_only and part not in told):
             continue
