@@ -56,7 +56,7 @@ def diff(
         click.echo(json.dumps([_to_json(difference) for difference in found], indent=2, default=str))
     else:
         click.echo("\n\n".join(map(_describe, found)))
-    return int(any(difference.find(fail_on) for difference in found))
+    return int(fail_on != "nothing" and any(difference.find(fail_on) for difference in found))
 
 
 def _describe(found: "Difference") -> str:
@@ -85,14 +85,14 @@ def _describe(found: "Difference") -> str:
 
 
 def _describe_changes(title: str, changes: "Sequence[Change]") -> str:
-    total, differing = sum(change.count for change in changes), sum(change.differing for change in changes)
+    total, differing = sum(change.numbers for change in changes), sum(change.differing for change in changes)
     head = f"{title}: {differing} of {total} differ"
     if not differing:
         return head
     header = ["node", "part", "numbers", "differ", "5 %", "median", "95 %", "least", "most", "0 in B", "0 in A"]
     rows = [
         [
-            *(change.kind, change.part, str(change.count), str(change.differing)),
+            *(change.kind, change.part, str(change.numbers), str(change.differing)),
             *map(_show_ratio, (change.low, change.median, change.high, change.least, change.most)),
             *(str(change.lost), str(change.found)),
         ]

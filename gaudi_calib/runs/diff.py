@@ -31,7 +31,7 @@ from gaudi_calib.scales.compare import (
 if TYPE_CHECKING:
     from gaudi_calib.manifest import Manifest
 
-DIFFERENCES = ("ranges", "scales", "clipped")
+DIFFERENCES = ("scales", "ranges", "clipped")
 
 # Facts of a manifest that tell two measurements apart.
 _FACTS = ("engine", "platform", "dtype", "vllm", "measured_world", "expert_parallel")

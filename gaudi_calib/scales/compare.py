@@ -24,7 +24,7 @@ class Change(NamedTuple):
     Attributes:
         kind: last part of the nodes' names, such as `o_proj`.
         part: `inputs[0]`, `weight`; all experts of a fused op are `outputs[1:]`.
-        count: numbers on both sides.
+        numbers: how many both sides have.
         differing: those that differ.
         lost, found: those that are 0 only on the right, and only on the left.
         low, median, high: 5th, 50th and 95th percentile of right / left where both are above 0; NaN where none are.
@@ -33,7 +33,7 @@ class Change(NamedTuple):
 
     kind: str
     part: str
-    count: int
+    numbers: int
     differing: int
     lost: int
     found: int
