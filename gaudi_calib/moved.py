@@ -8,6 +8,7 @@ from pathlib import Path
 from gaudi_calib.advice import advise_relocation
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.files import read_json
+from gaudi_calib.fp8 import DEVICES
 
 _log = logging.getLogger(__name__)
 
@@ -62,3 +63,31 @@ def warn_of_move(source: CalibrationDir) -> None:
     if moved:
         names, advice = ", ".join(moved), advise_relocation(run)
         _log.warning("The run in %s has moved: %s name another place; run `%s`", run, names, advice)
+
+
+def find_calibrations(path: Path) -> dict[str, CalibrationDir]:
+    """Return the directories of rank files that a path means, by device; `""` where the path is of one itself.
+
+    Args:
+        path: a run (OUT/<model>), a directory of rank files, or a QUANT_CONFIG file, which names one.
+
+    Raises:
+        FileError: there are none. ConfigError: the file is no QUANT_CONFIG.
+    """
+    if path.is_file():
+        from gaudi_calib.config.file import read_quant_config
+        from gaudi_calib.config.model import with_dump_stats_path
+
+        config = read_quant_config(path)
+        beside = find_beside(path, config.dump_stats_path)
+        placed = CalibrationDir.named_by(with_dump_stats_path(config, beside) if beside else config, path)
+        placed.require_worlds()
+        return {placed.device.name if placed.device else "": placed}
+    place = CalibrationDir(path)
+    if place.worlds:
+        return {place.device.name if place.device else "": place}
+    inside = {name: CalibrationDir(path / name) for name in DEVICES if (path / name).is_dir()}
+    found = {name: place for name, place in inside.items() if place.worlds}
+    if not found:
+        place.require_worlds()
+    return found

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from gaudi_calib.cli.options import PathType, device_option, json_option, output_option
+from gaudi_calib.cli.pipeline import format_table
 from gaudi_calib.cli.sections import Command
 from gaudi_calib.fp8 import DEVICES
 
@@ -70,9 +71,9 @@ def presets(as_json: bool) -> None:
         return
     families = [_family_row(family) for family in described["families"]]
     methods = [_method_row(method) for method in described["scale_methods"]]
-    click.echo(_format_table(["family", "model types", "left in BF16", "scale format", "runs with"], families))
+    click.echo(format_table(["family", "model types", "left in BF16", "scale format", "runs with"], families))
     click.echo()
-    click.echo(_format_table(["scale method", "weight", "activation", "ranges"], methods))
+    click.echo(format_table(["scale method", "weight", "activation", "ranges"], methods))
 
 
 @config.command(cls=Command, epilog="Example: gaudi-calib config schema > quant_config.schema.json")
@@ -102,9 +103,3 @@ def _method_row(method: dict[str, Any]) -> list[str]:
 
     ranges = "measured" if method["needs_ranges"] else "computed while serving" if method["dynamic"] else "not needed"
     return [method["name"], describe(method["weight"]), describe(method["activation"]), ranges]
-
-
-def _format_table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)

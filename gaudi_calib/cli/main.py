@@ -30,7 +30,7 @@ _TWICE = re.compile(r"('--?[\w-]+') / \1")
 # In the order help lists them; each is a function of its name in a module of its name.
 COMMANDS = (
     *("calibrate", "prepare", "measure", "postprocess", "unify", "expand", "merge", "reshard", "quantize", "relocate"),
-    *("serve", "convert-weights", "config", "detect"),
+    *("diff", "serve", "convert-weights", "config", "detect"),
 )
 
 

@@ -96,3 +96,10 @@ def print_result(result: "RunResult", options: "RunOptions", *, as_json: bool) -
             click.echo(str(plan_on_gaudi(ServeOptions(options.model, path, world, device))))
     if result.quant_configs:
         click.echo("\nThe configs name this place. If the run moves, run `gaudi-calib relocate DIR` where it is then.")
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table as text, each column as wide as its widest entry."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)

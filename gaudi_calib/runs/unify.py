@@ -33,7 +33,7 @@ def unify_dir(
     conversion = conversion or Conversion()
     source = CalibrationDir(expand_path(directory), dump=conversion.dump)
     candidates = [from_world] if from_world else _find_candidates(source, world)
-    result, *others = [_unify_world(source, candidate, world, conversion) for candidate in candidates]
+    result, *others = [bring_to_world(source, candidate, world, conversion) for candidate in candidates]
     if not all(other.equals(result) for other in others):
         raise FileError(
             f"several measurements could be unified into {world}: world sizes {', '.join(map(str, candidates))}",
@@ -44,7 +44,13 @@ def unify_dir(
     return write_converted(source, expand_path(out), result, conversion)
 
 
-def _unify_world(source: CalibrationDir, from_world: int, world: int, conversion: Conversion) -> Converted:
+def bring_to_world(source: CalibrationDir, from_world: int, world: int, conversion: Conversion) -> Converted:
+    """Return the ranges of `world` ranks that those of `from_world` in `source` give; they may be the same number.
+
+    Raises:
+        FileError: a rank is missing or malformed.
+        TopologyError, RangeError: see `gather_world`, `settle_expert_parallel`, `unify_ranks`.
+    """
     ranks = gather_world(source.read_world(from_world))
     split = from_world > 1 and settle_expert_parallel(
         ranks, conversion.expert_parallel, find_evidence(source, ranks, conversion.model)
