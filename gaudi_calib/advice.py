@@ -9,6 +9,9 @@ from gaudi_calib.fp8 import Device
 from gaudi_calib.layout import DeviceLayout, RunLayout
 from gaudi_calib.redaction import REDACTED
 
+# Stands in a command for a checkpoint that nothing names.
+UNKNOWN_MODEL = "MODEL"
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -30,7 +33,7 @@ class Advice:
     worlds: Sequence[int]
     has_channels: bool
     has_manifest: bool = True
-    model: str = "MODEL"
+    model: str = UNKNOWN_MODEL
     datasets: Sequence[str] = ("builtin",)
     config: Path | None = None
 
@@ -44,16 +47,17 @@ class Advice:
         """Whether commands that take -m and -o find it."""
         return self.device is not None and self.directory.name == self.device.name
 
-    def compute_scales(self, world: int, *, method: str | None = None) -> str | None:
-        """Scales of `world` ranks by this config, or by a method; None where the directory is no run's."""
-        if self.device is None or not self.is_of_run:
-            return None
-        words = [*self._name_run(), "-t", world, "--device", self.device.name]
-        if method:
-            words += ["--scale-method", method.lower()]
-        elif self.config and self.config.resolve() != DeviceLayout(self.directory, self.device.name).quant_config:
-            words += ["--config-quant", self.config]
-        return _spell("quantize", *words)
+    def compute_scales(self, world: int, *, method: str | None = None, needs_model: bool = False) -> str:
+        """Scales of `world` ranks by this config, or by a method.
+
+        Args:
+            needs_model: they come from the weights.
+        """
+        how: list[object] = ["--scale-method", method.lower()] if method else self._name_config()
+        where = ["-t", world, "--device", self.device.name if self.device else "DEVICE"]
+        if self.is_of_run and self.model != UNKNOWN_MODEL:
+            return _spell("quantize", *self._name_run(), *where, *how)
+        return _spell("quantize", self.directory, *(["-m", self.model] if needs_model else []), *where, *how)
 
     def derive(self, world: int, *, flag: str | None = None) -> str | None:
         """Ranges and scales of `world` ranks from what is there; None where that cannot be.
@@ -110,6 +114,10 @@ class Advice:
     def merge_whole(self, runs: Sequence[Path]) -> str:
         """The runs merged with their channel ranges, in place."""
         return _spell("merge", *dict.fromkeys(runs), "-o", self.run)
+
+    def _name_config(self) -> list[object]:
+        own = self.device and DeviceLayout(self.directory, self.device.name).quant_config
+        return ["--config-quant", self.config] if self.config and self.config.resolve() != own else []
 
     def _name_data(self) -> list[str]:
         return [word for dataset in self.datasets for word in ("-d", dataset)]

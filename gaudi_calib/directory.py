@@ -19,13 +19,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gaudi_calib.advice import Advice
+from gaudi_calib.advice import UNKNOWN_MODEL, Advice
 from gaudi_calib.errors import FileError, UsageError
 from gaudi_calib.files import hash_bytes, hash_file
 from gaudi_calib.fp8 import DEVICES, Device
-from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout, RankFile, list_rank_files
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout, list_rank_files
 from gaudi_calib.provenance import StaleFile, find_changed, find_stale, follow_channels, hash_paths
 from gaudi_calib.ranges.node import Node, RankSet
+from gaudi_calib.rank_directory import RankDirectory
 from gaudi_calib.rankfiles.store import read_world_files
 from gaudi_calib.staging import undo_unfinished
 
@@ -34,17 +35,16 @@ if TYPE_CHECKING:
     from gaudi_calib.manifest import Manifest, ScaleOrigin
 
 
-class CalibrationDir:
-    """One directory of rank files.
+class CalibrationDir(RankDirectory):
+    """One directory of rank files and what belongs to it.
 
     Attributes:
-        path: the directory; it need not exist.
-        dump: first part of the names that count, or None for all.
         config_path: the QUANT_CONFIG that points there, or None.
     """
 
     def __init__(self, path: Path, *, dump: str | None = None, config_path: Path | None = None):
-        self.path, self.dump, self.config_path = path, dump, config_path
+        super().__init__(path, dump=dump)
+        self.config_path = config_path
         for place in (path, path.resolve().parent):
             undo_unfinished(place)
 
@@ -58,12 +58,6 @@ class CalibrationDir:
     def is_filled(self) -> bool:
         """Whether a calibration wrote there."""
         return (self.path / MANIFEST_NAME).is_file() or bool(self.files)
-
-    @cached_property
-    def files(self) -> dict[Path, RankFile]:
-        """The rank files, in the order of their names."""
-        found = list_rank_files(self.path)
-        return {path: file for path, file in found.items() if self.dump in (None, file.dump)}
 
     @cached_property
     def newest_manifest(self) -> "Manifest | None":
@@ -183,8 +177,12 @@ class CalibrationDir:
         return hash_bytes("".join(ranges.values()).encode())
 
     def _advise_conversion(self, world: int | None) -> list[str]:
-        """What makes ranges of `world` ranks from rank files, where there are none and it can be done."""
-        made = self.advise().convert(world) if world and self.list_missing(world) else None
+        """What makes use of the rank files for `world` ranks, where it can be done."""
+        if world is None or not self.list_missing(world):
+            return []
+        if world in self.whole_worlds:
+            return [f"use those that are there: {self.advise().compute_scales(world)}"]
+        made = self.advise().convert(world)
         return [f"convert what is there: {made}"] if made else []
 
     def _refuse_channels(self, world: int | None = None) -> FileError:
@@ -199,65 +197,14 @@ class CalibrationDir:
             fix="; or ".join([whole or "restore it, or measure again", *self._advise_conversion(world)]),
         )
 
-    @cached_property
-    def worlds(self) -> dict[int, dict[int, Path]]:
-        """The `.json` files of ranges by world and rank.
+    def read_present(self, world: int) -> list[RankSet[Node]]:
+        """Read the ranges of those ranks of `world` that are there, in rank order.
 
         Raises:
-            FileError: the directory is missing, or two files are ranges of the same rank.
+            FileError: there are none, or one is malformed.
         """
-        if not self.path.is_dir():
-            raise FileError(
-                "no such directory", where=self.path, fix="give the <device> directory of a run, e.g. OUT/<model>/g3"
-            )
-        worlds: dict[int, dict[int, Path]] = {}
-        for path, file in self.files.items():
-            if not file.is_ranges or file.extension != "json":
-                continue
-            rank, world = file.position
-            other = worlds.setdefault(world, {}).setdefault(rank, path)
-            if other != path:
-                raise FileError(
-                    f"two files are ranges of rank {rank} of {world}: {other.name} and {path.name}",
-                    where=self.path,
-                    why="they are of different measurements",
-                    fix="move one of the measurements to a directory of its own",
-                )
-        return dict(sorted(worlds.items()))
-
-    def list_methods(self, world: int) -> list[str]:
-        """Return the methods, in upper case, that there are scale files of `world` for."""
-        return sorted({file.method for file in self.files.values() if file.method and file.position[1] == world})
-
-    def list_scales(self, world: int, method: str | None = None) -> list[Path]:
-        """Return the scale files of `world`, of one method or of all."""
-        found = [(path, file) for path, file in self.files.items() if file.method and file.position[1] == world]
-        return [path for path, file in found if method in (None, file.method)]
-
-    def name_file(self, rank: int, world: int, *, method: str | None = None, extension: str = "npz") -> Path:
-        """Return where the file of one rank is, or would be: ranges, or scales of `method`."""
-        dump = self.dump or next((file.dump for file in self.files.values()), RankFile().dump)
-        return self.path / RankFile(dump, method=method, rank=rank, world=world, extension=extension).name
-
-    def list_missing(self, world: int, *, method: str | None = None) -> list[Path]:
-        """Return the npz files that INC would miss on the ranks of `world`."""
-        wanted = [self.name_file(rank, world, method=method) for rank in range(world)]
-        return [path for path in wanted if path not in self.files]
-
-    def require_worlds(self) -> dict[int, dict[int, Path]]:
-        """Return `worlds`, of which there is at least one.
-
-        Raises:
-            FileError: there are no ranges; see also `worlds`.
-        """
-        if not self.worlds:
-            raise FileError(
-                "no ranges in the directory",
-                where=self.path,
-                why=f"no file in it is called like {self.name_file(0, 1, extension='json').name}",
-                fix="give the directory that holds such files: <device> of a run, e.g. OUT/<model>/g3",
-            )
-        return self.worlds
+        ranks = self.require_worlds().get(world)
+        return self.read_ranks(list(ranks.values())) if ranks else self.read_world(world)
 
     def read_world(self, world: int) -> list[RankSet[Node]]:
         """Read the ranges of all ranks of `world`, in rank order.
@@ -316,14 +263,13 @@ class CalibrationDir:
             config: the QUANT_CONFIG that serves; None: the run's own.
         """
         made = self.manifest
-        found = {file.position[1] for file in self.files.values() if file.is_ranges}
         return Advice(
             self.path.resolve(),
             self.device,
-            sorted(world for world in found if not self.list_missing(world)),
+            self.whole_worlds,
             self.channel_file.is_file(),
             made is not None,
-            model or (made.model.name if made and made.model else "MODEL"),
+            model or (made.model.name if made and made.model else UNKNOWN_MODEL),
             made.list_datasets() if made else ("builtin",),
             config,
         )

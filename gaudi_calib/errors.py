@@ -52,6 +52,10 @@ class RangeError(CalibrationError, ValueError):
     """A measured range or a scale is not a usable number."""
 
 
+class IdleExpertError(RangeError):
+    """An expert saw no token when it was measured, and would get a scale of 0."""
+
+
 class TopologyError(CalibrationError, ValueError):
     """A tensor cannot be split or merged over the requested ranks."""
 

@@ -209,3 +209,15 @@ def cannot_write(path: Path, error: OSError) -> FileError:
     if isinstance(error, IsADirectoryError):
         return FileError(what, where=path, why="a directory is where a file goes", fix=f"move it away, or {kept}")
     return FileError(what, where=path, why=error.strerror or str(error), fix=fix)
+
+
+def show_size(size_bytes: int) -> str:
+    """Return a size for people.
+
+    >>> show_size(999), show_size(5_230_000_000)
+    ('999 B', '5.2 GB')
+    """
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if size_bytes >= 10**power:
+            return f"{size_bytes / 10**power:.1f} {unit}"
+    return f"{size_bytes} B"

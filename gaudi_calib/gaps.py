@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError
-from gaudi_calib.ranges.derive import name_old
+from gaudi_calib.ranges.experts import name_old
 from gaudi_calib.ranges.idle import find_idle
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import Op

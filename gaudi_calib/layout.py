@@ -9,6 +9,7 @@
         inc_output_hooks_maxabs_<rank>_<world>_mod_list.json        patched modules
         inc_output_hooks_maxabs_<METHOD>_<rank>_<world>.json|.npz   scales
         calibration_manifest.json
+        tensors/                                                    with INC's observer `save`, in place of ranges
         logs/
 
 Grammar of a rank file: <dump>_hooks_<observer>[_<METHOD>][_<rank>_<world>][_mod_list].<json|npz>.
@@ -25,6 +26,7 @@ from gaudi_calib.files import expand_path
 DUMP_NAME = "inc_output"
 MANIFEST_NAME = "calibration_manifest.json"
 CHANNEL_RANGES_NAME = "channel_ranges.safetensors"
+TENSORS_NAME = "tensors"
 
 _RANK_FILE = re.compile(
     r"(?P<dump>.+)_hooks_(?P<observer>maxabs_per_channel|maxabs|shape|save)"
@@ -139,6 +141,11 @@ class DeviceLayout:
     @property
     def dump_stats_path(self) -> Path:
         return self.directory / DUMP_NAME
+
+    @property
+    def tensors(self) -> Path:
+        """Where INC's observer `save` leaves tensors."""
+        return self.directory / TENSORS_NAME
 
     def log(self, phase: str) -> Path:
         """Where a phase of an engine logs."""

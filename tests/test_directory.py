@@ -126,5 +126,5 @@ def test_a_run_in_the_place_of_its_device_directory_is_told_so(command, tmp_path
     name, *options = command.split()
     assert main([name, str(tmp_path / "run"), *options]) == 1
     error = capsys.readouterr().err
-    assert "no ranges in the directory" in error and "OUT/<model>/g3" in error
+    assert "no ranges in the directory" in error and f"give {tmp_path / 'run' / 'g2'}\n" in error
     assert main([name, str(tmp_path / "run" / "g2"), *options, "-o", str(tmp_path / "out")]) == 0

@@ -16,7 +16,7 @@ from gaudi_calib.errors import ModelError, TopologyError
 from gaudi_calib.models.families import Family
 from gaudi_calib.models.modules import Attention, Experts, Layout, Linear, Split, Unmeasured
 from gaudi_calib.ranges.derive import parse_vllm_version
-from gaudi_calib.ranges.experts import list_children
+from gaudi_calib.ranges.experts import list_children, name_ageless
 from gaudi_calib.ranges.node import ATTENTION_OPS, LATENT_ATTENTION_OPS, Op
 from gaudi_calib.ranges.topology import Axis, Segment, Topology
 
@@ -197,21 +197,28 @@ class ModelPlan:
             weight = torch.nn.functional.pad(weight, (0, 0, 0, linear.padding))
         return weight
 
-    def read_rank_weight(self, node: str, rank: int, topology: Topology) -> np.ndarray:
-        """Return the rows and columns of a linear node's weight that `rank` holds, float32."""
+    def read_rank_weight(self, node: str, rank: int, topology: Topology) -> np.ndarray | None:
+        """Return the rows and columns of a linear node's weight that `rank` holds, float32; None if there is no such.
+
+        Args:
+            node: its name; of an expert, of any age.
+        """
         import torch
 
         if node not in self.linears:
-            return self._read_expert_weight(node, rank, topology).float().numpy()
+            weight = self._read_expert_weight(node, rank, topology)
+            return None if weight is None else weight.float().numpy()
         linear, weight = self.linears[node], self.read_weight(node)
         weight = torch.cat([weight[part] for part in linear.out_axis.slices(rank, topology.world)])
         weight = torch.cat([weight[:, part] for part in linear.in_axis.slices(rank, topology.world)], dim=1)
         return weight.float().numpy()
 
-    def _read_expert_weight(self, node: str, rank: int, topology: Topology) -> "torch.Tensor":
-        op, part, index = node.rsplit(".", 2)
-        # Older vLLM has no `routed_experts` in the path.
-        experts = next(self.experts[name] for name in self.experts if op in (name, name.replace(".routed_experts", "")))
+    def _read_expert_weight(self, node: str, rank: int, topology: Topology) -> "torch.Tensor | None":
+        op, _, child = name_ageless(node).partition(".moe_op.")
+        experts = next((self.experts[name] for name in self.experts if name_ageless(name) == f"{op}.moe_op"), None)
+        if experts is None:
+            return None
+        part, _, index = child.partition(".")
         size = experts.channels // topology.world
         channels, expert = slice(rank * size, (rank + 1) * size), int(index)
         if topology.expert_parallel:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from gaudi_calib.checkpoints.checkpoint import Checkpoint
 from gaudi_calib.errors import FileError, UsageError
-from gaudi_calib.files import expand_path, is_temporary, read_json, write_json
+from gaudi_calib.files import expand_path, is_temporary, read_json, show_size, write_json
 from gaudi_calib.models.headers import Header, Span, read_header
 from gaudi_calib.staging import stage_files
 
@@ -153,7 +153,7 @@ def _check_space(plan: ConversionPlan[Converter]) -> None:
         raise FileError(
             "the disk is too small for the converted checkpoint",
             where=plan.out,
-            why=f"it needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free",
+            why=f"it needs {show_size(needed)} more, {show_size(free)} are free",
             fix="free space, or choose an -o on another disk",
         )
 
@@ -294,9 +294,9 @@ def describe_plan(plan: ConversionPlan[Converter], *, tensors: str, others: str,
         tensors, others: what is done to the tensors, and to the other files.
         is_full: also every file with its size.
     """
-    sizes = [_show_size(size) for size in _count_bytes(plan)]
-    shards = [f"    {name}  {_show_size(header.file_bytes)}" for name, header in plan.shards.items()]
-    copies = [f"    {path}  {_show_size(size)}" for path, size in plan.copies.items()]
+    sizes = [show_size(size) for size in _count_bytes(plan)]
+    shards = [f"    {name}  {show_size(header.file_bytes)}" for name, header in plan.shards.items()]
+    copies = [f"    {path}  {show_size(size)}" for path, size in plan.copies.items()]
     lines = [
         f"{plan.source} -> {plan.out}",
         f"  {len(shards)} weight files, {sizes[0]}: {tensors}",
@@ -305,15 +305,3 @@ def describe_plan(plan: ConversionPlan[Converter], *, tensors: str, others: str,
         *(copies if is_full else []),
     ]
     return "\n".join(lines)
-
-
-def _show_size(size_bytes: int) -> str:
-    """Return a size for people.
-
-    >>> _show_size(999), _show_size(5_230_000_000)
-    ('999 B', '5.2 GB')
-    """
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if size_bytes >= 10**power:
-            return f"{size_bytes / 10**power:.1f} {unit}"
-    return f"{size_bytes} B"

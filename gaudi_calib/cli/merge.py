@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from gaudi_calib.cli.options import DIRECTORY, output_option
+from gaudi_calib.cli.options import DIRECTORY, dump_option, output_option
 from gaudi_calib.cli.pipeline import print_paths
 from gaudi_calib.cli.sections import command
 
@@ -18,7 +18,8 @@ from gaudi_calib.cli.sections import command
     metavar="DIR...",
 )
 @output_option("Where the results go; may be one of DIR.", required=True)
-def merge(directories: tuple[Path, ...], out: Path) -> None:
+@dump_option
+def merge(directories: tuple[Path, ...], out: Path, dump: str | None) -> None:
     """Merge the ranges of several runs of one model.
 
     Each DIR is the directory of a device (OUT/<model>/g3), or a whole run (OUT/<model>).
@@ -27,4 +28,4 @@ def merge(directories: tuple[Path, ...], out: Path) -> None:
     """
     from gaudi_calib.runs.merge import merge_dirs
 
-    print_paths(merge_dirs(directories, out))
+    print_paths(merge_dirs(directories, out, dump=dump))

@@ -85,9 +85,9 @@ def _parse_value(text: str) -> Any:
         return {"True": True, "False": False}.get(text, text)
 
 
-def model_option(text: str = "Model directory, or Hugging Face name (ORG/NAME).") -> Function:
-    """Add -m/--model, required; the command receives `model` (str)."""
-    return option("-m", "--model", required=True, type=PathOrNameType(), help=text)
+def model_option(text: str = "Model directory, or Hugging Face name (ORG/NAME).", *, required: bool = True) -> Function:
+    """Add -m/--model; the command receives `model` (str, None where it is neither required nor given)."""
+    return option("-m", "--model", required=required, type=PathOrNameType(), help=text)
 
 
 def output_option(text: str, *, is_file: bool = False, **settings: Any) -> Function:
@@ -119,29 +119,44 @@ def vllm_option(*, found: str) -> Function:
     return option("--vllm", metavar="VERSION", help=text)
 
 
-# Which run is meant: model, out, name, world, unified_world, expert_parallel, device, dtype, vllm, as_json.
-target_options = bundle(
-    bundle(
-        model_option(),
-        output_option("Root of the runs; files go to OUT/<model>/.", required=True),
-        option(
-            "--name", metavar="NAME", help="The run's directory in OUT.  [last part of the model's name, lower-case]"
+def choose_target(*, takes_dir: bool = False) -> Function:
+    """Add the options that say which run is meant; with `takes_dir` a directory may be given in its place.
+
+    The command receives model, out, name, world, unified_world, expert_parallel, device, dtype, vllm, as_json.
+    """
+    return bundle(
+        bundle(
+            model_option(required=not takes_dir),
+            output_option(
+                "Root of the runs; files go to OUT/<model>/."
+                + " With DIR: where the results go.  [in place]" * takes_dir,
+                required=not takes_dir,
+            ),
+            option(
+                "--name",
+                metavar="NAME",
+                help="The run's directory in OUT.  [last part of the model's name, lower-case]",
+            ),
+            section="Model and output",
         ),
-        section="Model and output",
-    ),
-    bundle(
-        world_option(default=RunOptions.world),
-        count_option("-r", "--rank", "unified_world", help="Also write the files for this many ranks; must divide -t."),
-        experts_option(found="as measured; as the family is served"),
-        device_option("Device that will serve: Gaudi 2, Gaudi 3, or files for both.", takes_all=True),
-        choice_option(
-            "--dtype", "What the model is served in; weights are rounded to it first.  [as measured; bfloat16]"
+        bundle(
+            world_option("Ranks that will serve." + " With DIR: all it has." * takes_dir, default=RunOptions.world),
+            count_option(
+                "-r", "--rank", "unified_world", help="Also write the files for this many ranks; must divide -t."
+            ),
+            experts_option(found="as measured; as the family is served"),
+            device_option("Device that will serve: Gaudi 2, Gaudi 3, or files for both.", takes_all=True),
+            choice_option(
+                "--dtype", "What the model is served in; weights are rounded to it first.  [as measured; bfloat16]"
+            ),
+            vllm_option(found="a current one"),
+            section="What will serve",
         ),
-        vllm_option(found="a current one"),
-        section="What will serve",
-    ),
-    json_option,
-)
+        json_option,
+    )
+
+
+target_options = choose_target()
 
 # Arguments of `data.prompts.prepare_prompts`: dataset (tuple), limit, seed, min_tokens, max_tokens, columns (dict),
 # skip_bad_rows, chat_template (Path or None), trust_remote_code.
@@ -250,7 +265,10 @@ quantizing_options = bundle(
     section="Scales",
 )
 
-# The fields of `runs.conversion.Conversion`: expert_parallel, model, skips_scales, device.
+# Which measurement of a directory is meant: dump (None where it holds one).
+dump_option = option("--dump", metavar="NAME", help="Which measurement, where DIR holds several: files NAME_hooks_...")
+
+# The fields of `runs.conversion.Conversion`, dump aside: expert_parallel, model, skips_scales, device.
 conversion_options = bundle(
     experts_option(found="found out"),
     option("--model", type=DIRECTORY, help="Model directory: its config.json tells the number of experts."),
@@ -260,11 +278,15 @@ conversion_options = bundle(
 
 
 def directory_options(function: Function) -> Function:
-    """Add DIR, -m/--measurements in its place, and -o; the command receives `directory` and `out` (DIR without -o)."""
+    """Add DIR, -m/--measurements in its place, -o and --dump.
+
+    The command receives `directory`, `out` (DIR without -o) and `dump`.
+    """
 
     @click.argument("directory", required=False, type=DIRECTORY, metavar="DIR")
     @option("-m", "--measurements", type=DIRECTORY, metavar="DIR", help="DIR, as the reference's step spells it.")
     @output_option("Where the results go.  [in place]")
+    @dump_option
     @wraps(function)
     def with_directory(directory: Path | None, measurements: Path | None, out: Path | None, **arguments: Any) -> Any:
         if directory and measurements:

@@ -1,6 +1,7 @@
 """From the arguments of a command to the value its Python call takes, and how results are printed."""
 
 import json
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
     from gaudi_calib.engines.vllm_runner.phases import EngineOptions
     from gaudi_calib.runs.conversion import Conversion
     from gaudi_calib.runs.options import RunOptions
+    from gaudi_calib.runs.quantize import Quantized
     from gaudi_calib.runs.run import RunResult
+
+_log = logging.getLogger(__name__)
 
 _DATASET_ARGUMENTS = (
     "dataset",
@@ -66,6 +70,16 @@ def print_paths(paths: Iterable[Path], *, as_json: bool = False) -> None:
         return
     for path in paths:
         click.echo(path)
+
+
+def print_quantized(result: "Quantized", *, as_json: bool) -> None:
+    """Print what `quantize DIR` wrote, and on stderr what uses it."""
+    if as_json:
+        click.echo(json.dumps(asdict(result), indent=2, default=str))
+        return
+    print_paths(result.files)
+    if result.quant_config:
+        _log.info("QUANT_CONFIG is %s", result.quant_config)
 
 
 def print_result(result: "RunResult", options: "RunOptions", *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from gaudi_calib.cli.sections import command
 
 @command(epilog="Example: gaudi-calib postprocess out/llama/g3")
 @directory_options
-def postprocess(directory: Path, out: Path) -> None:
+def postprocess(directory: Path, out: Path, dump: str | None) -> None:
     """Give the attention matmuls the ranges of the KV caches they read.
 
     `measure` and `calibrate` do so already; this is for ranges measured by vLLM on a
@@ -17,4 +17,4 @@ def postprocess(directory: Path, out: Path) -> None:
     """
     from gaudi_calib.runs.postprocess import postprocess_dir
 
-    print_paths(postprocess_dir(directory, out))
+    print_paths(postprocess_dir(directory, out, dump=dump))

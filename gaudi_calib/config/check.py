@@ -5,18 +5,20 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from gaudi_calib.config.method_form import MethodEntry, MethodForm, RuleError, ScaleCandidates, StrictModel, TensorEntry
-from gaudi_calib.config.model import NodeFilter, QuantConfig, ScaleParams
+from gaudi_calib.config.model import UNREAD_KEYS, NodeFilter, QuantConfig, ScaleParams
 from gaudi_calib.config.rules import find_errors, find_warnings
 from gaudi_calib.errors import ConfigError, Finding
 
 _OLD_NAMES = {"whitelist": "allowlist", "blacklist": "blocklist"}
-_SET_BY_INC = ("device_type", "local_rank", "global_rank", "world_size", "mod_dict")
+_SET_BY_INC = ("device_type", "world_size")
 _TRUTHY_STRINGS = ("seperate_measure_files", "row_parallel_linear_allreduce_quantization")
 _MODELS: dict[str, type[StrictModel]] = {
     "allowlist": NodeFilter,
@@ -67,11 +69,12 @@ def inspect_quant_config(content: object) -> Inspection:
     if twice:
         errors = [Finding(old, f"{old} and {_OLD_NAMES[old]} are both given", fix=f"remove {old}") for old in twice]
         return Inspection(None, tuple(errors))
-    notes = _note_spelling(content)
+    read = {_OLD_NAMES.get(key, key): value for key, value in content.items() if not _is_unread(key, value)}
+    notes = (*_note_spelling(content), *_note_unread(content))
     try:
-        config = QuantConfig.model_validate({_OLD_NAMES.get(key, key): value for key, value in content.items()})
+        config = QuantConfig.model_validate(read)
     except ValidationError as error:
-        return Inspection(None, tuple(_list_findings(error)), notes)
+        return Inspection(None, tuple(_list_findings(error, read)), notes)
     if errors := find_errors(config):
         return Inspection(None, tuple(errors), notes)
     return Inspection(config, (), (*notes, *find_warnings(config)))
@@ -86,7 +89,7 @@ def parse_quant_config(content: object, *, where: object = "QUANT_CONFIG") -> Qu
     Raises:
         ConfigError: an unknown key, a bad value or an impossible combination.
 
-    >>> parse_quant_config({"mode": "measure", "dump_stats_path": "out/inc_output"}).mode
+    >>> parse_quant_config({"mode": "MEASURE", "dump_stats_path": "out/inc_output"}).mode
     'MEASURE'
     """
     inspection = inspect_quant_config(content)
@@ -118,7 +121,20 @@ def _note_spelling(content: Mapping[str, Any]) -> tuple[Finding, ...]:
     return (*old, *truthy)
 
 
-def _list_findings(error: ValidationError) -> list[Finding]:
+def _is_unread(key: str, value: object) -> bool:
+    """Tell whether INC takes `value` and does nothing with it; an object must be empty, and `mod_dict` an object."""
+    return key in UNREAD_KEYS and (value == {} or not (key == "mod_dict" or isinstance(value, Mapping)))
+
+
+def _note_unread(content: Mapping[str, Any]) -> tuple[Finding, ...]:
+    return tuple(
+        Finding(key, f"{key} changes nothing", UNREAD_KEYS[key], "remove it")
+        for key, value in content.items()
+        if _is_unread(key, value)
+    )
+
+
+def _list_findings(error: ValidationError, content: Mapping[str, Any]) -> list[Finding]:
     findings: list[Finding] = []
     for detail in error.errors():
         location = [str(part) for part in detail["loc"]]
@@ -128,34 +144,41 @@ def _list_findings(error: ValidationError) -> list[Finding]:
         if isinstance(cause, RuleError):
             findings += cause.findings
         else:
-            findings.append(_describe(detail, location))
+            findings.append(_describe(detail, location, content))
     return findings
 
 
-def _describe(detail: Any, location: list[str]) -> Finding:
+def _describe(detail: Any, location: list[str], content: Mapping[str, Any]) -> Finding:
     key = ".".join(location)
+    if detail["type"] == "extra_forbidden" and key in UNREAD_KEYS:
+        return Finding(key, f"{key} cannot be {_quote(detail['input'])}", UNREAD_KEYS[key], "remove it")
     if detail["type"] == "extra_forbidden":
-        return _describe_unknown_key(location)
+        return _describe_unknown_key(location, reduce(getitem, location[:-1], content))
     if detail["type"] == "missing":
         return Finding(key, f"{key} is missing", fix="a scale_method dict needs a default with weight and activation")
     if location[-1] == "[key]":
         return Finding(".".join(location[:-2]), f"{location[-2]!r} is no layer number", fix='use "0", "1", ...')
     remedy = detail["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
     remedy = "use an object" if detail["type"] in ("model_type", "dict_type") else remedy
-    return Finding(key, f"{key} cannot be {json.dumps(detail['input'], default=str)[:80]}", fix=remedy)
+    return Finding(key, f"{key} cannot be {_quote(detail['input'])}", fix=remedy)
 
 
-def _describe_unknown_key(location: list[str]) -> Finding:
+def _quote(value: object) -> str:
+    return json.dumps(value, default=str)[:80]
+
+
+def _describe_unknown_key(location: list[str], siblings: Mapping[str, Any]) -> Finding:
     *parents, key = location
     if not parents and key in _SET_BY_INC:
         return Finding(key, f"{key} is set by INC itself", "a value in the file breaks it", "remove it")
     model = _MODELS.get(parents[-1], MethodEntry) if parents else QuantConfig
     known = [*model.model_fields]
-    near = get_close_matches(key.lower(), known, n=1)
+    near = next(iter(get_close_matches(key.lower(), known, n=1)), None)
     inside = f" in {'.'.join(parents)}" if parents else ""
+    remedy = f"rename it to {near!r}" if near else "known keys: " + ", ".join(known)
     return Finding(
         ".".join(location),
-        f"unknown key {key!r}{inside}" + (f"; did you mean {near[0]!r}?" if near else ""),
+        f"unknown key {key!r}{inside}" + (f"; did you mean {near!r}?" if near else ""),
         why="INC ignores keys it does not know",
-        fix=f"rename it to {near[0]!r}" if near else "known keys: " + ", ".join(known),
+        fix=f"remove it: {near!r} is given, too" if near in siblings else remedy,
     )

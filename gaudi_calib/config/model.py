@@ -4,6 +4,7 @@ Source: INC `Fp8cfg.parse`, fp8_quant/_quant_common/quant_config.py (3.10), and
 `should_quantize`, fp8_quant/_core/utils.py.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,11 +12,31 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, field_serializer
 
-from gaudi_calib.config.method_form import MethodForm, OneOf, PositiveFloat, StrictModel, build_table, spell_out
+from gaudi_calib.config.method_form import (
+    MethodForm,
+    OneOf,
+    PositiveFloat,
+    RuleError,
+    StrictModel,
+    build_table,
+    spell_out,
+)
 from gaudi_calib.config.methods import SCALE_METHODS, MethodTable, ScaleMethod
 from gaudi_calib.errors import ConfigError, Finding
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, HP_DTYPES, Device, get_device
 
+# What vllm-gaudi runs; INC alone also knows NONE, SHAPE and LOAD.
+MODES = ("QUANTIZE", "MEASURE")
+# Keys of INC's own files and of older ones that INC's parser takes, and why they change nothing.
+UNREAD_KEYS = {
+    "_json_file": "INC puts the path of the file there itself",
+    "non_tunable_params": "only INC's tuning of its own configs reads it",
+    "mod_dict": "INC fills it itself, and refuses modules of one's own",
+    "local_rank": "INC asks torch.distributed for the rank",
+    "global_rank": "it only becomes GlobalRank of the files of ranges, which nobody reads",
+    "int4_weights": "INC reads it no more: it asks the checkpoint whether weights are 4 bits wide",
+    "dump_stats_xlsx_path": "no INC that was published reads it",
+}
 # Classes of modules that stay as they are with `dynamic_quantization`: INC scales them from ranges only.
 # Source: INC `_mod_default_dict`, fp8_quant/_core/patching_common.py.
 STATIC_TYPES = frozenset(
@@ -47,6 +68,23 @@ def _read_count(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _read_mode(value: object) -> object:
+    if value in MODES:
+        return value
+    meant = str(value).upper()
+    raise RuleError(
+        [
+            Finding(
+                "mode",
+                f"mode cannot be {json.dumps(value, default=str)[:80]}",
+                f"vllm-gaudi knows {' and '.join(MODES)}, compares the text as it stands, and refuses any other",
+                f'write "mode": "{meant if meant in MODES else "QUANTIZE"}"'
+                + ("" if meant in MODES else ', or "MEASURE" to measure'),
+            )
+        ]
+    )
+
+
 def _refuse_null(value: object) -> object:
     if value is None:
         raise ValueError("leave the key out")
@@ -59,6 +97,7 @@ def _refuse_bare_list(value: object) -> object:
     return value
 
 
+Mode = Annotated[str, BeforeValidator(_read_mode), WithJsonSchema({"type": "string", "enum": list(MODES)})]
 Flag = Annotated[
     bool, BeforeValidator(_read_flag), WithJsonSchema({"enum": [True, False, "true", "false", "True", "False"]})
 ]
@@ -98,7 +137,9 @@ class QuantConfig(StrictModel):
     """
 
     method: Annotated[str, OneOf("HOOKS")] = "HOOKS"
-    mode: Annotated[str, OneOf("NONE", "QUANTIZE", "MEASURE", "SHAPE", "LOAD")] = "QUANTIZE"
+    mode: Annotated[str, BeforeValidator(_read_mode), WithJsonSchema({"type": "string", "enum": list(MODES)})] = (
+        "QUANTIZE"
+    )
     observer: Annotated[str, OneOf("maxabs", "maxabs_per_channel", "shape", "save", exact_case=True)] = "maxabs"
     scale_method: ScaleMethodField = "MAXABS_HW"
     scale_format: Annotated[str, OneOf("CONST", "SCALAR")] = "SCALAR"
@@ -159,7 +200,12 @@ class QuantConfig(StrictModel):
     def uses_stats_files(self) -> bool:
         """Whether INC reads or writes ranges: not for fixed scales, not for dynamic ones."""
         fixed = all(method.is_fixed for method in self.method_table.methods)
-        return not ((self.dynamic_quantization or fixed) and self.mode in ("QUANTIZE", "LOAD"))
+        return not ((self.dynamic_quantization or fixed) and self.mode == "QUANTIZE")
+
+    @property
+    def measures_outputs(self) -> bool:
+        """Whether INC measures every output, not only those it computes scales from."""
+        return self.measure_exclude not in ("OUTPUT", "ALL")
 
     @property
     def dtype(self) -> str:

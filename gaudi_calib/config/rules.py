@@ -20,6 +20,7 @@ Rule = Callable[[QuantConfig], Iterator[Finding]]
 def find_errors(config: QuantConfig) -> list[Finding]:
     """Return every rule of INC that `config` breaks."""
     rules: tuple[Rule, ...] = (
+        _check_mode,
         _check_dynamic,
         _check_patterns,
         _check_path,
@@ -33,7 +34,6 @@ def find_errors(config: QuantConfig) -> list[Finding]:
 def find_warnings(config: QuantConfig) -> list[Finding]:
     """Return what INC or vllm-gaudi silently changes or ignores in a valid `config`."""
     rules: tuple[Rule, ...] = (
-        _warn_mode,
         _warn_scale_format,
         _warn_backoffs,
         _warn_method_table,
@@ -43,6 +43,16 @@ def find_warnings(config: QuantConfig) -> list[Finding]:
         _warn_observer,
     )
     return [finding for rule in rules for finding in rule(config)]
+
+
+def _check_mode(config: QuantConfig) -> Iterator[Finding]:
+    if "mode" not in config.model_fields_set:
+        yield Finding(
+            "mode",
+            "mode is missing",
+            "INC takes QUANTIZE, and vllm-gaudi refuses the file",
+            'add "mode": "QUANTIZE", or "MEASURE" to measure',
+        )
 
 
 def _check_dynamic(config: QuantConfig) -> Iterator[Finding]:
@@ -58,7 +68,7 @@ def _check_dynamic(config: QuantConfig) -> Iterator[Finding]:
     for key in ("use_qdq", "fake_quant", "row_parallel_linear_allreduce_quantization"):
         if getattr(config, key):
             yield Finding(key, f"{key} does not work with dynamic_quantization", fix=f"remove {key}")
-    if config.mode not in ("QUANTIZE", "LOAD"):
+    if config.mode != "QUANTIZE":
         yield Finding(
             "mode",
             f"mode {config.mode} does not work with dynamic_quantization",
@@ -136,19 +146,6 @@ def _check_observer(config: QuantConfig) -> Iterator[Finding]:
         )
 
 
-def _warn_mode(config: QuantConfig) -> Iterator[Finding]:
-    if "mode" not in config.model_fields_set:
-        yield Finding(
-            "mode", "mode is missing: INC takes QUANTIZE, vllm-gaudi refuses the file", fix='add "mode": "QUANTIZE"'
-        )
-    elif config.mode not in ("MEASURE", "QUANTIZE"):
-        yield Finding(
-            "mode",
-            f"mode {config.mode} is known to INC only; vllm-gaudi refuses the file",
-            fix="use MEASURE or QUANTIZE to run under vLLM",
-        )
-
-
 def _warn_scale_format(config: QuantConfig) -> Iterator[Finding]:
     if config.scale_format != "SCALAR" or "scale_format" not in config.model_fields_set:
         return
@@ -215,7 +212,7 @@ def _warn_method_table(config: QuantConfig) -> Iterator[Finding]:
 
 
 def _warn_environment(config: QuantConfig) -> Iterator[Finding]:
-    env = config.list_required_env() if config.mode in ("QUANTIZE", "LOAD") else {}
+    env = config.list_required_env() if config.mode == "QUANTIZE" else {}
     if "VLLM_DYNAMIC_KV_QUANT" in env:
         yield Finding(
             "dynamic_quantization",
@@ -233,10 +230,13 @@ def _warn_environment(config: QuantConfig) -> Iterator[Finding]:
 
 
 def _warn_ignored(config: QuantConfig) -> Iterator[Finding]:
-    if config.measure_exclude in ("INPUT", "PARAMS"):
+    if config.measure_exclude not in ("NONE", "OUTPUT"):
+        meaning = (
+            "NONE: everything is measured" if config.measures_outputs else "OUTPUT: inputs and weights are measured"
+        )
         yield Finding(
             "measure_exclude",
-            f"INC treats measure_exclude {config.measure_exclude} as NONE: everything is measured",
+            f"INC treats measure_exclude {config.measure_exclude} as {meaning}",
             fix="use NONE or OUTPUT",
         )
     if config.ignore_modules_wo_measures:
@@ -265,8 +265,9 @@ def _warn_observer(config: QuantConfig) -> Iterator[Finding]:
     if config.observer == "maxabs_per_channel" and config.mode == "MEASURE":
         yield Finding(
             "observer",
-            "maxabs_per_channel needs the files of an earlier run with mode SHAPE in the same place",
-            fix='run with "mode": "SHAPE", "observer": "shape" first, or use "observer": "maxabs"',
+            "maxabs_per_channel needs the files of an earlier run of INC with mode SHAPE in the same place",
+            "vllm-gaudi runs no such mode",
+            'use "observer": "maxabs"',
         )
     elif config.observer == "save" and config.mode == "MEASURE":
         yield Finding("observer", "save stores every tensor, not ranges", fix='use "observer": "maxabs" to calibrate')

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gaudi_calib.errors import TopologyError
+from gaudi_calib.errors import RangeError, TopologyError
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.topology import Axis, Topology
@@ -115,7 +115,8 @@ class ChannelNode:
 
     Attributes:
         op: what the module computes.
-        inputs, outputs: as in `Node`; outputs None where not measured.
+        inputs, outputs: as in `Node`; outputs None where not measured, and of a cache, whose
+            largest value is the largest it was ever given.
         weight: per output row (column parallel) or per input column (row parallel).
         partial_products: row parallel only: world -> range of the partial products.
             One value for all ranks where they reduce at once: that of the elementwise
@@ -153,6 +154,29 @@ class ChannelRanges:
     def has_experts(self) -> bool:
         """Whether any layer has routed experts."""
         return any(node.experts is not None for node in self.nodes.values())
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the outputs that INC measures only when asked to were measured, in every node."""
+        asked = (node for node in self.nodes.values() if node.op in (Op.LINEAR, Op.MATMUL))
+        return all(node.outputs is not None for node in asked)
+
+    def require_outputs(self, anew: str | None = None) -> None:
+        """Check that there are outputs.
+
+        Args:
+            anew: the command that measures again.
+
+        Raises:
+            RangeError: there are none.
+        """
+        if not self.has_outputs:
+            raise RangeError(
+                "the outputs of linear layers and matmuls were not measured",
+                where="measure_exclude of the MEASURE config",
+                why="it asks for them, and did not when the channel ranges were measured",
+                fix=f"measure again{f': {anew}' if anew else ''}; or leave measure_exclude out",
+            )
 
     def is_measured(self, topology: Topology) -> bool:
         """Whether the sums that ranks of `topology` compute were measured, in every node; otherwise they are bounds."""

@@ -8,11 +8,11 @@ from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.errors import TopologyError, UsageError
 from gaudi_calib.fp8 import GAUDI2, Device
 from gaudi_calib.ranges.bf16 import round_to_bf16
-from gaudi_calib.ranges.channels import ChannelNode, ChannelRanges, ExpertChannels
-from gaudi_calib.ranges.experts import list_children
+from gaudi_calib.ranges.channels import ChannelNode, ChannelRange, ChannelRanges, ExpertChannels
+from gaudi_calib.ranges.experts import list_children, name_old
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.layer_types import find_layer_type
-from gaudi_calib.ranges.node import Node, Op, RankSet, find_op
+from gaudi_calib.ranges.node import OPTIONAL_OUTPUTS, Node, Op, RankSet, find_op
 from gaudi_calib.ranges.table import tabulate_ranges
 from gaudi_calib.ranges.topology import Topology
 
@@ -25,19 +25,19 @@ _CURRENT_VLLM = (0, 32)
 def derive_world(
     channels: ChannelRanges, topology: Topology, device: Device, config: QuantConfig, vllm: str | None = None
 ) -> list[RankSet[Node]]:
-    """Return the ranges of every rank, with the caches' in the attention matmuls and without blocked nodes.
+    """Return the ranges of every rank, with the caches' in the attention matmuls and without what `config` leaves out.
 
     Args:
         vllm: version of the vLLM that will serve, which decides what expert ops are called; None: a current one.
 
     Raises:
         TopologyError: a tensor does not divide over the ranks; names the node.
+        RangeError: `config` measures outputs, and `channels` has none.
     """
-    ranks = (derive_rank(channels, rank, topology, device) for rank in range(topology.world))
+    outputs = config.measures_outputs
+    ranks = (derive_rank(channels, rank, topology, device, outputs=outputs) for rank in range(topology.world))
     derived = [select_nodes(apply_kv_cache(rank_set), config) for rank_set in ranks]
-    if parse_vllm_version(vllm) >= ROUTED_EXPERTS_SINCE:
-        return derived
-    return [_rename_experts(rank_set) for rank_set in derived]
+    return derived if _routes_experts(vllm) else [_rename_experts(rank_set) for rank_set in derived]
 
 
 def parse_vllm_version(vllm: str | None) -> tuple[int, ...]:
@@ -57,9 +57,13 @@ def parse_vllm_version(vllm: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts[:2])
 
 
-def name_old(name: str) -> str:
-    """What vLLM before `ROUTED_EXPERTS_SINCE` calls a module."""
-    return name.replace(".routed_experts.moe_op", ".moe_op")
+def _routes_experts(vllm: str | None) -> bool:
+    return parse_vllm_version(vllm) >= ROUTED_EXPERTS_SINCE
+
+
+def name_served(name: str, vllm: str | None) -> str:
+    """What this version of vLLM calls a module; None: a current one."""
+    return name if _routes_experts(vllm) else name_old(name)
 
 
 def _rename_experts(rank_set: RankSet[Node]) -> RankSet[Node]:
@@ -82,26 +86,32 @@ def select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
     return replace(rank_set, nodes=table.select([is_kept(name) for name in table]), modules=modules)
 
 
-def derive_rank(channels: ChannelRanges, rank: int, topology: Topology, device: Device) -> RankSet[Node]:
+def derive_rank(
+    channels: ChannelRanges, rank: int, topology: Topology, device: Device, *, outputs: bool = False
+) -> RankSet[Node]:
     """Return what a measurement with `topology` would have recorded on `rank`.
 
     Args:
         device: the device that will serve; decides which tensors pass through the
             block-to-batch matmuls.
+        outputs: of every node, not only those that INC needs.
 
     Returns:
         Ranges of shape (1,), each a bf16 value.
 
     Raises:
         TopologyError: a tensor does not divide over the ranks; names the node.
+        RangeError: outputs are wanted and were not measured.
     """
+    if outputs:
+        channels.require_outputs()
     nodes: dict[str, Node] = {}
     absent: set[str] = set()
     for name, node in channels.nodes.items():
         try:
-            nodes[name] = _derive_node(node, rank, topology, device)
+            nodes[name] = _derive_node(node, rank, topology, device, optional=outputs)
             if node.experts is not None:
-                nodes |= _derive_experts(name, node.experts, rank, topology)
+                nodes |= _derive_experts(name, node.experts, rank, topology, outputs=outputs)
                 local = {f"{name}.{child}" for child in list_children(node.experts.count)} - nodes.keys()
                 absent |= local
         except TopologyError as error:
@@ -110,17 +120,30 @@ def derive_rank(channels: ChannelRanges, rank: int, topology: Topology, device: 
     return RankSet(rank, topology.world, tabulate_ranges(nodes), modules, channels.num_samples)
 
 
-def _derive_experts(name: str, experts: ExpertChannels, rank: int, topology: Topology) -> dict[str, Node]:
-    """Nodes of the weights of a rank's experts, numbered from 0; INC gives each a dummy input of 0."""
+def _derive_experts(
+    name: str, experts: ExpertChannels, rank: int, topology: Topology, *, outputs: bool
+) -> dict[str, Node]:
+    """Nodes of the weights of a rank's experts, numbered from 0; INC gives each dummies of 0: they never run."""
     _, gate_up, down = zip(*experts.by_expert(rank, topology), strict=True)
     children = zip(list_children(len(down)), gate_up + down, strict=True)
-    return {f"{name}.{child}": Node((_to_range(0.0),), weight=_to_range(weight)) for child, weight in children}
+    dummy = (_to_range(0.0),)
+    return {
+        f"{name}.{child}": Node(dummy, dummy if outputs else None, weight=_to_range(weight))
+        for child, weight in children
+    }
 
 
-def _derive_node(node: ChannelNode, rank: int, topology: Topology, device: Device) -> Node:
-    world = topology.world
+def _list_outputs(node: ChannelNode, *, optional: bool) -> tuple[ChannelRange, ...] | None:
+    """Outputs as measured; those that INC can do without only where they are wanted."""
+    if node.op in OPTIONAL_OUTPUTS and not optional:
+        return None
+    return node.inputs if node.op is Op.KV_CACHE else node.outputs
+
+
+def _derive_node(node: ChannelNode, rank: int, topology: Topology, device: Device, *, optional: bool) -> Node:
+    world, measured_outputs = topology.world, _list_outputs(node, optional=optional)
     inputs = [channels.over_rank(rank, world) for channels in node.inputs]
-    outputs = None if node.outputs is None else [channels.over_rank(rank, world) for channels in node.outputs]
+    outputs = None if measured_outputs is None else [channels.over_rank(rank, world) for channels in measured_outputs]
     if node.op is Op.ROW_PARALLEL_LINEAR and outputs is not None:
         measured = node.partial_products.get(world)
         outputs[0] = bound_partial_product(node, world) if measured is None else measured[rank % len(measured)]

@@ -1,12 +1,20 @@
 """Experts of a rank: where they are, and which of them another rank gets.
 
-A fused op `P` (a node called `moe_op`) records `outputs` [out, one per local expert:
-max |silu(gate) * up|, 0 where no token came]. Its weights are nodes of their own,
-`P.w13_list.<i>` and `P.w2_list.<i>`. Experts are numbered from 0 on every rank: under
-expert parallelism rank r's expert 0 is expert r * local of the model, under tensor
-parallelism it is a slice of expert 0.
+A fused op `P` records `outputs` [out, one per local expert: max |silu(gate) * up|, 0 where no
+token came]. Its weights are nodes of their own, `P.w13_list.<i>` and `P.w2_list.<i>`. Experts are
+numbered from 0 on every rank: under expert parallelism rank r's expert 0 is expert r * local of
+the model, under tensor parallelism it is a slice of expert 0.
+
+What `P` is called tells the age of a file:
+
+    ...experts.routed_experts.moe_op   vLLM 0.24 and later
+    ...experts.moe_op                  before
+    ...experts.hpu_fused_moe.MoeOp     vllm-fork in the first half of 2025
+    ...experts.hpu_fused_moe           vllm-fork, the same op without a wrapper
+    ...experts.hpu_static_fused_moe    vllm-fork in 2024: no op, each expert a linear layer with inputs of its own
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import comb, log
 from typing import NamedTuple
@@ -14,10 +22,15 @@ from typing import NamedTuple
 import numpy as np
 
 from gaudi_calib.errors import TopologyError
+from gaudi_calib.ranges.node import FUSED_EXPERTS
 from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable
 
 LISTS = ("w13_list", "w2_list")
-_FUSED_OP = "moe_op"
+# Whose experts are linear layers like others: vllm-fork had no expert parallelism then.
+_UNFUSED = re.compile(r"\.(hpu_)?static_fused_moe\.")
+_FORMER_OP = re.compile(
+    r"(?<=\.experts\.)(routed_experts\.moe_op|hpu_fused_moe\.MoeOp|hpu_(static_)?fused_moe)(?![^.])"
+)
 # Idle experts that agree on all ranks by chance are ruled out below this probability.
 _COINCIDENCE = 1e-9
 
@@ -73,7 +86,7 @@ def find_expert_layers(inventory: Inventory) -> list[ExpertLayer]:
     """
     layers = find_named_layers(inventory.names)
     for name, shape in zip(inventory.names, inventory.shapes, strict=True):
-        if not name.endswith(_FUSED_OP) or name.rpartition(".")[2] != _FUSED_OP:
+        if not name.endswith(FUSED_EXPERTS) or name.rpartition(".")[2] not in FUSED_EXPERTS:
             continue
         experts = len(shape.outputs or ()) - 1
         if name not in layers and experts > 0:
@@ -94,7 +107,7 @@ def find_named_layers(names: Sequence[str]) -> dict[str, ExpertLayer]:
     """
     places: dict[tuple[str, str], dict[int, int]] = {}
     for position, name in enumerate(names):
-        if "_list." not in name:
+        if "_list." not in name or _UNFUSED.search(name):
             continue
         op, _, rest = name.rpartition("_list.")
         op, _, kind = op.rpartition(".")
@@ -118,6 +131,20 @@ def find_named_layers(names: Sequence[str]) -> dict[str, ExpertLayer]:
 def list_children(experts: int) -> list[str]:
     """Names of a fused op's children, in module order, e.g. `w13_list.0`."""
     return [f"{part}.{index}" for part in LISTS for index in range(experts)]
+
+
+def name_old(name: str) -> str:
+    """What vLLM 0.23 calls a module that vLLM 0.24 and later call `name`."""
+    return name.replace(".routed_experts.moe_op", ".moe_op")
+
+
+def name_ageless(name: str) -> str:
+    """Return what a module of experts is called whatever the age of its file.
+
+    >>> name_ageless("model.layers.0.mlp.experts.hpu_fused_moe.MoeOp.w2_list.3")
+    'model.layers.0.mlp.experts.moe_op.w2_list.3'
+    """
+    return _FORMER_OP.sub("moe_op", name)
 
 
 def choose_joined(size: int) -> Choose:
@@ -223,15 +250,26 @@ def detect_expert_parallel(tables: Sequence[RangeTable], layers: Sequence[Expert
     Args:
         tables: all ranks, with the same nodes.
     """
-    inventory, chance = tables[0].inventory, 0.0
+    chance = 0.0
     for layer in layers:
-        shape = inventory.shapes[inventory.index[layer.op]]
-        start = int(inventory.starts[inventory.index[layer.op]]) + sum(shape.inputs) + 1
-        idle = np.array([table.numbers[start : start + layer.size] == 0 for table in tables])
+        idle = np.array([_is_idle(table, layer) for table in tables])
         if (idle != idle[0]).any():
             return True
         chance -= (len(tables) - 1) * log(comb(layer.size, int(idle[0].sum())))
     return False if chance < log(_COINCIDENCE) else None
+
+
+def list_idle_experts(table: RangeTable) -> list[tuple[str, int]]:
+    """Return the experts of a rank that saw no token, each as its fused op and its number there."""
+    layers = find_expert_layers(table.inventory)
+    return [(layer.op, expert) for layer in layers for expert in np.flatnonzero(_is_idle(table, layer)).tolist()]
+
+
+def _is_idle(table: RangeTable, layer: ExpertLayer) -> np.ndarray:
+    """Whether each expert of a layer saw no token: bool, shape (experts,)."""
+    position = table.inventory.index[layer.op]
+    start = int(table.inventory.starts[position]) + sum(table.inventory.shapes[position].inputs) + 1
+    return table.numbers[start : start + layer.size] == 0
 
 
 def _walk(names: Sequence[str], layers: Iterable[ExpertLayer]) -> Iterator[tuple[int, ExpertLayer | None, str | None]]:

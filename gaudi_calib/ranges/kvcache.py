@@ -10,7 +10,12 @@ from dataclasses import replace
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.table import tabulate_ranges
 
-_CACHES = {"matmul_qk": ("k_cache", "latent_cache_k"), "matmul_av": ("v_cache", "latent_cache_k")}
+_CACHES = {
+    "matmul_qk": ("k_cache", "latent_cache_k"),
+    "matmul_av": ("v_cache", "latent_cache_k"),
+    "qk_matmul": ("key_cache",),
+    "kv_matmul": ("value_cache",),
+}
 
 
 def apply_kv_cache(rank_set: RankSet[Node]) -> RankSet[Node]:

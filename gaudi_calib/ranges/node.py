@@ -33,6 +33,10 @@ class Op(Enum):
     DYNAMIC_MOE = "dynamic_moe"
 
 
+# Ops whose outputs INC measures only with `measure_exclude: NONE`.
+OPTIONAL_OUTPUTS = frozenset({Op.LINEAR, Op.MATMUL, Op.KV_CACHE})
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """Ranges of one module: float32 arrays of shape (channels,).
@@ -116,7 +120,22 @@ LATENT_ATTENTION_OPS = {
     "latent_cache_k" if op == "k_cache" else op: kind for op, kind in ATTENTION_OPS.items() if op != "v_cache"
 }
 
-_OP_BY_SUFFIX = {**ATTENTION_OPS, **LATENT_ATTENTION_OPS, "latent_cache_v": Op.KV_CACHE, "moe_op": Op.DYNAMIC_MOE}
+# What vllm-gaudi and its forerunner vllm-fork have called the fused op of a layer's experts, the newest first.
+FUSED_EXPERTS = ("moe_op", "MoeOp", "hpu_fused_moe")
+# Attention ops of vllm-fork in 2024.
+_FORMER_ATTENTION_OPS = {
+    "qk_matmul": Op.MATMUL,
+    "kv_matmul": Op.MATMUL,
+    "key_cache": Op.KV_CACHE,
+    "value_cache": Op.KV_CACHE,
+    "latent_cache_v": Op.KV_CACHE,
+}
+_OP_BY_SUFFIX = {
+    **ATTENTION_OPS,
+    **LATENT_ATTENTION_OPS,
+    **_FORMER_ATTENTION_OPS,
+    **dict.fromkeys(FUSED_EXPERTS, Op.DYNAMIC_MOE),
+}
 
 
 class Measured(Protocol):

@@ -80,7 +80,7 @@ def write_rank_sets(directory: Path, rank_sets: Sequence[AnyRankSet], *, method:
 
 
 def read_ranges(path: Path) -> RankSet[Node]:
-    """Read one rank's ranges from its `.json` (and `.npz` beside it, which wins for INC).
+    """Read one rank's ranges from its `.json` and the `.npz` beside it, which wins for INC; either may be missing.
 
     Raises:
         FileError: a file is malformed, holds scales, or json and npz disagree.
@@ -110,6 +110,16 @@ def read_stored_names(path: Path) -> tuple[str, ...]:
         FileError: the file is missing or malformed.
     """
     return tuple(require_nodes(path, load_value(read_pickle(path), path)))
+
+
+def read_any_names(path: Path) -> tuple[str, ...]:
+    """Return the names of a rank's nodes, in order, from its `.json`, or from its `.npz` where it has only that.
+
+    Raises:
+        FileError: the file is malformed.
+    """
+    text = path.with_suffix(".json")
+    return read_node_names(text) if text.is_file() else read_stored_names(path.with_suffix(".npz"))
 
 
 def read_world_files(paths: Sequence[Path]) -> list[RankSet[Node]]:
@@ -160,8 +170,11 @@ def _match_rank(path: Path, mode: str, like: Inventory) -> tuple[RangeTable, int
 
 def _parse_rank(path: Path, mode: str) -> tuple[RangeTable | ScaleTable, int | None]:
     """Read any rank: the json by parsing, the npz by comparing or by the restricted unpickler."""
-    value = read_json(path.with_suffix(".json"), flatten_node if mode == RANGES_MODE else None)
-    npz = path.with_suffix(".npz")
+    npz, text = path.with_suffix(".npz"), path.with_suffix(".json")
+    if npz.is_file() and not text.is_file():
+        stored = load_value(read_pickle(npz), npz)
+        return decode_table(npz, stored, mode), stored.get("NumSamples")
+    value = read_json(text, flatten_node if mode == RANGES_MODE else None)
     table = decode_table(path, value, mode)
     if not npz.is_file():
         return table, value.get("NumSamples")

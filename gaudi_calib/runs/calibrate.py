@@ -15,10 +15,17 @@ from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_set
+from gaudi_calib.runs.facts import require_same_model
 from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.run import Run, RunResult, Target
-from gaudi_calib.runs.torch_steps import derive_ranks, derive_target, measure_model
+from gaudi_calib.runs.torch_steps import (
+    derive_ranks,
+    derive_target,
+    measure_model,
+    require_savable,
+    save_model_tensors,
+)
 from gaudi_calib.runs.vllm_steps import computes_scales, describe_room, measure_ranks, quantize_ranks, settle_engine
 from gaudi_calib.scales.compute import compute_scales
 
@@ -41,12 +48,18 @@ def calibrate(options: RunOptions) -> RunResult:
 def measure(options: RunOptions) -> RunResult:
     """Measure ranges; write the channel ranges, every rank's files and the MEASURE configs.
 
+    With observer `save` in the MEASURE config, tensors are written in place of ranges.
+
     Raises:
         DataError, ModelError, TopologyError, RangeError, FileError: files of an earlier
             run are unchanged.
     """
     options = settle_engine(options)
-    return Run(options, serves=False).execute([_prepare, *_choose_measuring(options)])
+    run = Run(options, serves=False)
+    if any(target.saves_tensors for target in run.targets):
+        require_savable(run)
+        return run.execute([_prepare, save_model_tensors])
+    return run.execute([_prepare, *_choose_measuring(options)])
 
 
 def quantize(options: RunOptions) -> RunResult:
@@ -59,7 +72,7 @@ def quantize(options: RunOptions) -> RunResult:
     """
     run = Run(options, serves=True, fresh=False)
     for target in run.targets if run.needs_ranges else ():
-        run.require_same_model(target)
+        require_same_model(target.placed, run.model, options.world)
         _require_ranges(run, target)
     return run.execute([_load_ranges, _quantize])
 
@@ -107,8 +120,11 @@ def _require_ranges(run: Run, target: Target) -> None:
             raise FileError(
                 f"no ranges for {world} ranks on {target.device.name}",
                 where=placed.path,
-                why=f"neither rank files nor {CHANNEL_RANGES_NAME}",
-                fix=f"run: {advice.derive(world) or advice.measure(world)}",
+                why="observer save left tensors only"
+                if target.saves_tensors
+                else f"neither rank files nor {CHANNEL_RANGES_NAME}",
+                fix=(f"use observer maxabs in {target.layout.measure_config}, then " if target.saves_tensors else "")
+                + f"run: {advice.derive(world) or advice.measure(world)}",
             )
 
 

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# Of INC's observers, why they give no ranges.
+_WHY_NOT = {
+    "shape": "it notes the shapes of tensors, no ranges",
+    "maxabs_per_channel": "INC needs the shapes that a run with mode SHAPE left in the same place, and computes scales "
+    "from one range per tensor; the torch engine keeps ranges per channel with observer maxabs, too",
+    "save": "INC since 3.5 stops at the first module (NameError in `save_module`), and without a Gaudi vLLM saves none",
+}
+
 
 def find_side_config(options: RunOptions) -> Path | None:
     """Return the QUANTIZE config that is asked for where it lies in the run directory, else None."""
@@ -121,15 +129,41 @@ def choose_measure_config(
         config = CalibrationDir(layout.directory).measure_config
     if config is None:
         return measure_config(family, layout.dump_stats_path, **describe_dtype(dtype))
-    if config.mode != "MEASURE" or config.measure_exclude != "OUTPUT":
+    if config.mode != "MEASURE":
         raise ConfigError(
-            "not usable as a MEASURE config here",
-            where=path,
-            why=f"mode is {config.mode}, measure_exclude {config.measure_exclude}; the torch engine records "
-            "inputs, weights and the outputs INC requires",
-            fix="set mode to MEASURE and leave measure_exclude out",
+            "not usable as a MEASURE config here", where=path, why=f"mode is {config.mode}", fix="set mode to MEASURE"
         )
     return with_dump_stats_path(_settle_dtype(config, dtype, path, options.measure_config), layout.dump_stats_path)
+
+
+def require_observable(config: QuantConfig, options: RunOptions, path: Path, *, scales: bool) -> None:
+    """Raise ConfigError where the engine that measures does not observe what `config`, of the file `path`, asks for.
+
+    Args:
+        scales: are to be computed, which needs ranges.
+    """
+    off_gaudi = options.engine == "vllm" and options.platform != "hpu"
+    if config.observer == "save" and options.engine == "torch":
+        if scales:
+            raise ConfigError(
+                "observer save leaves tensors, and no ranges to compute scales from",
+                where=path,
+                fix="use observer maxabs; or save tensors with `gaudi-calib measure`",
+            )
+    elif config.observer != "maxabs":
+        raise ConfigError(
+            f"observer {config.observer} is not possible here",
+            where=path,
+            why=_WHY_NOT[config.observer],
+            fix="use observer maxabs" + (", or --engine torch" if config.observer == "save" else ""),
+        )
+    elif config.measures_outputs and off_gaudi:
+        raise ConfigError(
+            f"measure_exclude {config.measure_exclude} is not possible here",
+            where=path,
+            why="without a Gaudi, vLLM measures only the outputs that scales are computed from",
+            fix="leave measure_exclude out, or give --engine torch",
+        )
 
 
 def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Family, dtype: str) -> QuantConfig:
@@ -141,16 +175,25 @@ def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Famil
     path, method = options.quant_config or layout.quant_config, options.scale_method
     if not path.is_file():
         return quant_config(family, layout.dump_stats_path, method or "maxabs_hw", **describe_dtype(dtype))
-    config = with_dump_stats_path(read_quant_config(path), layout.dump_stats_path)
-    if config.mode not in ("QUANTIZE", "LOAD") or config.fp8_config != "E4M3":
+    config = with_dump_stats_path(require_quantizing(read_quant_config(path), path), layout.dump_stats_path)
+    config = _settle_dtype(config, dtype, path, options.quant_config)
+    return change_method(config, family, method) if method else config
+
+
+def require_quantizing(config: QuantConfig, path: Path | None) -> QuantConfig:
+    """Return `config`, of the file `path`, whose scales can be computed.
+
+    Raises:
+        ConfigError: it measures, or quantizes to another FP8.
+    """
+    if config.mode != "QUANTIZE" or config.fp8_config != "E4M3":
         raise ConfigError(
             "not usable as a QUANTIZE config here",
             where=path,
             why=f"mode is {config.mode}, fp8_config {config.fp8_config}",
             fix="set mode to QUANTIZE, and fp8_config to E4M3, for which scales are computed",
         )
-    config = _settle_dtype(config, dtype, path, options.quant_config)
-    return change_method(config, family, method) if method else config
+    return config
 
 
 def require_blocked(config: QuantConfig, plan: "ModelPlan", path: Path) -> None:

@@ -17,7 +17,8 @@ from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
 from gaudi_calib.moved import is_same_place, warn_of_move
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.rankfiles.store import write_rank_sets
-from gaudi_calib.runs.rescale import Converted, Recipe, Rescaled, rescale
+from gaudi_calib.runs.recipe import Recipe
+from gaudi_calib.runs.rescale import Converted, Rescaled, rescale
 from gaudi_calib.staging import REPLACED_NAME, set_aside, stage_files
 
 if TYPE_CHECKING:
@@ -40,12 +41,14 @@ class Conversion(NamedTuple):
         model: checkpoint whose config.json tells the number of experts, or None.
         device: the device that will serve, where neither manifest nor directory tells.
         skips_scales: leave out the scales.
+        dump: first part of the names of the measurement, where the directory holds several.
     """
 
     expert_parallel: bool | None = None
     model: Path | None = None
     device: str | None = None
     skips_scales: bool = False
+    dump: str | None = None
 
 
 def write_converted(source: CalibrationDir, out: Path, converted: Converted, options: Conversion) -> list[Path]:
@@ -82,15 +85,14 @@ def write_world(
         written = write_rank_sets(staging, ranks)
         for recipe, rank_sets in scales:
             written += write_rank_sets(staging, rank_sets, method=recipe.tag)
-        replaced = set_aside_scales(out, staging, world, {path.name for path in written})
+        replaced = set_aside_outdated(out, staging, written)
         if record is not None:
             _record_world(record, world, expert_parallel, is_bounded)
             for recipe, rank_sets in scales:
-                _record_scales(record, staging, rank_sets, recipe)
+                record_scales(record, staging, out, rank_sets, recipe)
             record.update(files=CalibrationDir(out).hash_files(staging, without=replaced))
             record.stage(staging)
-    if replaced:
-        _log.warning("%d scale files of earlier ranges were moved to %s", len(replaced), out / REPLACED_NAME)
+    warn_of_replaced(out, replaced)
     return [out / path.name for path in written]
 
 
@@ -135,26 +137,53 @@ def _record_world(record: "Record", world: int, expert_parallel: bool | None, is
         record.update(expert_parallel=expert_parallel)
 
 
-def _record_scales(record: "Record", staging: Path, rank_sets: Iterable[RankSet[ScaleNode]], recipe: Recipe) -> None:
-    """Note which ranges the scale files in `staging` were computed from."""
+def record_scales(
+    record: "Record", staging: Path, out: Path, rank_sets: Iterable[RankSet[ScaleNode]], recipe: Recipe
+) -> None:
+    """Note which ranges, in `staging` or else in `out`, the scale files in `staging` were computed from."""
     from gaudi_calib.manifest import ScaleOrigin
 
     for rank_set in rank_sets:
         ranges = RankFile(rank_set.dump, rank=rank_set.rank, world=rank_set.world, extension="npz")
+        place = staging if (staging / ranges.name).is_file() else out
         scales = replace(ranges, method=recipe.tag)
-        origin = ScaleOrigin(ranges={ranges.name: hash_file(staging / ranges.name)}, settings=recipe.settings)
+        origin = ScaleOrigin(ranges={ranges.name: hash_file(place / ranges.name)}, settings=recipe.settings)
         record.update(scales=dict.fromkeys((replace(scales, extension="json").name, scales.name), origin))
 
 
-def set_aside_scales(out: Path, staging: Path, world: int, written: set[str]) -> list[Path]:
-    """Move scale files of ranges that are about to change out of INC's sight, and return them: it would use them."""
-    changed = any(
-        not (out / name).is_file() or (out / name).read_bytes() != (staging / name).read_bytes()
-        for name in written
-        if (file := parse_rank_file(name)) and file.is_ranges and file.extension == "npz"
-    )
-    old = [path for path in CalibrationDir(out).list_scales(world) if path.name not in written]
-    if not changed or not old:
-        return []
-    set_aside(staging, old)
-    return old
+def set_aside_outdated(out: Path, staging: Path, written: Sequence[Path]) -> list[Path]:
+    """Move out of INC's sight what it must not find beside the `written` files of one measurement, and return it.
+
+    That is scales of ranges that are about to change, and ranges of the same ranks under another name: files of INC
+    without torch.distributed lack rank and world in theirs.
+
+    Args:
+        written: files of `staging`, and those of `out` that stay as they are.
+    """
+    new = {path.name: file for path in written if (file := parse_rank_file(path.name))}
+    dump = next(iter(new.values())).dump
+    changed = {
+        file.position[1]
+        for name, file in new.items()
+        if file.is_ranges
+        and file.extension == "npz"
+        and (staging / name).is_file()
+        and (not (out / name).is_file() or (out / name).read_bytes() != (staging / name).read_bytes())
+    }
+    positions = {file.position for file in new.values()}
+    outdated = [
+        path
+        for path, file in CalibrationDir(out, dump=dump).files.items()
+        if path.name not in new
+        and file.observer == RankFile().observer
+        and (file.position[1] in changed if file.method else file.position in positions)
+    ]
+    if outdated:
+        set_aside(staging, outdated)
+    return outdated
+
+
+def warn_of_replaced(out: Path, replaced: Sequence[Path]) -> None:
+    """Say that what new ranges replace is not lost."""
+    if replaced:
+        _log.warning("%d files that the new ranges replace were moved to %s", len(replaced), out / REPLACED_NAME)

@@ -23,7 +23,8 @@ def expand_dir(
         FileError: a rank of `from_world` is missing or malformed; nothing is written.
         TopologyError, RangeError: see `gather_world`, `settle_expert_parallel`, `expand_ranks`.
     """
-    source, conversion = CalibrationDir(expand_path(directory)), conversion or Conversion()
+    conversion = conversion or Conversion()
+    source = CalibrationDir(expand_path(directory), dump=conversion.dump)
     ranks = gather_world(source.read_world(from_world))
     evidence = find_evidence(source, ranks, conversion.model)
     if from_world == 1 and conversion.expert_parallel is not None:

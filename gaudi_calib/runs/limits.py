@@ -1,19 +1,28 @@
 """What a run says about ranges that make bad scales."""
 
+from collections.abc import Iterable
+
+from gaudi_calib.config.methods import MethodTable
 from gaudi_calib.config.model import get_scales_device
-from gaudi_calib.errors import Finding
+from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.derive import select_nodes
+from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.runs.run import Run
 from gaudi_calib.scales.limits import find_limits
 
 
 def warn_of_limits(run: Run) -> None:
     """Warn of ranges that are 0, and of those that saturate; each once, whatever the number of ranks and devices."""
-    findings: dict[Finding, None] = {}
+    told: dict[str, None] = {}
     for target in run.targets:
         config = target.quant_config
         ranks = [select_nodes(rank_set, config) for ranks in target.ranges.values() for rank_set in ranks]
-        for finding in find_limits(ranks, config.method_table, get_scales_device(config, target.device)):
-            findings[finding] = None
-    for finding in findings:
-        run.warn(f"{finding.what} ({finding.where}): {finding.why}. {str(finding.fix).capitalize()}")
+        told |= dict.fromkeys(describe_limits(ranks, config.method_table, get_scales_device(config, target.device)))
+    for text in told:
+        run.warn(text)
+
+
+def describe_limits(ranks: Iterable[RankSet[Node]], table: MethodTable, device: Device) -> list[str]:
+    """Return what is to be said of ranges that make bad scales; see `find_limits`."""
+    findings = find_limits(ranks, table, device)
+    return [f"{found.what} ({found.where}): {found.why}. {str(found.fix).capitalize()}" for found in findings]

@@ -26,6 +26,7 @@ from gaudi_calib.ranges.merge import merge_channels, merge_ranks
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges, write_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_sets
+from gaudi_calib.runs.recipe import advise_scales
 from gaudi_calib.staging import REPLACED_NAME, set_aside, stage_files
 
 _log = logging.getLogger(__name__)
@@ -50,12 +51,13 @@ class _Run:
         return "" in self.devices
 
 
-def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
+def merge_dirs(directories: Sequence[Path], out: Path, *, dump: str | None = None) -> list[Path]:
     """Merge the ranges in `directories` and write them to `out`.
 
     Args:
         out: a directory of the same kind; may be one of `directories`. Its rank files
             that the result makes stale (scales, other worlds) move to `replaced/`.
+        dump: first part of the names of the measurement, where directories hold several.
 
     Returns:
         The files written, manifests left out.
@@ -74,7 +76,7 @@ def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
             fix="give the directories of two or more runs",
         )
     out = expand_path(out)
-    runs = _find_runs([expand_path(path) for path in directories])
+    runs = _find_runs([expand_path(path) for path in directories], dump)
     for places in (list(run.devices.values()) for run in runs if run.devices):
         warn_of_move(places[0])
     _check_kind(out, runs)
@@ -88,8 +90,8 @@ def merge_dirs(directories: Sequence[Path], out: Path) -> list[Path]:
             why="; ".join(f"{run.path} has {_describe_worlds(run)}" for run in runs),
             fix="; or ".join(["measure each run with the same -t", *_advise_common_world(runs)]),
         )
-    written = _write(out, ranges, channels, manifests, runs)
-    _log.info("Scales are not merged.%s", _advise_scales(out, ranges))
+    written = _write(out, ranges, channels, manifests, runs, dump)
+    _log.info("Scales are not merged.%s", _advise_scales(out, ranges, runs))
     return written
 
 
@@ -103,26 +105,27 @@ def _advise_common_world(runs: Sequence[_Run]) -> list[str]:
     return [f"bring all to {world} rank{'s' * (world > 1)} first: {chain(*commands)}"]
 
 
-def _advise_scales(out: Path, ranges: Mapping[str, Sequence[RankSet[Node]]]) -> str:
-    """What computes the scales of the merged ranges, where one command after another does."""
-    places = {device: CalibrationDir(out / device).advise() for device in ranges}
-    commands = [
-        places[device].compute_scales(world)
-        for device, rank_sets in ranges.items()
-        for world in sorted({ranks.world for ranks in rank_sets})
-    ]
+def _advise_scales(out: Path, ranges: Mapping[str, Sequence[RankSet[Node]]], runs: Sequence[_Run]) -> str:
+    """What computes the scales of the merged ranges, by the methods that the runs have any of, or by the default."""
+    commands = []
+    for device, rank_sets in ranges.items():
+        place, sources = CalibrationDir(out / device), [run.devices[device] for run in runs]
+        known = next((source.device for source in sources if source.device), None)
+        for world in sorted({ranks.world for ranks in rank_sets}):
+            methods = sorted({method for source in sources for method in source.list_methods(world)})
+            commands += [advise_scales(place, world, method, device=known) for method in methods or [None]]
     return f" To compute them: {chain(*commands)}" if any(commands) else " In a run, OUT/<model>, they can be computed"
 
 
-def _find_runs(directories: Sequence[Path]) -> list[_Run]:
+def _find_runs(directories: Sequence[Path], dump: str | None) -> list[_Run]:
     """Return the distinct ones of `directories`."""
     runs = []
     for path in {path.resolve(): path for path in directories}.values():
-        place = CalibrationDir(path)
+        place = CalibrationDir(path, dump=dump)
         if place.worlds:
             runs.append(_Run(path, {"": place}, False))
             continue
-        inside = {name: CalibrationDir(path / name) for name in DEVICES if (path / name).is_dir()}
+        inside = {name: CalibrationDir(path / name, dump=dump) for name in DEVICES if (path / name).is_dir()}
         devices = {name: place for name, place in inside.items() if place.worlds}
         runs.append(_Run(path, devices, (path / CHANNEL_RANGES_NAME).is_file()))
         if not runs[-1].devices and not runs[-1].has_channels:
@@ -277,6 +280,7 @@ def _write(
     channels: ChannelRanges | None,
     manifests: Mapping[str, Sequence[Manifest]],
     runs: Sequence[_Run],
+    dump: str | None,
 ) -> list[Path]:
     written: list[Path] = []
     sources = [run.path for run in runs]
@@ -293,7 +297,7 @@ def _write(
                 with record_run(placed.path / MANIFEST_NAME, measurement=measurement, **facts) as record:
                     record.update(files=placed.hash_files())
         results = [out / path.relative_to(staging) for path in written]
-        stale = _find_stale(out, results, is_device_dir=runs[0].is_device_dir)
+        stale = _find_stale(out, results, dump, is_device_dir=runs[0].is_device_dir)
         set_aside(staging, stale)
     for directory in sorted({path.parent for path in stale}):
         _log.warning("files that the merged ranges make stale were moved to %s", directory / REPLACED_NAME)
@@ -330,9 +334,9 @@ def _join_worlds(told: Iterable[WorldFacts | None]) -> WorldFacts:
     return WorldFacts(expert_parallel=shared, is_bounded=any(facts.is_bounded for facts in known))
 
 
-def _find_stale(out: Path, written: Iterable[Path], *, is_device_dir: bool) -> list[Path]:
+def _find_stale(out: Path, written: Iterable[Path], dump: str | None, *, is_device_dir: bool) -> list[Path]:
     """Return what the merged ranges make stale."""
     old = [out / CHANNEL_RANGES_NAME]
     for directory in (out,) if is_device_dir else (out / device for device in DEVICES):
-        old += list_rank_files(directory)
+        old += CalibrationDir(directory, dump=dump).files
     return [path for path in sorted(set(old) - set(written)) if path.is_file()]

@@ -44,6 +44,7 @@ def reshard_dir(
     Raises:
         FileError: no channel ranges, or they are damaged.
         TopologyError: the model does not divide over the ranks, or it is not known how they share experts.
+        RangeError: the MEASURE config asks for outputs, and they were not measured.
     """
     run, devices = _find_run(expand_path(run), devices)
     sources = [CalibrationDir(run / name) for name in devices]
@@ -54,7 +55,10 @@ def reshard_dir(
     for source, name in zip(sources, devices, strict=True):
         topology = Topology(world, _choose_sharing(source, channels, world, expert_parallel))
         version = vllm or (source.manifest.vllm if source.manifest else None)
-        ranks = derive_world(channels, topology, get_device(name), _require_config(source, name), version)
+        config = _require_config(source, name)
+        if config.measures_outputs:
+            channels.require_outputs(source.advise().measure(world))
+        ranks = derive_world(channels, topology, get_device(name), config, version)
         results.append((topology, ranks))
     is_bounded = not all(channels.is_measured(topology) for topology, _ in results)
     if is_bounded:

@@ -23,7 +23,7 @@ from gaudi_calib.config.model import (
 )
 from gaudi_calib.data.prompts import Prompts
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import FileError, ModelError, UsageError
+from gaudi_calib.errors import FileError, UsageError
 from gaudi_calib.files import hash_file
 from gaudi_calib.fp8 import DEVICES, Device, get_device
 from gaudi_calib.gaps import find_uncovered, refuse_uncovered
@@ -41,11 +41,12 @@ from gaudi_calib.runs.configs import (
     choose_quant_config,
     find_side_config,
     require_blocked,
+    require_observable,
     stage_config,
 )
 from gaudi_calib.runs.facts import describe_dataset, describe_model
 from gaudi_calib.runs.options import RunOptions, check_options
-from gaudi_calib.runs.rescale import advise_scales
+from gaudi_calib.runs.recipe import advise_scales
 from gaudi_calib.runs.sharing import find_evidence, settle_expert_parallel
 from gaudi_calib.scales.compute import require_precision
 from gaudi_calib.staging import REPLACED_NAME, claim_directory, set_aside, stage_files
@@ -110,6 +111,11 @@ class Target:
     ranges: dict[int, list[RankSet[Node]]] = field(default_factory=dict)
     reshared: set[int] = field(default_factory=set)
     record: Record = field(init=False)
+
+    @property
+    def saves_tensors(self) -> bool:
+        """Whether measuring leaves tensors in place of ranges."""
+        return self.measure_config.observer == "save"
 
     @property
     def placed(self) -> CalibrationDir:
@@ -271,7 +277,7 @@ class Run:
     def _record_files(self, replaced: Collection[Path]) -> None:
         """Complete the manifests, and stage them with the files they describe."""
         for target in self.targets:
-            config = {"measure": to_content(target.measure_config)} if target.ranges else {}
+            config = {"measure": to_content(target.measure_config)} if target.ranges or target.saves_tensors else {}
             if self.serves:
                 config["quantize"] = to_content(target.quant_config)
             staging = self.staging / target.device.name
@@ -296,20 +302,6 @@ class Run:
                 file = placed.files[stale.path]
                 anew = advise_scales(placed, file.position[1], str(file.method), self.options.model)
                 self.warn(f"{stale.path} is stale: {stale.why}" + (f"; `{anew}` computes it anew" if anew else ""))
-
-    def require_same_model(self, target: Target) -> None:
-        """Raise ModelError where the ranges in place were measured on other weights, as far as the manifest knows."""
-        origin = target.placed.origin
-        before = origin and origin.model
-        if before and before.fingerprint not in (None, self.model.fingerprint):
-            raise ModelError(
-                f"the ranges for {target.device.name} were measured on another checkpoint",
-                where=target.layout.directory,
-                why=f"the fingerprint of {self.options.model!r} is not that of {before.name!r} when it was measured",
-                fix=f"give the model that was measured (-m {shlex.quote(before.name)})"
-                if before.name != self.model.name
-                else f"measure it again: {target.placed.advise(self.options.model).measure(self.options.world)}",
-            )
 
     def _require_own_root(self) -> None:
         """Raise UsageError where a new measurement would lie among files of another checkpoint of the same name."""
@@ -356,6 +348,9 @@ class Run:
         serving = choose_quant_config(options, layout, family, self.dtype)
         get_scales_device(serving, device)
         path = find_side_config(options) or layout.quant_config
+        if self.fresh:
+            needs_ranges = self.serves and serving.uses_stats_files
+            require_observable(measuring, options, options.measure_config or layout.measure_config, scales=needs_ranges)
         require_blocked(measuring, self.plan, layout.measure_config)
         require_blocked(serving, self.plan, path)
         require_precision(serving.method_table, serving.hp_dtype)

@@ -1,8 +1,14 @@
 """The steps of a run that the torch engine does: it measures per channel, and every rank follows from that."""
 
 import logging
+import shlex
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from gaudi_calib.errors import RangeError
+from gaudi_calib.errors import FileError, RangeError, UsageError
+from gaudi_calib.files import show_size
 from gaudi_calib.layout import CHANNEL_RANGES_NAME
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.coverage import count_coverage, describe_coverage, list_cold, suggest_data
@@ -13,24 +19,34 @@ from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.reshard import describe_bounds
 from gaudi_calib.runs.run import Run, Target
 
+if TYPE_CHECKING:
+    from gaudi_calib.engines.torch.tensors import SavedNode
+
 _log = logging.getLogger(__name__)
 
 
-def measure_model(run: Run) -> None:
-    """Measure ranges."""
+@contextmanager
+def _show_progress(tokens: int) -> Iterator[Callable[[float], None]]:
+    """Yield what is to be called with the tokens finished, and with 0 at the start."""
     from tqdm import tqdm
 
-    from gaudi_calib.engines.torch.experts import ColdPolicy
-    from gaudi_calib.engines.torch.measure import DEFAULT_WORLDS, measure_channels
-
-    assert run.prompts is not None
-    with tqdm(total=run.prompts.token_count, unit="tok", unit_scale=True, desc="measure") as bar:
+    with tqdm(total=tokens, unit="tok", unit_scale=True, desc="measure") as bar:
 
         def show(tokens: float) -> None:
             if not tokens:
                 bar.unpause()  # loading libraries is not progress
             bar.update(min(tokens, bar.total - bar.n))  # shares of a token may add up to a little more than all
 
+        yield show
+
+
+def measure_model(run: Run) -> None:
+    """Measure ranges."""
+    from gaudi_calib.engines.torch.experts import ColdPolicy
+    from gaudi_calib.engines.torch.measure import DEFAULT_WORLDS, measure_channels
+
+    assert run.prompts is not None
+    with _show_progress(run.prompts.token_count) as show:
         run.channels = measure_channels(
             run.plan.checkpoint.directory,
             run.prompts.token_ids,
@@ -41,10 +57,85 @@ def measure_model(run: Run) -> None:
             vllm=run.options.vllm,
             compute_dtype=run.options.compute_dtype,
             batch_size=run.options.batch_size,
+            outputs=any(target.measure_config.measures_outputs for target in run.targets),
             on_progress=show,
         )
     _cover_experts(run, run.channels, run.prompts.token_count)
     write_channel_ranges(run.staging / CHANNEL_RANGES_NAME, run.channels)
+
+
+def require_savable(run: Run) -> None:
+    """Raise UsageError where tensors would not be told apart, or be mixed up with what is there."""
+    root, options = run.layout.root, run.options
+    if len(run.targets) > 1:
+        raise UsageError(
+            "observer save is for one device at a time",
+            where="MEASURE config",
+            why="tensors are the same for both, and take much space",
+            fix=f"give --device {options.devices[0]}",
+        )
+    if options.worlds != (1,):
+        raise UsageError(
+            f"observer save is for one rank, and -t is {options.world}",
+            where="MEASURE config",
+            why="INC names the files of tensors without the rank, so that ranks overwrite each other's",
+            fix="leave -t and -r out",
+        )
+    (target,) = run.targets
+    if target.placed.files or run.layout.channel_ranges.is_file() or target.layout.tensors.exists():
+        raise UsageError(
+            "there are results already where tensors are to be saved",
+            where=root,
+            why="they would not belong to them",
+            fix=f"give this run a name of its own: --name {shlex.quote(root.name + '-tensors')}",
+        )
+
+
+def save_model_tensors(run: Run) -> None:
+    """Save tensors."""
+    from gaudi_calib.engines.torch.tensors import plan_tensors, save_tensors
+
+    assert run.prompts is not None
+    (target,) = run.targets
+    nodes = plan_tensors(run.plan, target.measure_config)
+    _require_space(run, nodes.values(), run.prompts.token_ids)
+    directory = run.staging / target.layout.tensors.relative_to(run.layout.root)
+    with _show_progress(run.prompts.token_count) as show:
+        save_tensors(
+            run.plan,
+            nodes,
+            run.prompts.token_ids,
+            directory,
+            vllm=run.options.vllm,
+            compute_dtype=run.options.compute_dtype,
+            batch_size=run.options.batch_size,
+            on_progress=show,
+        )
+    run.stage_config(target.layout.measure_config, target.measure_config)
+    run.warn(
+        "tensors of linear layers and experts were saved, and no ranges; those of attention have the shapes of a "
+        "device's kernels, and are left out"
+    )
+
+
+def _require_space(run: Run, nodes: Iterable["SavedNode"], prompts: Sequence[Sequence[int]]) -> None:
+    """Say how much space tensors will take, and fail where there is less."""
+    from gaudi_calib.engines.torch.tensors import estimate_bytes
+
+    nodes = list(nodes)
+    weights, all_of_it = (estimate_bytes(nodes, those, run.dtype) for those in ([], prompts))
+    free, each = shutil.disk_usage(run.staging).free, (all_of_it - weights) // len(prompts)
+    what = f"tensors take about {show_size(all_of_it)}, of which weights {show_size(weights)}"
+    _log.info("The %s; %s are free", what, show_size(free))
+    if all_of_it > free:
+        fitting = (free - weights) // each if each else 0
+        raise FileError(
+            f"the {what}, and {show_size(free)} are free",
+            where=run.layout.root,
+            why=f"every prompt takes about {show_size(each)}",
+            fix=(f"give fewer prompts (-l {fitting}), " if fitting > 0 else "")
+            + "name the modules of interest in the allowlist of the MEASURE config, or give another -o",
+        )
 
 
 def _cover_experts(run: Run, channels: ChannelRanges, tokens: int) -> None:
@@ -86,11 +177,17 @@ def derive_ranks(run: Run) -> None:
 
 
 def derive_target(run: Run, channels: ChannelRanges, target: Target, world: int) -> None:
-    """Derive and write the ranges of all ranks of one world for one device."""
+    """Derive and write the ranges of all ranks of one world for one device.
+
+    Raises:
+        RangeError: its MEASURE config asks for outputs, and they were not measured.
+    """
     topology = run.topology(world)
     if not channels.is_measured(topology):
         run.warn(f"the {describe_bounds(world)}")
         target.record.update(worlds={world: run.describe_world(is_bounded=True)})
+    if target.measure_config.measures_outputs:
+        channels.require_outputs(target.placed.advise(run.options.model).measure(world))
     vllm = run.options.vllm or target.record.manifest.vllm
     target.ranges[world] = derive_world(channels, topology, target.device, target.measure_config, vllm)
     write_rank_sets(run.staging / target.device.name, target.ranges[world])

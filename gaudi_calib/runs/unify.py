@@ -30,7 +30,8 @@ def unify_dir(
         FileError: a rank is missing or malformed, or several worlds could be meant; nothing is written.
         TopologyError, RangeError: see `gather_world`, `settle_expert_parallel`, `unify_ranks`.
     """
-    source, conversion = CalibrationDir(expand_path(directory)), conversion or Conversion()
+    conversion = conversion or Conversion()
+    source = CalibrationDir(expand_path(directory), dump=conversion.dump)
     candidates = [from_world] if from_world else _find_candidates(source, world)
     result, *others = [_unify_world(source, candidate, world, conversion) for candidate in candidates]
     if not all(other.equals(result) for other in others):

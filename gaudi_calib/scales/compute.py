@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gaudi_calib.config.methods import MethodTable, ScaleMethod, TensorScaling, get_scale_method
-from gaudi_calib.errors import ConfigError, RangeError
+from gaudi_calib.errors import ConfigError, IdleExpertError, RangeError
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.layer_types import find_layer_type, is_expert_matmul
 from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, RankSet, ScaleNode, find_op
@@ -46,6 +46,7 @@ def compute_scales(
     weights: WeightReader,
     layer_types: Mapping[str, str] | None = None,
     hp_dtype: str = "BF16",
+    allows_idle: bool = False,
     as_on_cpu: bool = False,
 ) -> RankSet[ScaleNode]:
     """Return the scales of one rank, bit for bit those INC computes on a Gaudi.
@@ -59,6 +60,8 @@ def compute_scales(
             Called only for per-channel and `OPT` rules, and where a weight has no range.
         layer_types: module class by node name, for nodes `find_layer_type` gets wrong.
         hp_dtype: what INC computes in: `BF16`, `FP16` or `FP32`, as in QUANT_CONFIG.
+        allows_idle: give experts that saw no token a scale of 0, as INC does; what a token becomes
+            that is sent to one when serving, nobody knows.
         as_on_cpu: give the scales that INC computes on a CPU instead, which divides ranges where a Gaudi
             multiplies them by a rounded reciprocal. For comparison with INC where there is no Gaudi.
 
@@ -70,6 +73,7 @@ def compute_scales(
     Raises:
         RangeError: a range that is needed is missing, NaN, infinite, negative, or leads to a
             scale of 0 (a division by zero when serving), or a weight is missing or malformed.
+        IdleExpertError: it is the range of an expert, and `allows_idle` is not given.
         ConfigError: the table has `layer_types` and a node's class is not known, or an `OPT` rule and another
             `hp_dtype` than BF16.
     """
@@ -82,7 +86,7 @@ def compute_scales(
     solved = []
     others: dict[str, ScaleNode] = {}
     for alike in _find_classes(measured.inventory, table, layer_types or {}):
-        scales = _solve_class(alike, measured, formats)
+        scales = _solve_class(alike, measured, formats, allows_idle=allows_idle)
         if scales.weight_rule is not None:
             for row, inputs, output in zip(alike.rows.tolist(), scales.inputs, scales.output, strict=True):
                 rule = scales.weight_rule
@@ -183,13 +187,13 @@ def _find_rules(name: str, op: Op, table: MethodTable, layer_types: Mapping[str,
     return table.for_node(name, layer_type)
 
 
-def _solve_class(alike: _Class, measured: RangeTable, formats: _Formats) -> _ClassScales:
+def _solve_class(alike: _Class, measured: RangeTable, formats: _Formats, *, allows_idle: bool) -> _ClassScales:
     activation, (inputs, output) = alike.rules.activation, find_sources(alike.op, alike.shape)
     is_linear = alike.op in (Op.LINEAR, Op.ROW_PARALLEL_LINEAR)
     if is_linear and activation.is_fixed:
         output = ("outputs", 0)
     parts = inputs if output is None else [*inputs, output]
-    scales = _scale_parts(alike, parts, activation, measured, formats)
+    scales = _scale_parts(alike, parts, activation, measured, formats, allows_idle=allows_idle)
     entries = scales[:, : len(inputs)]
     if alike.op is Op.KV_CACHE:
         return _ClassScales(entries, entries[:, 0])
@@ -205,7 +209,13 @@ def _solve_class(alike: _Class, measured: RangeTable, formats: _Formats) -> _Cla
 
 
 def _scale_parts(
-    alike: _Class, parts: Sequence[Part], rule: TensorScaling, measured: RangeTable, formats: _Formats
+    alike: _Class,
+    parts: Sequence[Part],
+    rule: TensorScaling,
+    measured: RangeTable,
+    formats: _Formats,
+    *,
+    allows_idle: bool = False,
 ) -> np.ndarray:
     """Return the scales of some ranges of a class: float32, shape (nodes, parts)."""
     if rule.is_fixed:
@@ -219,7 +229,12 @@ def _scale_parts(
         name, label = alike.names[alike.rows[node]], label_part(parts[part])
         raise _bad_range(name, label, found, int(bad.sum()), formats.precision)
     scales = scale_ranges(ranges, rule, *formats)
-    for node, part in np.argwhere((scales == 0) | ~np.isfinite(scales)).tolist():
+    is_expert = np.array([alike.op is Op.DYNAMIC_MOE and kind == "outputs" and place > 0 for kind, place in parts])
+    idle = (scales == 0) & (ranges == 0) & is_expert
+    if idle.any() and not allows_idle:
+        node = int(idle.any(axis=1).argmax())
+        raise _idle_experts(alike.names[alike.rows[node]], int(idle.sum()), int(idle.any(axis=1).sum()))
+    for node, part in np.argwhere(((scales == 0) | ~np.isfinite(scales)) & ~idle).tolist():
         name, label = alike.names[alike.rows[node]], label_part(parts[part])
         if not (ranges[node, part] == 0 and is_expert_matmul(name) and label == "inputs[0]"):
             raise _bad_scale(name, label, float(measured_ranges[node, part]), float(scales[node, part]), rule)
@@ -314,6 +329,16 @@ def _bad_range(name: str, part: str, value: float, count: int, precision: Precis
         where=name,
         why=f"a range is a finite maximum of absolute values that {precision.dtype} can hold",
         fix="find the sample that overflows and measure again",
+    )
+
+
+def _idle_experts(name: str, experts: int, layers: int) -> IdleExpertError:
+    return IdleExpertError(
+        f"{experts} experts of {layers} layers saw no token, and their scale would be 0",
+        where=name,
+        why="their ranges are 0, and dividing by the scale gives inf or NaN as soon as a token is sent to one",
+        fix="measure with more data, so that tokens reach every expert; or use a hardware-aligned method, whose "
+        "smallest scale is not 0: there such an expert adds next to nothing",
     )
 
 

@@ -39,9 +39,9 @@ class Precision:
         >>> [float(one.divide_by_constant(x, 112.0)) for one in (BF16, replace(BF16, divides=True))]
         [0.009033203125, 0.00909423828125]
         """
-        return self.divide(x, divisor) if self.divides else self.multiply(x, self.round(1 / divisor))
+        return self.divide(x, divisor) if self.divides else self.multiply(x, self.divide(1, divisor))
 
-    def divide(self, x: np.ndarray, divisor: float | np.ndarray) -> np.ndarray:
+    def divide(self, x: ArrayLike, divisor: float | np.ndarray) -> np.ndarray:
         """Return `x / divisor`; a Python float is rounded to float32 only, as torch does."""
         with np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore"):
             return self.round(np.asarray(x, dtype=np.float32) / np.asarray(divisor, dtype=np.float32))

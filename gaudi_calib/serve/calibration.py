@@ -67,7 +67,7 @@ def open_calibration(path: Path) -> Calibration:
         FileError: its directory is not there, or the calibration there never finished.
     """
     config = read_quant_config(path)
-    if config.mode not in ("QUANTIZE", "LOAD"):
+    if config.mode != "QUANTIZE":
         raise ConfigError(
             f"{path.name} does not serve: its mode is {config.mode}",
             where=path,
@@ -197,7 +197,7 @@ def advise(calibration: Calibration, model: ModelSource) -> Advice:
 
 def _no_world(calibration: Calibration, model: ModelSource, world: int) -> FileError:
     advice = advise(calibration, model)
-    worlds = [str(size) for size in advice.worlds]
+    worlds = [str(size) for size in advice.worlds if not calibration.placed.list_missing(size)]
     ways = [advice.derive(world), "serve with " + " or ".join(f"-t {size}" for size in worlds) if worlds else None]
     return FileError(
         f"no files for {world} ranks",

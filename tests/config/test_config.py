@@ -24,6 +24,7 @@ from gaudi_calib.errors import ConfigError, ModelError, UsageError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3
 from gaudi_calib.layout import RunLayout
 from gaudi_calib.models.families import FAMILIES, find_family
+from tests.support.published import read_published
 
 PATH = "/data/out/g2/inc_output"
 
@@ -127,7 +128,10 @@ def test_an_unknown_key_names_the_nearest_known_one(content, key, nearest):
 
 
 REFUSED = {
-    "mode": ({"mode": "QUANTISE"}, "QUANTIZE is the nearest"),
+    "mode": ({"mode": "QUANTISE"}, 'write "mode": "QUANTIZE", or "MEASURE"'),
+    "mode in lower case": ({"mode": "measure"}, 'write "mode": "MEASURE"'),
+    "mode of INC only": ({"mode": "LOAD"}, 'write "mode": "QUANTIZE", or "MEASURE"'),
+    "modules of one's own": ({"mod_dict": {"MyLinear": "linear"}}, "remove it"),
     "observer in capitals": ({"observer": "MAXABS"}, "use one of maxabs, maxabs_per_channel, shape, save"),
     "method": ({"scale_method": "maxabs_hv"}, "MAXABS_HW is the nearest"),
     "method that is a number": ({"scale_method": 3}, "use one of UNIT_SCALE"),
@@ -167,6 +171,57 @@ def test_a_refusal_says_how_to_repair_it(content, fix):
         parse(**content)
     assert fix in error.value.fix
     assert error.value.exit_code == 1
+
+
+def test_a_config_says_what_to_do():
+    """Without a mode INC would quantize, and vllm-gaudi refuses the file."""
+    errors = inspect_quant_config({"dump_stats_path": PATH}).errors
+    assert [(finding.where, finding.fix) for finding in errors] == [
+        ("mode", 'add "mode": "QUANTIZE", or "MEASURE" to measure')
+    ]
+
+
+UNREAD = {
+    "_json_file": None,
+    "non_tunable_params": ["white_list"],
+    "mod_dict": {},
+    "local_rank": 0,
+    "global_rank": None,
+    "int4_weights": "True",
+    "dump_stats_xlsx_path": "out/stats.xlsx",
+}
+
+
+def test_keys_that_inc_takes_and_does_not_read_are_warnings():
+    """INC writes some of them itself, older ones read others; each is told with its reason, and not written again."""
+    content = {"mode": "QUANTIZE", "dump_stats_path": PATH}
+    inspection = inspect_quant_config({**content, **UNREAD})
+    assert {finding.where: finding.fix for finding in inspection.warnings} == dict.fromkeys(UNREAD, "remove it")
+    assert all(finding.why for finding in inspection.warnings)
+    assert to_content(inspection.config) == content
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"dump_stats_paths": "out/x"}, "dump_stats_path"),
+        ({"blocklst": {}, "blacklist": {}}, "blocklist"),
+        ({"allowlist": {"names": [], "name": ["mlp"]}}, "names"),
+    ],
+    ids=["beside it", "beside its old name", "in a list"],
+)
+def test_a_fix_makes_no_second_key_of_one_name(content, key):
+    """Where the key that was meant is there, the misspelt one is one too many."""
+    errors = inspect_quant_config({"mode": "QUANTIZE", "dump_stats_path": PATH, **content}).errors
+    assert [finding.fix for finding in errors] == [f"remove it: '{key}' is given, too"]
+
+
+@pytest.mark.parametrize("published", read_published(), ids=lambda published: published["from"])
+def test_published_configs(published):
+    """The settings of every public QUANT_CONFIG: what is wrong with them, and what is surprising."""
+    inspection = inspect_quant_config(published["content"])
+    assert [finding.where for finding in inspection.errors] == published["errors"]
+    assert [finding.where for finding in inspection.warnings] == published["warnings"]
 
 
 def test_all_problems_are_found_at_once():
@@ -224,10 +279,10 @@ def test_unreadable_files_are_config_errors(tmp_path):
 
 
 def test_spelling_of_the_file_does_not_matter():
-    """Case, string booleans and the old names of the lists mean the same."""
+    """Case (but for mode and observer), string booleans and the old names of the lists mean the same."""
     loose = parse_quant_config(
         {
-            "mode": "quantize",
+            "mode": "QUANTIZE",
             "scale_method": "Maxabs_Hw",
             "scale_format": "CONST",
             "use_qdq": "True",
@@ -276,8 +331,8 @@ WARNED = {
     ),
     "dynamic caches": ({"scale_method": "maxabs_pcs_pow2", "dynamic_quantization": True}, "dynamic_quantization"),
     "exclude": ({"measure_exclude": "INPUT"}, "measure_exclude"),
+    "exclude all": ({"measure_exclude": "ALL"}, "measure_exclude"),
     "dotted type": ({"blocklist": {"types": ["torch.nn.Linear"]}}, "blocklist.types"),
-    "mode of INC only": ({"mode": "LOAD"}, "mode"),
     "unmeasured modules": ({"ignore_modules_wo_measures": True}, "ignore_modules_wo_measures"),
     "e5m2": ({"fp8_config": "E5M2"}, "fp8_config"),
     "tensors": ({"mode": "MEASURE", "observer": "save"}, "observer"),
@@ -303,13 +358,18 @@ def test_what_inc_changes_silently_is_a_warning(content, key):
 
 
 def test_warnings_about_spelling():
-    """Old names, a missing mode and a truthy "False" are told, and written correctly."""
+    """Old names and a truthy "False" are told, and written correctly."""
     inspection = inspect_quant_config(
-        {"whitelist": {"names": ["mlp"]}, "seperate_measure_files": "False", "dump_stats_path": PATH}
+        {
+            "mode": "MEASURE",
+            "whitelist": {"names": ["mlp"]},
+            "seperate_measure_files": "False",
+            "dump_stats_path": PATH,
+        }
     )
-    assert [finding.where for finding in inspection.warnings] == ["whitelist", "seperate_measure_files", "mode"]
+    assert [finding.where for finding in inspection.warnings] == ["whitelist", "seperate_measure_files"]
     assert to_content(inspection.config) == {
-        "mode": "QUANTIZE",
+        "mode": "MEASURE",
         "allowlist": {"types": [], "names": ["mlp"]},
         "dump_stats_path": PATH,
         "seperate_measure_files": False,
@@ -442,9 +502,15 @@ def test_schema_describes_what_is_accepted():
     validator = jsonschema.Draft202012Validator(describe_schema())
     good = to_content(quant_config(find_family("deepseek_v3"), PATH, "maxabs_hw", use_qdq="True"))
     table = {"mode": "QUANTIZE", "scale_method": {"default": {"weight": {"rounding_method": "pow2"}}}}
-    for content in (good, table, {"mode": "measure"}):
+    for content in (good, table, {"mode": "MEASURE"}):
         assert list(validator.iter_errors(content)) == []
-    for content in ({"mode": "QUANTISE"}, {"modes": "QUANTIZE"}, {"blocklist": ["lm_head"]}, {"use_qdq": 1.5}):
+    for content in (
+        {"mode": "QUANTISE"},
+        {"mode": "measure"},
+        {"modes": "QUANTIZE"},
+        {"blocklist": ["lm_head"]},
+        {"use_qdq": 1.5},
+    ):
         assert list(validator.iter_errors(content)) != []
 
 

@@ -1,18 +1,21 @@
 """INC itself as the judge of what a QUANT_CONFIG may say."""
 
 import copy
+import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaudi_calib.config.check import inspect_quant_config, parse_quant_config
+from gaudi_calib.config.file import validate_file
 from gaudi_calib.config.methods import SCALE_METHODS, ScaleMethod
 from gaudi_calib.config.model import STATIC_TYPES, get_scales_device, to_content
 from gaudi_calib.config.rules import find_warnings
 from gaudi_calib.config.templates import list_templates
 from gaudi_calib.errors import ConfigError
 from gaudi_calib.fp8 import DEVICES, Device
+from tests.support.published import read_published
 
 pytest.importorskip("neural_compressor.torch", reason="the hpu extra (INC) is not installed")
 
@@ -21,6 +24,8 @@ from neural_compressor.torch.algorithms.fp8_quant._core.patching_common import _
 from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods import scale_method_config as inc_methods
 from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods import scale_method_factory as factory
 from neural_compressor.torch.algorithms.fp8_quant._quant_common import quant_config as inc
+from neural_compressor.torch.algorithms.fp8_quant.observer import OBSERVER_TYPES
+from neural_compressor.torch.quantization import FP8Config
 from neural_compressor.torch.utils.auto_accelerator import INCAcceleratorType
 
 pytestmark = pytest.mark.inc
@@ -40,11 +45,17 @@ class _Gaudi:
 
 
 def ask_inc(content: dict, device: Device) -> dict | None:
-    """Return INC's parsed config, or None where INC refuses `content` on `device`."""
+    """Return INC's parsed config, or None where INC, or vllm-gaudi before it, refuses `content` on `device`.
+
+    vllm-gaudi asks `FP8Config` whether to measure or to quantize, and stops where it says neither.
+    """
     original = inc.auto_detect_accelerator
     inc.auto_detect_accelerator = lambda: _Gaudi(device)
     try:
-        return inc.Fp8cfg.parse(copy.deepcopy(content)).cfg
+        config = FP8Config.from_dict(copy.deepcopy(content))
+        parsed = inc.Fp8cfg.parse(copy.deepcopy(content)).cfg
+        observes = config.measure and parsed["observer"] in OBSERVER_TYPES
+        return parsed if observes or config.quantize else None
     except Exception:  # INC refuses with ValueError, AttributeError, KeyError or FileNotFoundError
         return None
     finally:
@@ -105,12 +116,18 @@ HW = {
 }
 POW2 = {"weight": scaling("PTS", "MAXABS", "POW2"), "activation": scaling("PTS", "MAXABS", "POW2")}
 CASES = {
-    "lower case": {"mode": "measure", "scale_method": "maxabs_pow2", "scale_format": "const", "hp_dtype": "fp16"},
-    "no mode": {},
+    "lower case": {"scale_method": "maxabs_pow2", "scale_format": "const", "hp_dtype": "fp16"},
+    "plain": {},
     "string booleans": {"use_qdq": "True", "recalc_scales": "false", "ignore_modules_wo_measures": "TRUE"},
     "boolean as number": {"use_qdq": 1},
     "boolean as word": {"fake_quant": "yes"},
-    "bad mode": {"mode": "AUTO"},
+    "mode in lower case": {"mode": "quantize"},
+    "mode in mixed case": {"mode": "Measure"},
+    "mode of FP8Config": {"mode": "AUTO"},
+    "mode of plain INC": {"mode": "LOAD"},
+    "unknown observer": {"mode": "MEASURE", "observer": "fake"},
+    "object under a key that nobody reads": {"int4_weights": {"group_size": 128}},
+    "keys that nobody reads": {"int4_weights": "True", "dump_stats_xlsx_path": "x.xlsx", "local_rank": 3},
     "bad method": {"scale_method": "maxabs_hv"},
     "bad format": {"scale_format": "tensor"},
     "bad dtype": {"hp_dtype": "FP64"},
@@ -161,7 +178,6 @@ CASES = {
         }
     },
     "dynamic": {"scale_method": "MAXABS_PCS_POW2", "dynamic_quantization": True},
-    "dynamic, to load": {"scale_method": "MAXABS_PCS_POW2", "dynamic_quantization": "true", "mode": "LOAD"},
     "dynamic, to measure": {"scale_method": "MAXABS_PCS_POW2", "dynamic_quantization": True, "mode": "MEASURE"},
     "dynamic, default method": {"dynamic_quantization": True},
     "dynamic, unit scale": {"dynamic_quantization": True, "scale_method": "UNIT_SCALE"},
@@ -189,8 +205,34 @@ CASES = {
 @pytest.mark.parametrize("content", CASES.values(), ids=CASES)
 def test_inc_and_we_accept_the_same_configs(content, device, tmp_path):
     """A config is refused exactly where INC on that device refuses it."""
-    content = {"dump_stats_path": str(tmp_path / "inc_output"), **content}
+    content = {"mode": "QUANTIZE", "dump_stats_path": str(tmp_path / "inc_output"), **content}
     assert accept(content, device) == (ask_inc(content, device) is not None)
+
+
+def test_a_config_without_a_mode_does_not_serve(tmp_path):
+    """INC's parser would quantize; vllm-gaudi stops."""
+    content = {"dump_stats_path": str(tmp_path / "inc_output")}
+    assert not accept(content, DEVICES["g2"])
+    assert ask_inc(content, DEVICES["g2"]) is None
+
+
+@pytest.mark.parametrize("published", read_published(), ids=lambda published: published["from"])
+def test_published_configs_are_taken_where_inc_takes_them(published, tmp_path, monkeypatch):
+    """On a Gaudi 3, which takes the scales of a Gaudi 2, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert accept(published["content"], DEVICES["g3"]) == (ask_inc(published["content"], DEVICES["g3"]) is not None)
+
+
+def test_what_inc_writes_itself_is_taken(tmp_path):
+    """`FP8Config.to_json_file`, once it says what to do."""
+    path = tmp_path / "config.json"
+    config = FP8Config(dump_stats_path=str(tmp_path / "inc_output"), mode="QUANTIZE", hp_dtype="fp32")
+    config.to_json_file(path)
+    inspection = validate_file(path)
+    assert [finding.where for finding in inspection.warnings] == ["non_tunable_params", "mod_dict", "_json_file"]
+    assert inspection.config is not None and inspection.config.hp_dtype == "FP32"
+    assert ask_inc(json.loads(path.read_text()), DEVICES["g2"]) is not None
 
 
 def methods_as_dicts() -> st.SearchStrategy:
@@ -222,7 +264,7 @@ FLAG = st.sampled_from([False, False, True, "False", "true"])
 CONFIGS = st.fixed_dictionaries(
     {},
     optional={
-        "mode": st.sampled_from(["QUANTIZE", "QUANTIZE", "load", "MEASURE", "SHAPE", "NONE"]),
+        "mode": st.sampled_from(["QUANTIZE", "QUANTIZE", "quantize", "MEASURE", "SHAPE"]),
         "scale_method": st.sampled_from(sorted(SCALE_METHODS)).map(str.lower) | methods_as_dicts(),
         "scale_format": st.sampled_from(["CONST", "scalar", "SCALAR"]),
         "dynamic_quantization": FLAG,
@@ -241,7 +283,7 @@ CONFIGS = st.fixed_dictionaries(
 def test_any_combination_is_judged_as_inc_judges_it(content, device, tmp_path_factory):
     """Accepted or refused alike; and where accepted, INC uses the values this package predicts."""
     path = tmp_path_factory.getbasetemp() / "inc_output"
-    content = {"dump_stats_path": str(path), **content}
+    content = {"mode": "QUANTIZE", "dump_stats_path": str(path), **content}
     parsed = ask_inc(content, DEVICES[device])
     assert accept(content, DEVICES[device]) == (parsed is not None)
     if parsed is None:
@@ -254,6 +296,15 @@ def test_any_combination_is_judged_as_inc_judges_it(content, device, tmp_path_fa
     if "scale_format" in content:
         announced = any(finding.where == "scale_format" for finding in find_warnings(config))
         assert announced == (parsed["scale_format"].name != content["scale_format"].upper())
+
+
+@pytest.mark.parametrize("value", inc.MeasureExclude.__members__)
+def test_outputs_are_measured_where_inc_measures_them(value, tmp_path):
+    """Whatever else measure_exclude may name, INC leaves out outputs or nothing."""
+    content = {"mode": "MEASURE", "measure_exclude": value.lower(), "dump_stats_path": str(tmp_path / "inc_output")}
+    excluded = ask_inc(content, DEVICES["g3"])["measure_exclude"]
+    skips = bool(excluded & (inc.MeasureExclude.OUTPUT | inc.MeasureExclude.ALL))  # in register_patched_measure_modules
+    assert parse_quant_config(content).measures_outputs != skips
 
 
 @pytest.mark.parametrize("name", list_templates())
@@ -308,7 +359,9 @@ STRICTER = {
     "unknown field of a method": {"scale_method": {"default": {"weight": {"back_off": 1}}}},
     "layer range": {"scale_method": {"default": POW2, "layers": {"0-3": POW2}}},
     "directory without prefix": {"dump_stats_path": "out/"},
-    "rank": {"local_rank": 3},
+    "world": {"world_size": 3},
+    "modules of one's own": {"mod_dict": {"MyLinear": "linear"}},
+    "list of modules": {"mod_dict": ["MyLinear"]},
 }
 
 

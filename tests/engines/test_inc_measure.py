@@ -11,7 +11,6 @@ from gaudi_calib.engines.torch.measure import measure_channels
 from gaudi_calib.fp8 import GAUDI3
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.derive import derive_rank
-from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.topology import Topology
 from tests.oracles.inc_measure import Job, Measured, fuse_measured, measure_with_inc
 from tests.support.tiny import CHECKPOINTS, make_tiny_model
@@ -53,18 +52,15 @@ def inc_ranges(tiny_model: Callable[[str], Path]) -> dict[tuple[str, str], dict[
 
 
 def pair_ranges(directory: Path, channels: ChannelRanges, measured: dict[str, Measured]) -> tuple[Ranges, Ranges]:
-    """Return our and INC's input, weight and (row parallel at world 1) output range of every linear node."""
-    nodes = derive_rank(channels, 0, Topology(1), GAUDI3).nodes
+    """Return our and INC's input, weight and output range of every linear node (row parallel: at world 1)."""
+    nodes = derive_rank(channels, 0, Topology(1), GAUDI3, outputs=True).nodes
     ours, incs = {}, {}
     for name, linear in plan_model(directory).linears.items():
         # The output projection has no fused parts; transformers calls it lm_head or embed_out.
         fused = fuse_measured(measured, linear.modules or measured.keys() & {"lm_head", "embed_out"})
         node = nodes[name]
-        ours[name] = [node.inputs[0].item(), node.weight.item()]
-        incs[name] = [fused.input, fused.weight]
-        if linear.op is Op.ROW_PARALLEL_LINEAR:
-            ours[name].append(node.outputs[0].item())
-            incs[name].append(fused.output)
+        ours[name] = [node.inputs[0].item(), node.weight.item(), node.outputs[0].item()]
+        incs[name] = [fused.input, fused.weight, fused.output]
     return ours, incs
 
 
@@ -77,7 +73,7 @@ def test_ranges_in_bfloat16_equal_those_inc_measures(
     """Computed in bf16 one sequence at a time, ranges equal INC's to the bit."""
     directory = tiny_model(checkpoint)
     channels = measure_channels(
-        directory, make_prompts(checkpoint), worlds=(1,), compute_dtype="bfloat16", batch_size=1
+        directory, make_prompts(checkpoint), worlds=(1,), compute_dtype="bfloat16", batch_size=1, outputs=True
     )
     ours, incs = pair_ranges(directory, channels, inc_ranges[checkpoint, "bfloat16"])
     assert ours == incs
@@ -91,7 +87,7 @@ def test_ranges_of_packed_float32_batches_are_those_inc_measures_in_float32(
 ) -> None:
     """By default, sequences packed into one batch, ranges are at most one bf16 step from INC's."""
     directory = tiny_model(checkpoint)
-    channels = measure_channels(directory, make_prompts(checkpoint), worlds=(1, 2, 4))
+    channels = measure_channels(directory, make_prompts(checkpoint), worlds=(1, 2, 4), outputs=True)
     ours, incs = pair_ranges(directory, channels, inc_ranges[checkpoint, "float32"])
     for name in incs:
         np.testing.assert_allclose(ours[name], incs[name], rtol=BF16_STEP, err_msg=name)

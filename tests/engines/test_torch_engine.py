@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from gaudi_calib.checkpoints.plan import ModelPlan, plan_model
 from gaudi_calib.engines.torch.linear import chain_worlds, max_signed, sum_neighbours
@@ -80,10 +81,10 @@ def test_sliced_ranges_equal_ranges_of_sharded_tensors(checkpoint: str, world: i
     plan = plan_model(directory)
     exact = plan.layout.uses_attention_interface
     dtype, tolerance = ("bfloat16", 0) if exact else ("float32", 2**-7)
-    channels = measure_channels(directory, prompts, compute_dtype=dtype, batch_size=1, worlds=(1, 2, 4))
+    channels = measure_channels(directory, prompts, compute_dtype=dtype, batch_size=1, worlds=(1, 2, 4), outputs=True)
     recording = record_model(directory, prompts, getattr(torch, dtype))
     for rank in range(world):
-        derived = derive_rank(channels, rank, Topology(world), GAUDI3).nodes
+        derived = derive_rank(channels, rank, Topology(world), GAUDI3, outputs=True).nodes
         for index, layer in enumerate(plan.layers):
             pairs = [*_pair_linears(recording, plan, derived, index, layer, rank, world)]
             pairs += _pair_attention(recording, plan, derived, index, rank, world)
@@ -106,6 +107,10 @@ def _pair_linears(recording: Recording, plan: ModelPlan, derived, index: int, la
             yield facts.name, float(node.inputs[0][0]), largest(inputs)
             shards = _shard_rows(plan, facts.split, facts.name, weights, rank, world)
             yield facts.name, float(node.weight[0]), largest(shards)
+            products = [x @ weight.T for x in inputs for weight in weights]  # without bias, as they are multiplied
+            outs = [torch.cat(products[i : i + len(weights)], 1).T for i in range(0, len(products), len(weights))]
+            held = [_shard_rows(plan, facts.split, facts.name, [out], rank, world) for out in outs]
+            yield facts.name, float(node.outputs[0][0]), largest(part for parts in held for part in parts)
 
 
 def _signed_products(inputs: list[torch.Tensor], weight: torch.Tensor, world: int) -> float:
@@ -145,8 +150,8 @@ def _pair_attention(recording: Recording, plan: ModelPlan, derived, index: int, 
     scaled = largest(x[mine] * recording.scale[module] for x in queries)
     expected = {
         "fused_scaled_dot_product_attention": [query, key, value, out],
-        "k_cache": [key],
-        "v_cache": [value],
+        "k_cache": [key, key],
+        "v_cache": [value, value],
         "matmul_qk": [scaled, key],
         "matmul_av": [1.0, value],
         "batch2block_matmul": [1.0, scaled, scaled],
@@ -155,7 +160,76 @@ def _pair_attention(recording: Recording, plan: ModelPlan, derived, index: int, 
     for op, ranges in expected.items():
         node = derived[plan.attention_node(index, op)]
         measured = [float(values[0]) for values in (*node.inputs, *(node.outputs or ())[:1])]
-        yield from ((op, *pair) for pair in zip(measured, ranges, strict=True))
+        # What the two matmuls return is tested on its own.
+        yield from ((op, *pair) for pair in zip(measured[: len(ranges)], ranges, strict=True))
+
+
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, *MOE_CHECKPOINTS])
+def test_outputs_are_the_products_of_the_whole_model(checkpoint: str, tiny_model: Callable[[str], Path]):
+    """Every channel of every linear layer that is not row parallel: replicated ones with their bias, others without."""
+    directory, prompts = tiny_model(checkpoint), make_prompts()
+    channels = measure_channels(directory, prompts, worlds=(1,), outputs=True)
+    plan, recording = plan_model(directory), record_model(directory, prompts, torch.float32)
+    assert channels.has_outputs
+    for name, linear in plan.linears.items():
+        if linear.split is Split.ROW:
+            continue
+        modules = linear.modules or (_head_name(recording),)
+        rows = []
+        for module in map(recording.model.get_submodule, modules):
+            bias = getattr(module, "bias", None) if linear.split is Split.NONE else None
+            inputs = torch.cat(recording.inputs[modules[0]])
+            rows.append(torch.nn.functional.linear(inputs, module.weight, bias).abs().amax(0).numpy())
+        seen, order = np.concatenate(rows), plan.canonical_rows(linear)
+        seen = np.pad(seen if order is None else seen[order], (0, linear.padding))
+        np.testing.assert_allclose(channels.nodes[name].outputs[0].values, seen, rtol=2e-5, atol=1e-5 * seen.max())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("checkpoint", ["llama", "gpt_oss", "deepseek_v3"])
+def test_matmul_outputs_are_those_of_decode_block_by_block(
+    checkpoint: str, world: int, tiny_model: Callable[[str], Path]
+):
+    """Scores as multiplied, and sums over the 128 keys of one cache block before they are normalised."""
+    directory, prompts = tiny_model(checkpoint), make_prompts(lengths=(7, 150))
+    channels = measure_channels(directory, prompts, worlds=(1, 2), outputs=True)
+    plan, recording = plan_model(directory), record_model(directory, prompts, torch.float32)
+    for index in plan.attention_layers:
+        module = recording.model.get_submodule(attention_modules(plan, recording)[index])
+        scores, sums = decode_by_block(recording, module, plan)
+        for rank in range(world):
+            nodes = derive_rank(channels, rank, Topology(world), GAUDI3, outputs=True).nodes
+            mine = rank_heads(plan.heads, rank, world)
+            for op, expected in (("matmul_qk", scores), ("matmul_av", sums)):
+                (output,) = nodes[plan.attention_node(index, op)].outputs
+                assert float(output[0]) == pytest.approx(float(expected[mine].max()), rel=2**-7), (index, op)
+
+
+def decode_by_block(recording: Recording, module: torch.nn.Module, plan: ModelPlan) -> tuple[torch.Tensor, ...]:
+    """Return the largest score, and the largest sum over a block's values, of each head: as vllm-gaudi decodes."""
+    window, sinks = getattr(module, "sliding_window", None), getattr(module, "sinks", None)
+    best = [torch.zeros(plan.heads), torch.zeros(plan.heads)]
+    latents = iter(recording.inputs.get(f"{module.recorded_as}.kv_b_proj", []))
+    for query, key, value, _ in recording.attention[module.recorded_as]:
+        if plan.layout.attention.latent:
+            value = next(latents)[None]
+        key, value = (x.repeat_interleave(plan.heads // x.shape[0], 0) for x in (key, value))
+        for position in range(query.shape[1]):
+            scores = (key @ query[:, position, :, None]).squeeze(-1) * recording.scale[module.recorded_as]
+            visible = torch.arange(key.shape[1]) <= position
+            if window:
+                visible &= torch.arange(key.shape[1]) > position - window
+            best[0] = torch.maximum(best[0], scores[:, visible].abs().amax(1))
+            for start in range(0, position + 1, 128):
+                block = torch.arange(start, min(start + 128, key.shape[1]))[visible[start : start + 128]]
+                if not len(block):
+                    continue
+                highest = scores[:, block].amax(1, keepdim=True)
+                highest = highest if sinks is None else torch.maximum(highest, sinks[:, None])
+                weights = (scores[:, block] - highest).exp()
+                total = torch.einsum("hk,hkd->hd", weights, value[:, block])
+                best[1] = torch.maximum(best[1], total.abs().amax(1))
+    return best[0], best[1]
 
 
 @pytest.mark.parametrize("device", [GAUDI2, GAUDI3], ids=["g2", "g3"])
@@ -201,9 +275,26 @@ def test_channel_file_keeps_everything(tmp_path: Path, tiny_model: Callable[[str
     assert all(read.is_measured(Topology(world)) for world in (1, 2, 4, 8))
 
 
-def _assert_same(first: ChannelRanges, second: ChannelRanges):
+def test_a_channel_file_holds_outputs_where_they_were_measured(tmp_path: Path, tiny_model: Callable[[str], Path]):
+    """With them ranks follow with and without; without them nothing differs, and asking for them is an error."""
+    with_outputs, without = (measure_channels(tiny_model("llama"), [[1, 2, 3]], outputs=on) for on in (True, False))
+    for name, channels in (("with", with_outputs), ("without", without)):
+        write_channel_ranges(tmp_path / name, channels)
+    _assert_same(with_outputs, read_channel_ranges(tmp_path / "with"), outputs=True)
+    _assert_same(with_outputs, without)
+    with safe_open(tmp_path / "without", framework="numpy") as file:
+        column_parallel = [key for key in file.keys() if "qkv_proj|" in key or "matmul_qk|" in key]
+    assert not any("outputs" in key for key in column_parallel)
+    with pytest.raises(RangeError, match="were not measured"):
+        derive_rank(read_channel_ranges(tmp_path / "without"), 0, Topology(1), GAUDI3, outputs=True)
+
+
+def _assert_same(first: ChannelRanges, second: ChannelRanges, *, outputs: bool = False):
     for world in (1, 4):
-        ours, theirs = (derive_rank(channels, world - 1, Topology(world), GAUDI2).nodes for channels in (first, second))
+        ours, theirs = (
+            derive_rank(channels, world - 1, Topology(world), GAUDI2, outputs=outputs).nodes
+            for channels in (first, second)
+        )
         assert list(ours) == list(theirs)
         for name, node in ours.items():
             assert repr(node) == repr(theirs[name]), name

@@ -84,11 +84,11 @@ def test_without_quant_config_it_says_what_to_set(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ({"mode": "SHAPE"}, "mode SHAPE is not supported"),
         ({"mode": "MEASURE", "observer": "maxabs_per_channel"}, "observer maxabs_per_channel is not supported"),
+        ({"mode": "MEASURE", "measure_exclude": "NONE"}, "measure_exclude NONE is not supported"),
         ({"fp8_config": "E5M2"}, "fp8_config E5M2 is not supported"),
     ],
-    ids=["mode", "observer", "format"],
+    ids=["observer", "outputs", "format"],
 )
 def test_what_only_a_gaudi_can_do_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, object], what: str
@@ -115,9 +115,13 @@ def test_quantizing_without_any_file_is_an_error(tmp_path: Path, monkeypatch: py
 
 def test_the_device_comes_from_the_files_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The directory's name, else the config's; otherwise nobody knows."""
-    config = parse_quant_config({"dump_stats_path": str(tmp_path / "g2" / "inc_output")}, where="test")
+    config = parse_quant_config(
+        {"mode": "QUANTIZE", "dump_stats_path": str(tmp_path / "g2" / "inc_output")}, where="test"
+    )
     assert Session(config, tmp_path / "any.json").device is GAUDI2
-    config = parse_quant_config({"dump_stats_path": str(tmp_path / "x" / "inc_output")}, where="test")
+    config = parse_quant_config(
+        {"mode": "QUANTIZE", "dump_stats_path": str(tmp_path / "x" / "inc_output")}, where="test"
+    )
     assert Session(config, tmp_path / "maxabs_quant_g3.json").device is GAUDI3
     with pytest.raises(ConfigError, match="not known which Gaudi"):
         open_session(write_config(tmp_path, "x"), monkeypatch)

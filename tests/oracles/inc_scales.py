@@ -45,6 +45,7 @@ class IncScales:
             round_scales_function,
             scale_method_config,
             scale_method_parser,
+            scales_method,
         )
         from neural_compressor.torch.algorithms.fp8_quant._quant_common.quant_config import ScaleFormat
         from neural_compressor.torch.algorithms.fp8_quant.model_configs import ModuleConfig
@@ -53,7 +54,7 @@ class IncScales:
         self.device, self.hp_dtype = device, hp_dtype
         self.common, self.fp_utils, self.ops_quantizer = common, fp_utils, ops_quantizer
         self.config, self.parser, self.ModuleConfig = scale_method_config, scale_method_parser, ModuleConfig
-        self.roundings = round_scales_function
+        self.roundings, self.scales_method = round_scales_function, scales_method
         self.inc_device = INCAcceleratorType[device.inc_name]
         self.hqt_config = SimpleNamespace(
             cfg={
@@ -92,15 +93,23 @@ class IncScales:
         return by_name[rounding].calc(torch.from_numpy(scales).to(self.hp_dtype)).float().numpy()
 
     def compute(
-        self, nodes: Mapping[str, Node], method: str | dict, weights: Mapping[str, np.ndarray]
+        self,
+        nodes: Mapping[str, Node],
+        method: str | dict,
+        weights: Mapping[str, np.ndarray],
+        *,
+        as_on_cpu: bool = True,
     ) -> dict[str, dict[str, Any]]:
         """Return the scales of all nodes as INC writes them to JSON.
 
         Args:
             weights: float32 holding values of `hp_dtype`, shape (out, in), by node name.
+            as_on_cpu: False: replace INC's division of a maximum by what a Gaudi makes of it.
         """
         table = self.parse(method)
-        with self._on_device(), torch.no_grad():
+        divide = self.scales_method.calc_scale_from_maxabs if as_on_cpu else _multiply_by_reciprocal
+        arithmetic = mock.patch.object(self.scales_method, "calc_scale_from_maxabs", divide)
+        with self._on_device(), arithmetic, torch.no_grad():
             return {name: self._compute(name, node, table, weights.get(name)) for name, node in nodes.items()}
 
     def scale_dynamically(self, x: torch.Tensor, method: str, dim: int) -> torch.Tensor:
@@ -150,6 +159,10 @@ class IncScales:
 
 def _to_matrix(channel_ranges: np.ndarray) -> np.ndarray:
     return channel_ranges.reshape(-1, 1).astype(np.float32)
+
+
+def _multiply_by_reciprocal(maximum: torch.Tensor, fullscale: float, backoff: float = 1) -> torch.Tensor:
+    return maximum * (torch.ones((), dtype=maximum.dtype) / (fullscale * backoff))
 
 
 def _cast_to_fp8(x: torch.Tensor, dtype: torch.dtype, scale_inv: Any = None, *, limit: float) -> torch.Tensor:

@@ -19,6 +19,7 @@ from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError, FileError, ModelError, UsageError
 from gaudi_calib.layout import MANIFEST_NAME, parse_rank_file
 from gaudi_calib.manifest import read_manifest
+from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.rankfiles.store import read_ranges, read_scales
 from gaudi_calib.runs.calibrate import calibrate, list_files, measure, quantize
 from gaudi_calib.runs.options import RunOptions
@@ -100,6 +101,20 @@ def _compare_ranges(name: str, measured, expected):
         assert sampled or ours[0] == pytest.approx(theirs[0], rel=0.03), name
     if expected.weight is not None and expected.outputs is not None:
         assert measured.outputs[0][0] == pytest.approx(expected.outputs[0][0], rel=0.03), name
+
+
+def test_scales_of_a_run_are_those_of_a_gaudi(dataset: Path):
+    """Ranges times a rounded reciprocal; some of them are not what INC on a CPU, which divides, gives."""
+    root = calibrate(options(dataset, devices=("g2",), scale_method="maxabs_arbitrary")).root / "g2"
+    ranges, scales = (
+        read(root / f"inc_output_hooks_maxabs_{tag}0_1.json").nodes
+        for read, tag in ((read_ranges, ""), (read_scales, "MAXABS_ARBITRARY_"))
+    )
+    caches = [name for name in ranges if name.endswith("_cache")]
+    measured = np.array([ranges[name].inputs[0][0] for name in caches])
+    written = np.array([scales[name].inputs[0] for name in caches], dtype=np.float32)
+    np.testing.assert_array_equal(written, round_to_bf16(measured * round_to_bf16(1 / 60)))
+    assert (written != round_to_bf16(measured / 60)).any()
 
 
 def test_one_measurement_serves_both_devices_and_several_worlds(dataset: Path):

@@ -239,6 +239,21 @@ def test_scales_are_computed_from_the_merged_ranges(device, tmp_path: Path):
         assert any("w2_list.3" in name for name in found)
 
 
+def test_scales_are_those_of_a_gaudi(tmp_path: Path):
+    """A pair of a Llama 70B's files: INC on a CPU, which divides by 112 and 224, would have twice these scales."""
+    ranks = [
+        RankSet(rank, 2, {"q_proj": Node((np.float32([14.0625]),), None, np.float32([28.125]))}) for rank in (0, 1)
+    ]
+    source = write_world(tmp_path / "g3", ranks)
+    for rank in ranks:
+        write_rank_set(source, compute_scales(rank, "unit_scale", GAUDI3, weights=lambda _: None), method="MAXABS_HW")
+    unify_dir(source, 1, source)
+    scales = read_scales(source / "inc_output_hooks_maxabs_MAXABS_HW_0_1.json").nodes["q_proj"]
+    assert (scales.inputs[0], scales.weight, scales.outputs[0]) == (2.0**-3, 2.0**-3, 2.0**-6)
+    divided = compute_scales(ranks[0], "maxabs_hw", GAUDI3, weights=lambda _: None, as_on_cpu=True).nodes["q_proj"]
+    assert (divided.inputs[0], divided.weight, divided.outputs[0]) == (2.0**-2, 2.0**-2, 2.0**-4)
+
+
 def test_backoffs_come_from_the_config_beside(tmp_path: Path):
     """../maxabs_quant_g3.json with other backoffs, as serving reads it."""
     form = {
@@ -266,9 +281,10 @@ def test_scales_that_cannot_be_computed_are_left_out_with_a_command(tmp_path: Pa
         for method in ("MAXABS_HW", "MAXABS_HW_OPT_WEIGHT"):
             write_rank_set(source, compute_scales(rank, method, GAUDI2, weights=lambda _: None), method=method)
     assert len(unify_dir(source, 1, tmp_path / "none")) == 3
-    assert "--device does" in caplog.text and "gaudi-calib" not in caplog.text
+    words = f"quantize {tmp_path / 'none'} -t 1 --device DEVICE --scale-method maxabs_hw"
+    assert "--device does" in caplog.text and f"`gaudi-calib {words}`" in caplog.text
     unify_dir(source, 1, tmp_path / "out/run/g2")
-    words = f"quantize -m MODEL -o {tmp_path / 'out'} --name run -t 1 --device g2"
+    words = f"quantize {tmp_path / 'out/run/g2'} -m MODEL -t 1 --device g2"
     assert f"`gaudi-calib {words} --scale-method maxabs_hw_opt_weight`" in caplog.text
     written = unify_dir(source, 1, tmp_path / "one", conversion=Conversion(device="g2"))
     assert [path.name for path in written[3:]] == [
@@ -333,7 +349,7 @@ FIRST, SECOND = "inc_output_hooks_maxabs_0_2", "inc_output_hooks_maxabs_1_2"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / f"{SECOND}.json").unlink(), "no ranges of rank 1 of 2"),
+        (lambda d: [path.unlink() for path in d.glob(f"{SECOND}.*")], "no ranges of rank 1 of 2"),
         (lambda d: (d / f"{SECOND}.json").write_bytes((d / f"{SECOND}.json").read_bytes()[:3000]), "not valid JSON"),
         (lambda d: (d / f"{SECOND}.npz").write_bytes((d / f"{SECOND}.npz").read_bytes()[:3000]), "damaged"),
         (lambda d: _edit(d / f"{SECOND}.json", "0.", "1."), "different values"),

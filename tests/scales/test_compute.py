@@ -7,7 +7,7 @@ import pytest
 
 from gaudi_calib.config.methods import SCALE_METHODS
 from gaudi_calib.config.model import QuantConfig
-from gaudi_calib.errors import ConfigError, RangeError
+from gaudi_calib.errors import ConfigError, IdleExpertError, RangeError
 from gaudi_calib.fp8 import GAUDI2, GAUDI3, Device, get_device
 from gaudi_calib.ranges import bf16
 from gaudi_calib.ranges.layer_types import find_layer_type
@@ -57,6 +57,28 @@ def test_scales_equal_a_golden_file_of_each_method(method: str, device: Device):
     ranges = to_rank({name: golden["ranges"][name] for name in expected})
     ours = compute_scales(ranges, method, device, weights=dense_weights, as_on_cpu=True).nodes
     assert {name: to_json(node) for name, node in ours.items()} == expected
+
+
+def test_channels_that_a_gaudi_scales_otherwise_than_inc_on_a_cpu():
+    """Ten of the golden llama's; which, follows from the weights."""
+    golden = read_golden("llama_all_methods.json")
+    written = golden["scales"]["g2"]["MAXABS_PCS_POW2"]
+    ranges = to_rank({name: golden["ranges"][name] for name in written})
+    different = 0
+    for name, node in compute_scales(ranges, "maxabs_pcs_pow2", GAUDI2, weights=dense_weights).nodes.items():
+        weight = dense_weights(name)
+        if weight is not None:
+            largest = np.abs(weight).max(axis=1)
+            on_cpu = written[name]["params"]["weight"]["0"]
+            np.testing.assert_array_equal(round_up(largest / np.float32(120)), on_cpu)
+            np.testing.assert_array_equal(round_up(largest * bf16.round_to_bf16(1 / 120)), node.weight.out_channels)
+            different += np.count_nonzero(node.weight.out_channels != on_cpu)
+    assert different == 10
+
+
+def round_up(scales: np.ndarray) -> np.ndarray:
+    """To powers of two, with a logarithm in bfloat16."""
+    return np.exp2(np.ceil(bf16.round_to_bf16(np.log2(bf16.round_to_bf16(scales)))))
 
 
 @pytest.mark.parametrize("name", ["mixtral_maxabs_hw", "deepseek_maxabs_hw", "llama_g3_maxabs_hw"])
@@ -114,10 +136,32 @@ def test_a_block_matmul_without_outputs_is_a_plain_one():
 @pytest.mark.parametrize("value", [0.0, 2.0**-130], ids=["zero", "underflow"])
 def test_a_scale_of_zero_is_refused(method: str, value: float):
     """It would divide by zero when serving; a hardware-aligned method has a smallest scale instead."""
-    ranges = rank_of(experts__moe_op=Node((one(1.0),), (one(1.0), one(2.0), one(value))))
-    with pytest.raises(RangeError, match=r"outputs\[2\] of node 'experts\.moe_op'"):
+    ranges = rank_of(k_cache=Node((one(value),)))
+    with pytest.raises(RangeError, match=r"inputs\[0\] of node 'k_cache'"):
+        compute_scales(ranges, method, GAUDI2, weights=no_weights, allows_idle=True)
+    assert compute_scales(ranges, "maxabs_hw", GAUDI2, weights=no_weights).nodes["k_cache"].inputs == (2**-8,)
+
+
+@pytest.mark.parametrize("op", ["moe_op", "MoeOp", "hpu_fused_moe"])
+@pytest.mark.parametrize("method", ["maxabs_pow2", "maxabs_arbitrary"])
+def test_idle_experts_are_refused_or_get_what_inc_writes(method: str, op: str):
+    """All of them are counted; on request their scale is 0; a hardware-aligned method has a smallest one."""
+    layer = Node((one(1.0),), (one(1.0), one(2.0), one(0.0), one(0.0)))
+    ranges = RankSet(0, 1, {f"layers.{index}.experts.{op}": layer for index in range(2)})
+    with pytest.raises(IdleExpertError, match="4 experts of 2 layers saw no token"):
         compute_scales(ranges, method, GAUDI2, weights=no_weights)
-    assert compute_scales(ranges, "maxabs_hw", GAUDI2, weights=no_weights).nodes["experts.moe_op"].inputs[2] == 2**-8
+    allowed = compute_scales(ranges, method, GAUDI2, weights=no_weights, allows_idle=True)
+    assert allowed.nodes[f"layers.1.experts.{op}"].inputs[2:] == (0.0, 0.0)
+    aligned = compute_scales(ranges, "maxabs_hw", GAUDI2, weights=no_weights)
+    assert aligned.nodes[f"layers.1.experts.{op}"].inputs[2:] == (2**-8, 2**-8)
+
+
+@pytest.mark.parametrize("value", [2.0**-130, float("nan")], ids=["underflow", "nan"])
+def test_an_expert_that_saw_tokens_is_not_idle(value: float):
+    """Ranges that are wrong for another reason are refused whatever is allowed."""
+    ranges = RankSet(0, 1, {"experts.moe_op": Node((one(1.0),), (one(1.0), one(value)))})
+    with pytest.raises(RangeError, match=r"outputs\[1\] of node"):
+        compute_scales(ranges, "maxabs_pow2", GAUDI2, weights=no_weights, allows_idle=True)
 
 
 def test_only_the_dummy_input_of_an_expert_may_be_zero():

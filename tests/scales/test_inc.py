@@ -1,4 +1,4 @@
-"""Scales equal those of INC's own calculators on a CPU, bit for bit."""
+"""Scales equal those of INC's own calculators, bit for bit, dividing as a CPU does and as a Gaudi does."""
 
 import functools
 
@@ -40,6 +40,7 @@ NAMES = {
 INPUTS = {Op.MATMUL: 2, Op.B2B_MATMUL: 2, Op.FUSED_SDPA: 3}
 OUTPUTS = {Op.ROW_PARALLEL_LINEAR: 2, Op.B2B_MATMUL: 1, Op.SOFTMAX: 1, Op.FUSED_SDPA: 2, Op.DYNAMIC_MOE: 1 + 6}
 WEIGHTED = (Op.LINEAR, Op.ROW_PARALLEL_LINEAR)
+ARITHMETICS = pytest.mark.parametrize("as_on_cpu", [True, False], ids=["cpu", "card"])
 
 compute_on_cpu = functools.partial(compute_scales, as_on_cpu=True)
 
@@ -91,13 +92,15 @@ def random_nodes(op: Op) -> tuple[dict[str, Node], dict[str, np.ndarray]]:
     return nodes, weights
 
 
+@ARITHMETICS
 @pytest.mark.parametrize("op", list(Op), ids=lambda op: op.value)
 @pytest.mark.parametrize("method", list(SCALE_METHODS))
-def test_scales_of_random_nodes_equal_inc(method: str, op: Op, inc: IncScales):
+def test_scales_of_random_nodes_equal_inc(method: str, op: Op, as_on_cpu: bool, inc: IncScales):
     """Every method, device and op type: inputs, outputs and weights of 200 random nodes."""
     nodes, weights = random_nodes(op)
-    ours = compute_on_cpu(RankSet(0, 1, nodes), method, inc.device, weights=weights.get).nodes
-    assert {name: to_json(node) for name, node in ours.items()} == inc.compute(nodes, method, weights)
+    ours = compute_scales(RankSet(0, 1, nodes), method, inc.device, weights=weights.get, as_on_cpu=as_on_cpu).nodes
+    theirs = inc.compute(nodes, method, weights, as_on_cpu=as_on_cpu)
+    assert {name: to_json(node) for name, node in ours.items()} == theirs
 
 
 @pytest.mark.parametrize("rounding", ["POW2", "HW_ALIGNED"])
@@ -107,10 +110,11 @@ def test_roundings_of_every_scale_equal_inc(rounding: str, inc: IncScales):
     np.testing.assert_array_equal(round_scales(values, rounding, inc.device), inc.round(values, rounding))
 
 
+@ARITHMETICS
 @pytest.mark.parametrize("hp_dtype", ["FP16", "FP32"])
 @pytest.mark.parametrize("op", list(Op), ids=lambda op: op.value)
 @pytest.mark.parametrize("method", [name for name in SCALE_METHODS if "OPT" not in name])
-def test_scales_in_another_precision_equal_inc(method: str, op: Op, hp_dtype: str, inc: IncScales):
+def test_scales_in_another_precision_equal_inc(method: str, op: Op, hp_dtype: str, as_on_cpu: bool, inc: IncScales):
     """`hp_dtype` FP16 and FP32: INC computes in it; ranges from 2**-6 to 2**15."""
     precision = PRECISIONS[hp_dtype]
     random = np.random.default_rng(0)
@@ -125,8 +129,10 @@ def test_scales_in_another_precision_equal_inc(method: str, op: Op, hp_dtype: st
         weight = np.abs(weights[name]).max().reshape(1) if name in weights else None
         nodes[name] = Node(moderate(node.inputs), None if node.outputs is None else moderate(node.outputs), weight)
     oracle = IncScales(inc.device, getattr(torch, precision.dtype))
-    ours = compute_on_cpu(RankSet(0, 1, nodes), method, inc.device, weights=weights.get, hp_dtype=hp_dtype).nodes
-    assert {name: to_json(node) for name, node in ours.items()} == oracle.compute(nodes, method, weights)
+    arithmetic = {"hp_dtype": hp_dtype, "as_on_cpu": as_on_cpu}
+    ours = compute_scales(RankSet(0, 1, nodes), method, inc.device, weights=weights.get, **arithmetic).nodes
+    theirs = oracle.compute(nodes, method, weights, as_on_cpu=as_on_cpu)
+    assert {name: to_json(node) for name, node in ours.items()} == theirs
 
 
 @pytest.mark.parametrize("hp_dtype", ["FP16", "FP32"])
@@ -247,7 +253,8 @@ def test_dict_forms_are_read_as_inc_reads_them(form: dict, inc: IncScales):
         assert describe_rule(method.activation, inc.device) == describe_inc_rule(rules[inc.config.CfgStr.ACTIVATION])
 
 
-def test_scales_of_a_dict_form_equal_inc(inc: IncScales):
+@ARITHMETICS
+def test_scales_of_a_dict_form_equal_inc(as_on_cpu: bool, inc: IncScales):
     """A backoff bfloat16 cannot hold, per-channel weights for one class, fixed scales for one layer."""
     form = {
         "default": {
@@ -267,8 +274,9 @@ def test_scales_of_a_dict_form_equal_inc(inc: IncScales):
     for op in Op:
         nodes, weights = random_nodes(op)
         table = QuantConfig(scale_method=form).method_table
-        ours = compute_on_cpu(RankSet(0, 1, nodes), table, inc.device, weights=weights.get).nodes
-        assert {name: to_json(node) for name, node in ours.items()} == inc.compute(nodes, form, weights)
+        ours = compute_scales(RankSet(0, 1, nodes), table, inc.device, weights=weights.get, as_on_cpu=as_on_cpu).nodes
+        theirs = inc.compute(nodes, form, weights, as_on_cpu=as_on_cpu)
+        assert {name: to_json(node) for name, node in ours.items()} == theirs
 
 
 def test_module_classes_are_those_inc_knows(inc: IncScales):

@@ -56,7 +56,7 @@ def test_division_equals_torch(device, backoff: float, values: Values):
 def test_a_gaudi_multiplies_by_a_rounded_reciprocal_where_a_cpu_divides(device, backoff: float, values: Values):
     """Over every value, as torch computes either."""
     divisor = device.fullscale * backoff
-    reciprocal = torch.tensor(1 / divisor, dtype=values.tensor.dtype)
+    reciprocal = torch.ones((), dtype=values.tensor.dtype) / divisor
     on_card = values.precision.divide_by_constant(values.numbers, divisor)
     np.testing.assert_array_equal(on_card, (values.tensor * reciprocal).float().numpy())
     on_cpu = replace(values.precision, divides=True).divide_by_constant(values.numbers, divisor)

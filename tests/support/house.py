@@ -46,7 +46,7 @@ HOUSE = (
     Room(4, "scales", ("scales/*.py",), NUMPY),
     Room(4, "rankfiles", ("rankfiles/*.py",), NUMPY, frozenset({"safetensors"})),
     Room(4, "data", ("data/*.py",), NUMPY, DATA_LIBRARIES),
-    Room(5, "directory", ("advice.py", "directory.py", "gaps.py", "moved.py", "provenance.py")),
+    Room(5, "directory", ("advice.py", "directory.py", "gaps.py", "moved.py", "provenance.py", "rank_directory.py")),
     Room(5, "checkpoints", ("checkpoints/*.py",), TORCH | {"safetensors"}, is_heavy=True),
     Room(5, "engines", ("engines/__init__.py", "engines/detect.py")),
     Room(6, "observe", ("engines/observe/*.py",), TORCH, frozenset({"transformers"}), is_heavy=True),

@@ -10,7 +10,12 @@ from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.store import write_rank_set
 
-OPS = ("mlp.experts.moe_op", "mlp.experts.routed_experts.moe_op")
+OPS = (
+    "mlp.experts.moe_op",
+    "mlp.experts.routed_experts.moe_op",
+    "mlp.experts.hpu_fused_moe.MoeOp",
+    "mlp.experts.hpu_fused_moe",
+)
 LAYER = "model.layers.2." + OPS[1]
 
 

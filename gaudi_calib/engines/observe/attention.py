@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gaudi_calib.engines.observe.peak import Peak
+from gaudi_calib.engines.observe.peak import Peak, max_magnitude
 
+# Keys in a block of vllm-gaudi's cache: decode multiplies with the values of one block at a time.
+_BLOCK = 128
 # Bounds the memory of the score matrix: heads x queries x keys values at a time.
 MAX_SCORES = 2**22
 
@@ -18,7 +20,8 @@ class AttentionRanges:
     Attributes:
         peaks: by tensor, of shape (heads,) or (KV heads,): `q`, `k`, `v`, `out`, `probability`, `softmax_sum`,
             `weight` (what multiplies v before the sum is divided by its denominator);
-            with latent attention also `latent`, `latent_v`, `latent_q` and `latent_out`.
+            with latent attention also `latent`, `latent_v`, `latent_q` and `latent_out`;
+            where asked for, `scores` and `block_sums`, what the two matmuls of decode return.
         scale: the factor on q·k.
     """
 
@@ -58,15 +61,32 @@ def split_queries(heads: int, start: int, stop: int, keys: int) -> Iterator[slic
         yield slice(first, min(first + rows, stop))
 
 
-def weigh(query: torch.Tensor, key: torch.Tensor, ranges: AttentionRanges, scoring: Scoring) -> torch.Tensor:
-    """Probabilities, shape (heads, rows, keys), of the last `query.shape[1]` positions of the sequence."""
+def weigh(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    ranges: AttentionRanges,
+    scoring: Scoring,
+    cached: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Probabilities, shape (heads, rows, keys), of the last `query.shape[1]` positions of the sequence.
+
+    Args:
+        query: shape (heads, rows, dim); key: (KV heads, keys, dim), from the start of the sequence.
+        cached: what decode multiplies with the weights of `keys`, shape (KV heads, keys, dim), where the
+            outputs of its matmuls are to be observed.
+    """
     heads, rows, keys = query.shape[0], query.shape[1], key.shape[1]
     scores = _score(query, key, scoring.scale).view(heads, rows, keys)
+    mask = _mask(rows, keys, scoring, scores)
+    if cached is not None:
+        ranges.take("scores", max_magnitude(scores.masked_fill(mask < 0, 0), (1, 2)))
     if scoring.softcap is not None:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     if scoring.bias is not None:
         scores = scores + scoring.bias[..., -rows:, :keys].to(scores.dtype)
-    scores += _mask(rows, keys, scoring, scores)
+    scores += mask
+    if cached is not None:
+        _observe_blocks(scores, cached, scoring.sinks, ranges)
     if scoring.sinks is not None:
         return _weigh_with_sinks(scores, scoring.sinks, ranges).to(query.dtype)
     probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
@@ -76,6 +96,30 @@ def weigh(query: torch.Tensor, key: torch.Tensor, ranges: AttentionRanges, scori
     ranges.take("softmax_sum", largest.amin(-1).reciprocal())
     ranges.take("weight", torch.ones(heads, device=scores.device))
     return probabilities.to(query.dtype)
+
+
+def _observe_blocks(
+    scores: torch.Tensor, cached: torch.Tensor, sinks: torch.Tensor | None, ranges: AttentionRanges
+) -> None:
+    """Take in what the second matmul of decode returns: sums over the keys of a block, not normalised yet.
+
+    Source: vllm-gaudi `pipelined_pa`, vllm_gaudi/extension/ops.py.
+    """
+    for part, values in zip(scores.split(_BLOCK, dim=-1), cached.split(_BLOCK, dim=1), strict=True):
+        highest = part.amax(-1, keepdim=True)
+        if sinks is not None:
+            highest = torch.maximum(highest, sinks.to(part.dtype).view(-1, 1, 1))
+        weights = (part - highest.clamp_(min=torch.finfo(part.dtype).min)).exp_()  # a block may be hidden as a whole
+        ranges.take("block_sums", max_magnitude(average(weights, values), (1, 2)))
+
+
+def average(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Weights times values, shape (heads, rows, dim); heads that share a value head are multiplied together."""
+    heads, rows = weights.shape[:2]
+    grouped = weights.unflatten(0, (value.shape[0], -1))
+    if weights.dtype is torch.float32:
+        return torch.bmm(grouped.flatten(1, 2), value).view(heads, rows, -1)
+    return torch.matmul(grouped, value.unsqueeze(1)).flatten(0, 1)
 
 
 def _weigh_with_sinks(scores: torch.Tensor, sinks: torch.Tensor, ranges: AttentionRanges) -> torch.Tensor:

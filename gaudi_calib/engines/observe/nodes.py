@@ -35,9 +35,10 @@ def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[
     averaged = per_head("latent_out") if latent else out
     sums, probability, weight = (per_head(name) for name in ("softmax_sum", "probability", "weight"))
     ones = ChannelRange(np.ones(1, dtype=np.float32), Axis())
+    scores, block_sums = ((per_head(name),) if name in seen.peaks else None for name in ("scores", "block_sums"))
     nodes = {
-        "matmul_qk": ChannelNode(Op.MATMUL, (scaled, per_head("latent") if latent else key)),
-        "matmul_av": ChannelNode(Op.MATMUL, (weight, per_head("latent_v") if latent else value)),
+        "matmul_qk": ChannelNode(Op.MATMUL, (scaled, per_head("latent") if latent else key), scores),
+        "matmul_av": ChannelNode(Op.MATMUL, (weight, per_head("latent_v") if latent else value), block_sums),
         "batch2block_matmul": ChannelNode(Op.B2B_MATMUL, (ones, scaled), (scaled,), softmax_sums=sums),
         "block2batch_matmul": ChannelNode(Op.B2B_MATMUL, (ones, averaged), (averaged,), softmax_sums=sums),
         "k_cache": ChannelNode(Op.KV_CACHE, (key,)),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, split_queries, weigh
+from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, average, split_queries, weigh
 from gaudi_calib.engines.observe.peak import max_magnitude, max_per_head
 
 ATTENTION_NAME = "gaudi_calib"
@@ -58,12 +58,14 @@ class PackedAttention:
         chunk: queries see keys of their own chunk of so many positions only; None for all.
         bounds: start of every sequence in the batch now running, and its end.
         latent: watches the latent vectors, where the layer caches such and somebody wants to know.
+        outputs: observe the outputs of the matmuls, too.
         ranges: what was seen.
     """
 
     chunk: int | None = None
     bounds: Sequence[int] = ()
     latent: LatentCache | None = None
+    outputs: bool = False
     ranges: AttentionRanges = field(default_factory=AttentionRanges)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
@@ -80,13 +82,18 @@ class PackedAttention:
         for start, stop in pairwise(self.bounds):
             for rows in split_queries(query.shape[0], start, stop, stop - start):
                 span = slice(start, rows.stop)
-                probabilities = weigh(query[:, rows], key[:, span], ranges, scoring)
-                out[:, rows] = _average(probabilities, value[:, span])
+                cached = self._find_cached(value, span) if self.outputs else None
+                probabilities = weigh(query[:, rows], key[:, span], ranges, scoring, cached)
+                out[:, rows] = average(probabilities, value[:, span])
                 if self.latent is not None:
-                    average = torch.matmul(probabilities, self.latent.vectors[span])
-                    ranges.take("latent_out", max_per_head(average))
+                    averaged = torch.matmul(probabilities, self.latent.vectors[span])
+                    ranges.take("latent_out", max_per_head(averaged))
         ranges.take("out", max_per_head(out))
         return out
+
+    def _find_cached(self, value: torch.Tensor, span: slice) -> torch.Tensor:
+        """What decode has in its cache for values, shape (KV heads, keys, dim)."""
+        return value[:, span] if self.latent is None else self.latent.vectors[None, span]
 
 
 def attach_attention(module: Any, layer: int) -> PackedAttention:
@@ -126,15 +133,6 @@ def _attend(
         packed.latent.observe(query[0], key[0], packed.ranges)
     out = packed.attend(query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0), None
-
-
-def _average(probabilities: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Probabilities times values, shape (heads, rows, dim); heads that share a value head are multiplied together."""
-    heads, rows = probabilities.shape[:2]
-    grouped = probabilities.unflatten(0, (value.shape[0], -1))
-    if probabilities.dtype is torch.float32:
-        return torch.bmm(grouped.flatten(1, 2), value).view(heads, rows, -1)
-    return torch.matmul(grouped, value.unsqueeze(1)).flatten(0, 1)
 
 
 class SdpaInterceptor(TorchFunctionMode):

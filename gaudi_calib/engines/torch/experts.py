@@ -16,6 +16,8 @@ from gaudi_calib.ranges.channels import ChannelNode, ChannelRange, ExpertChannel
 from gaudi_calib.ranges.node import Op
 from gaudi_calib.ranges.topology import Topology
 
+# Takes hidden states, and the experts of every token with their routing weights: see `ObservedExperts.__call__`.
+RunExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Weights of a layer's experts that stay in memory between batches, in compute dtype.
 _CACHE_BYTES = 2**30
 # Tokens kept per layer for experts that turn out to be cold.
@@ -267,7 +269,7 @@ def _gate(module: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
     return module.act_fn(gate) * up  # type: ignore[operator]
 
 
-def attach_experts(layer: nn.Module, facts: Experts, observed: ObservedExperts) -> Callable[[], None]:
+def attach_experts(layer: nn.Module, facts: Experts, observed: RunExperts) -> Callable[[], None]:
     """Make `layer` call `observed` for its experts; return what undoes it."""
     experts = layer.get_submodule(facts.module)
     if not facts.scales_input:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,11 +43,13 @@ class ObservedLinear:
         input: of shape (in,) where ranks split the input, else (1,).
         products: world -> range of the partial products, without bias: one value for all
             ranks, which reduce them first, or one per rank.
+        outputs: where asked for, of shape (rows,), pieces whose rows together are those of the weight as stored.
         detach: ends the observation.
     """
 
     input: Peak = field(default_factory=Peak)
     products: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    outputs: list[Peak] = field(default_factory=list)
     detach: Callable[[], None] = lambda: None
 
     def to_node(self, plan: ModelPlan, linear: LinearPlan) -> ChannelNode:
@@ -58,24 +61,31 @@ class ObservedLinear:
         assert self.input.is_seen, linear.node
         weight = _measure_weight(plan, linear)
         require_finite_weight(linear.node, weight.values)
-        outputs = None
+        outputs: tuple[ChannelRange, ...] | None = None
         if linear.op is Op.ROW_PARALLEL_LINEAR:
             total = ChannelRange(np.array([max(self.products[1])], dtype=np.float32))
             outputs = (total, total)
+        elif self.outputs:
+            outputs = (_arrange_rows(plan, linear, [peak.to_array() for peak in self.outputs]),)
         inputs = (ChannelRange(self.input.to_array(), linear.in_axis),)
         return ChannelNode(linear.op, inputs, outputs, weight, partial_products=dict(self.products))
 
 
 def _measure_weight(plan: ModelPlan, linear: LinearPlan) -> ChannelRange:
     """Return the ranges of a weight, per input column for row-parallel layers, else per row."""
-    dim, axis = (0, linear.in_axis) if linear.split is Split.ROW else (1, linear.out_axis)
+    dim = 0 if linear.split is Split.ROW else 1
     pieces = [max_magnitude(piece, dim).float().numpy() for piece in _read_pieces(plan, linear)]
     if linear.split is Split.ROW:
-        return ChannelRange(np.maximum.reduce(pieces), axis)
+        return ChannelRange(np.maximum.reduce(pieces), linear.in_axis)
+    return _arrange_rows(plan, linear, pieces)
+
+
+def _arrange_rows(plan: ModelPlan, linear: LinearPlan, pieces: Sequence[np.ndarray]) -> ChannelRange:
+    """Join ranges per stored output row, and bring them into the order of vLLM."""
     values, order = np.concatenate(pieces), plan.canonical_rows(linear)
     if order is not None:
         values = values[order]
-    return ChannelRange(np.pad(values, (0, linear.padding)), axis)
+    return ChannelRange(np.pad(values, (0, linear.padding)), linear.out_axis)
 
 
 def _read_pieces(plan: ModelPlan, linear: LinearPlan) -> Iterator[torch.Tensor]:
@@ -85,12 +95,56 @@ def _read_pieces(plan: ModelPlan, linear: LinearPlan) -> Iterator[torch.Tensor]:
             yield plan.served(piece)
 
 
-def observe_input(module: nn.Module) -> ObservedLinear:
-    """Watch the input of a layer that every rank feeds with all of it."""
+def observe_fused(modules: Sequence[nn.Module], split: Split, *, outputs: bool) -> ObservedLinear:
+    """Watch a layer whose input every rank has all of, and that is fused from `modules`.
+
+    Args:
+        outputs: of each module, too; see `multiply`.
+    """
     observed = ObservedLinear()
-    handle = module.register_forward_pre_hook(lambda module, args: observed.input.observe(args[0]))
-    observed.detach = handle.remove
+    first = modules[0]  # they share their input
+    handles = [first.register_forward_pre_hook(lambda module, args: observed.input.observe(args[0]))]
+    for module in modules if outputs else ():
+        peak = Peak()
+        observed.outputs.append(peak)
+        handles.append(module.register_forward_hook(partial(_observe_output, peak, split)))
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+
+    observed.detach = detach
     return observed
+
+
+def _observe_output(
+    peak: Peak, split: Split, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
+) -> None:
+    is_whole = split is Split.NONE or module.bias is None
+    if type(module).forward is not nn.Linear.forward or not is_whole:  # routers return something else, too
+        out = multiply(module, args[0], split)
+    peak.observe(out.flatten(0, -2), 0)
+
+
+def multiply(module: nn.Module, x: torch.Tensor, split: Split) -> torch.Tensor:
+    """Return the output of a layer as INC measures it: with its bias where ranks replicate it, else without.
+
+    Source: INC `PatchedReplicatedLinear`, `PatchedColumnParallelLinear` and `PatchedRowParallelLinear`.
+    """
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    bias: torch.Tensor | None = getattr(module, "bias", None) if split is Split.NONE else None
+    return nn.functional.linear(x, weight, bias)
+
+
+def measure_products(plan: ModelPlan, linear: LinearPlan, inputs: Sequence[torch.Tensor]) -> list[Peak]:
+    """Return the outputs of a layer that was never loaded, in pieces of shape (rows,); its weight is read as often."""
+    pieces = []
+    for piece in _read_pieces(plan, linear):
+        weight, peak = piece.to(inputs[0].device, inputs[0].dtype), Peak()
+        for x in inputs:
+            peak.observe(x.flatten(0, -2) @ weight.T, 0)
+        pieces.append(peak)
+    return pieces
 
 
 def observe_row_parallel(

@@ -15,7 +15,13 @@ from gaudi_calib.checkpoints.plan import ModelPlan, plan_model
 from gaudi_calib.engines.observe.nodes import attention_nodes
 from gaudi_calib.engines.torch.attention import LatentCache
 from gaudi_calib.engines.torch.experts import ColdPolicy, ObservedExperts, attach_experts
-from gaudi_calib.engines.torch.linear import ObservedLinear, Scratch, observe_input, observe_row_parallel
+from gaudi_calib.engines.torch.linear import (
+    ObservedLinear,
+    Scratch,
+    measure_products,
+    observe_fused,
+    observe_row_parallel,
+)
 from gaudi_calib.engines.torch.stream import MAX_BATCH_TOKENS, Batch, Layer, Stream, can_pack, make_batches
 from gaudi_calib.errors import RangeError
 from gaudi_calib.models.modules import Split
@@ -43,6 +49,7 @@ def measure_channels(
     compute_dtype: str = "float32",
     torch_device: str = "cpu",
     batch_size: int = 32,
+    outputs: bool = False,
     on_progress: Callable[[float], None] = lambda tokens: None,
 ) -> ChannelRanges:
     """Measure a checkpoint's ranges per channel, as tensor parallelism 1 has them.
@@ -60,6 +67,7 @@ def measure_channels(
             a CPU that emulates bf16).
         torch_device: where it is computed; only the CPU has been tried.
         batch_size: sequences that run together, at most.
+        outputs: measure those of every node, not only those that INC computes scales from.
         on_progress: called with the tokens finished, scaled so that they sum to the
             number of tokens in `prompts`; with 0 when the first layer starts.
 
@@ -76,7 +84,7 @@ def measure_channels(
     batches = make_batches(prompts, batch_size if can_pack(plan) else 1, _count_tokens(plan, sizes))
     with torch.inference_mode():
         stream = Stream(plan, batches, dtype=getattr(torch, compute_dtype), device=torch_device)
-        nodes = _measure_stream(stream, sizes, cold or ColdPolicy(), on_progress)
+        nodes = _measure_stream(stream, sizes, cold or ColdPolicy(), on_progress, outputs=outputs)
     ordered = {name: nodes[name] for name in plan.node_names if name in nodes}
     return ChannelRanges(ordered, plan.node_names, len(prompts))
 
@@ -89,15 +97,15 @@ def _count_tokens(plan: ModelPlan, worlds: Sequence[int]) -> int:
 
 
 def _measure_stream(
-    stream: Stream, worlds: Sequence[int], cold: ColdPolicy, on_progress: Callable[[float], None]
+    stream: Stream, worlds: Sequence[int], cold: ColdPolicy, on_progress: Callable[[float], None], *, outputs: bool
 ) -> dict[str, ChannelNode]:
     plan, scratch = stream.plan, Scratch()
     nodes: dict[str, ChannelNode] = {}
-    outer = _observe_outer(stream)
+    outer = _observe_outer(stream, outputs=outputs)
     on_progress(0.0)
     for layer in stream.layers():
         with contextlib.ExitStack() as stack:
-            observed = _ObservedLayer(stream, layer, worlds, scratch, stack)
+            observed = _ObservedLayer(stream, layer, worlds, scratch, stack, outputs=outputs)
             for batch in stream.batches:
                 batch.hidden = layer.run(batch, batch.hidden)
                 observed.require_finite(batch)
@@ -105,17 +113,22 @@ def _measure_stream(
             nodes |= observed.to_nodes(cold)
     head = ObservedLinear()
     for batch in stream.batches:
-        head.input.observe(stream.run_outer(batch, batch.hidden))
+        entering = stream.run_outer(batch, batch.hidden)
+        head.input.observe(entering)
         _require_finite(batch, [] if head.input.is_finite else ["the output projection"])
-    if plan.layout.vllm_lm_head is not None:
-        outer[plan.layout.vllm_lm_head] = head
+        batch.hidden = entering
+    node = plan.layout.vllm_lm_head
+    if node is not None:
+        if outputs:
+            head.outputs = measure_products(plan, plan.linears[node], [batch.hidden for batch in stream.batches])
+        outer[node] = head
     return nodes | {node: linear.to_node(plan, plan.linears[node]) for node, linear in outer.items()}
 
 
-def _observe_outer(stream: Stream) -> dict[str, ObservedLinear]:
+def _observe_outer(stream: Stream, *, outputs: bool) -> dict[str, ObservedLinear]:
     """Observe linear layers before the first decoder layer or behind the last (none in most families)."""
     return {
-        linear.name: observe_input(stream.model.get_submodule(linear.parts[0]))
+        linear.name: observe_fused([stream.model.get_submodule(linear.parts[0])], linear.split, outputs=outputs)
         for linear in stream.plan.layout.outer
         if linear.name in stream.plan.linears
     }
@@ -125,10 +138,19 @@ class _ObservedLayer:
     """One decoder layer while it is observed."""
 
     def __init__(
-        self, stream: Stream, layer: Layer, worlds: Sequence[int], scratch: Scratch, stack: contextlib.ExitStack
+        self,
+        stream: Stream,
+        layer: Layer,
+        worlds: Sequence[int],
+        scratch: Scratch,
+        stack: contextlib.ExitStack,
+        *,
+        outputs: bool,
     ):
         """Observe `layer` until `stack` is closed."""
-        self.plan, self.layer, self._stack = stream.plan, layer, stack
+        self.plan, self.layer, self._stack, self._outputs = stream.plan, layer, stack, outputs
+        if layer.attention is not None:
+            layer.attention.outputs = outputs
         self._linears = self._observe_linears(worlds, scratch)
         self._experts = self._observe_experts(stream, worlds)
         self._observe_latent()
@@ -139,11 +161,11 @@ class _ObservedLayer:
             node = self.plan.node_name(self.layer.index, facts.name)
             if node not in self.plan.linears:
                 continue
-            module = self.layer.module.get_submodule(facts.parts[0])  # fused ones share their input
+            modules = [self.layer.module.get_submodule(part) for part in facts.parts]
             if facts.split is Split.ROW:
-                observed[node] = observe_row_parallel(module, worlds, scratch, reduces=facts.reduces)
+                observed[node] = observe_row_parallel(modules[0], worlds, scratch, reduces=facts.reduces)
             else:
-                observed[node] = observe_input(module)
+                observed[node] = observe_fused(modules, facts.split, outputs=self._outputs)
             self._stack.callback(observed[node].detach)
         return observed
 
