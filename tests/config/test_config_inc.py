@@ -102,13 +102,12 @@ def test_the_backoff_of_dynamic_activations_is_that_of_inc(monkeypatch: pytest.M
     """Of every method that INC takes for dynamic quantization; weights keep the method's own."""
     monkeypatch.setattr(factory, "get_device_type_for_scales", lambda mod: INCAcceleratorType.GAUDI3)
     params = {"hp_dtype": torch.bfloat16, "lp_dtype": torch.float8_e4m3fn}
+    served = {"mode": "QUANTIZE", "dynamic_quantization": True}
     for key, parts in inc_methods.scale_method_config_mapping.items():
         if not SCALE_METHODS[key.name].allows_dynamic:
             continue
         theirs = factory.ScaleMethodFactory(parts, params, None, "kv_cache")
-        ours = parse_quant_config(
-            {"mode": "QUANTIZE", "scale_method": key.name, "dynamic_quantization": True}
-        ).method_table.default
+        ours = parse_quant_config({**served, "scale_method": key.name}).method_table.default
         assert ours.activation.backoff == theirs.get_scale_method(factory.QuantTensorName.INPUT, True).backoff
         assert ours.weight.backoff == theirs.get_scale_method(factory.QuantTensorName.WEIGHT_OUT_CH).backoff
 
