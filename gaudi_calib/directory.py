@@ -281,8 +281,13 @@ class CalibrationDir(RankDirectory):
         Raises:
             ConfigError: it is invalid.
         """
-        path = self.layout and self.layout.quant_config
-        return _read_config(path) if path and path.is_file() else None
+        return _read_config(self.quant_path) if self.quant_path else None
+
+    @property
+    def quant_path(self) -> Path | None:
+        """The file of the run's QUANTIZE config, None where there is none."""
+        path = self.layout.quant_config if self.layout else None
+        return path if path and path.is_file() else None
 
     @cached_property
     def measure_config(self) -> "QuantConfig | None":

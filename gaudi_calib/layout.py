@@ -88,9 +88,11 @@ def parse_rank_file(name: str) -> RankFile | None:
     'MAXABS_HW'
     >>> parse_rank_file("notes.json") is None
     True
+    >>> parse_rank_file("inc_output_hooks_maxabs_4_4.json") is None  # there is no fifth rank of four
+    True
     """
     match = _RANK_FILE.fullmatch(name)
-    if match is None:
+    if match is None or (match["rank"] is not None and int(match["rank"]) >= int(match["world"])):
         return None
     return RankFile(
         dump=match["dump"],

@@ -90,6 +90,6 @@ def _require_directory(given: set[str], arguments: dict[str, Any]) -> None:
         wrong.append("--device all")
     if wrong:
         raise click.UsageError(
-            f"{', '.join(wrong)} goes with a run, and DIR is given: name the run instead "
-            "(gaudi-calib quantize -m MODEL -o OUT), or leave it out."
+            f"{', '.join(wrong)} goes with a run, and DIR is given: name the run instead (-m MODEL -o OUT), "
+            "or leave it out."
         )

@@ -36,7 +36,7 @@ def require_same_model(place: CalibrationDir, model: ModelFacts, world: int | No
         ModelError: they were measured on others.
     """
     origin = place.origin
-    before = origin and origin.model
+    before = origin.model if origin else None
     if origin is None or before is None or before.fingerprint in (None, model.fingerprint):
         return
     again = place.advise(model.name).measure(world or origin.measured_world or 1)

@@ -113,7 +113,7 @@ def _advise_scales(out: Path, ranges: Mapping[str, Sequence[RankSet[Node]]], run
         known = next((source.device for source in sources if source.device), None)
         for world in sorted({ranks.world for ranks in rank_sets}):
             methods = sorted({method for source in sources for method in source.list_methods(world)})
-            commands += [advise_scales(place, world, method, device=known) for method in methods or [None]]
+            commands += [advise_scales(place, world, method, device=known) for method in (methods or (None,))]
     return f" To compute them: {chain(*commands)}" if any(commands) else " In a run, OUT/<model>, they can be computed"
 
 

@@ -113,17 +113,15 @@ def quantize_dir(directory: Path, out: Path | None = None, scaling: Scaling | No
     scales = [_compute(source, ranks, recipe, plan, scaling) for ranks in chosen.values()]
     _warn_of_idle(chosen)
     files = _write(source, out, list(ranges.values()), scales, recipe)
-    config = CalibrationDir(out).layout
-    path = config.quant_config if config and config.quant_config.is_file() else None
     present = {world: tuple(rank_set.rank for rank_set in ranks) for world, ranks in ranges.items()}
-    return Quantized(tuple(files), recipe.tag, recipe.device.name, present, path)
+    return Quantized(tuple(files), recipe.tag, recipe.device.name, present, CalibrationDir(out).quant_path)
 
 
 def _choose_recipe(source: CalibrationDir, scaling: Scaling) -> Recipe:
     """Return how scales are computed: the config's method, backoffs and lists, unless another method is asked for."""
     device, config = _require_device(source, scaling.device), _choose_config(source, scaling)
     if config is not None and scaling.method:
-        config = _change_method(config, scaling.method, source.layout and source.layout.quant_config)
+        config = _change_method(config, scaling.method, source.quant_path)
     table = config.method_table if config else MethodTable(get_scale_method(scaling.method or _DEFAULT_METHOD))
     recipe = Recipe(table.file_tag, table, device, config)
     if not any(method.needs_measurement for method in table.methods) or (config and not config.uses_stats_files):
@@ -158,8 +156,7 @@ def _choose_config(source: CalibrationDir, scaling: Scaling) -> "QuantConfig | N
         from gaudi_calib.config.file import read_quant_config
 
         return require_quantizing(read_quant_config(scaling.quant_config), scaling.quant_config)
-    own = source.layout and source.layout.quant_config
-    return source.quant_config and require_quantizing(source.quant_config, own)
+    return require_quantizing(source.quant_config, source.quant_path) if source.quant_config else None
 
 
 def _change_method(config: "QuantConfig", method: str, path: Path | None) -> "QuantConfig":

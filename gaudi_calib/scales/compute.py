@@ -334,7 +334,7 @@ def _bad_range(name: str, part: str, value: float, count: int, precision: Precis
 
 def _idle_experts(name: str, experts: int, layers: int) -> IdleExpertError:
     return IdleExpertError(
-        f"{experts} experts of {layers} layers saw no token, and their scale would be 0",
+        f"experts that saw no token would get a scale of 0: {experts} in {layers} layer{'s' * (layers > 1)}",
         where=name,
         why="their ranges are 0, and dividing by the scale gives inf or NaN as soon as a token is sent to one",
         fix="measure with more data, so that tokens reach every expert; or use a hardware-aligned method, whose "

@@ -181,7 +181,7 @@ def _require_files(calibration: Calibration, model: ModelSource, world: int) -> 
         if len(missing) == world and method is None:
             raise _no_world(calibration, model, world)
         more = f" (nor {len(missing) - 1} more)" * (len(missing) > 1)
-        mend = advice.compute_scales(world) if method else advice.derive(world)
+        mend = advice.compute_scales(world) if method or world in advice.worlds else advice.derive(world)
         raise FileError(
             f"the {what} of a rank are missing: {missing[0].name}{more}",
             where=calibration.placed.path,
@@ -198,7 +198,8 @@ def advise(calibration: Calibration, model: ModelSource) -> Advice:
 def _no_world(calibration: Calibration, model: ModelSource, world: int) -> FileError:
     advice = advise(calibration, model)
     worlds = [str(size) for size in advice.worlds if not calibration.placed.list_missing(size)]
-    ways = [advice.derive(world), "serve with " + " or ".join(f"-t {size}" for size in worlds) if worlds else None]
+    made = advice.compute_scales(world) if world in advice.worlds else advice.derive(world)
+    ways = [made, "serve with " + " or ".join(f"-t {size}" for size in worlds) if worlds else None]
     return FileError(
         f"no files for {world} ranks",
         where=calibration.placed.name_file(0, world),

@@ -1,6 +1,7 @@
 """`quantize DIR` of a run's own directory, and of ranges whose checkpoint is at hand."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.quantize import Scaling, quantize_dir
 from tests.support.calibrated import MODEL, Calibrated, calibrate_by_torch
 from tests.support.files import snapshot, write_prompts
+from tests.support.fixes import find_advised
 
 pytestmark = pytest.mark.torch
 
@@ -106,3 +108,16 @@ def test_another_checkpoint_is_refused(run: Calibrated, tiny_model: Callable[[st
     (bare / MANIFEST_NAME).unlink()
     with pytest.raises(RangeError, match="has no weight to take scales from"):
         quantize_dir(bare, scaling=other)
+
+
+def test_serving_ranges_without_npz_is_one_command_away(run: Calibrated, capsys: pytest.CaptureFixture[str]):
+    """Files of a card that were published as text: what `serve` advises restores what INC reads."""
+    for path in [run.root / "channel_ranges.safetensors", *run.root.glob(f"g3/{MANIFEST_NAME}")]:
+        path.unlink()
+    for path in (run.root / "g3").glob("*_2.npz"):
+        path.unlink()
+    with pytest.raises(FileError, match="no files for 2 ranks") as caught:
+        run.plan("g3", world=2)
+    (advised,) = find_advised(f"fix: {caught.value.fix}")
+    assert main(shlex.split(advised)[1:]) == 0
+    assert run.plan("g3", world=2).argv
