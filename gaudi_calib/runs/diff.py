@@ -170,14 +170,11 @@ def _diff_places(
     one, other = scales
     if isinstance(one, str) or isinstance(other, str):
         return replace(found, uncompared=one if isinstance(one, str) else str(other))
-    clipped = [
-        clip for seen, held in zip(tables[1], one.ranks, strict=True) for clip in find_clipped(seen, held, one.device)
-    ]
     return replace(
         found,
         scales=compare_tables(one.ranks, other.ranks, read_only=False),
         methods=tuple(f"{side.method.lower()}, {'stored' if side.is_stored else 'computed'}" for side in (one, other)),
-        clipped=sorted(clipped, key=lambda clip: clip.limit / clip.range),
+        clipped=find_clipped(tables[1], one.ranks, one.device),
     )
 
 
