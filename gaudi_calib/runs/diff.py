@@ -196,14 +196,13 @@ def _choose_worlds(left: CalibrationDir, right: CalibrationDir, world: int | Non
 def _take_scales(place: CalibrationDir, ranks: Sequence[RankSet[Node]], device: str | None) -> Scales | str:
     """Return the scales of `ranks`: those in the files, else what the run's method gives; or why there are none."""
     world, config = len(ranks), place.quant_config
-    stored = [tag for tag in place.list_methods(world) if _has_scales(place, world, tag)]
+    stored = [tag for tag in place.list_methods(world) if len(place.find_scales(world, tag)) == world]
     tag = config.method_table.file_tag if config else next(iter(stored), "MAXABS_HW")
     recipe = find_recipe(place, tag, device)
     known = place.settle_device(device)
     if tag in stored and known is not None:
-        files = [place.name_file(rank, world, method=tag, extension="json") for rank in range(world)]
-        place.require_recorded(file for path in files for file in (path, path.with_suffix(".npz")))
-        scales = [read_scales(path) for path in files]
+        place.require_recorded(place.list_scales(world, tag))
+        scales = [read_scales(path) for path in place.find_scales(world, tag).values()]
     elif isinstance(recipe, str):
         return recipe
     else:
@@ -212,11 +211,6 @@ def _take_scales(place: CalibrationDir, ranks: Sequence[RankSet[Node]], device: 
     assert known is not None
     flat = [flatten_scales(tabulate_scales(rank.nodes)) for rank in scales]
     return Scales(tag, tag in stored, known if isinstance(recipe, str) else recipe.scales_device, flat)
-
-
-def _has_scales(place: CalibrationDir, world: int, tag: str) -> bool:
-    names = (place.name_file(rank, world, method=tag, extension="json") for rank in range(world))
-    return all(path in place.files for path in names)
 
 
 def _compare_settings(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Setting]:

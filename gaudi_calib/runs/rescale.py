@@ -90,7 +90,7 @@ def _read_scaled_names(
     source: CalibrationDir, world: int, tag: str, ranks: Sequence[int]
 ) -> dict[int, tuple[str, ...]]:
     """Return the names of the nodes that have scales on some `ranks`, after checking that no rank's file is missing."""
-    files = {source.files[path].position[0]: path for path in source.list_scales(world, tag)}
+    files = source.find_scales(world, tag)
     missing = [rank for rank in range(world) if rank not in files]
     if missing:
         raise FileError(
