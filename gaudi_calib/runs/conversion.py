@@ -4,20 +4,17 @@ Ranges are merged or copied; scales never: they are computed anew (rescale.py).
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import hash_file
 from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
 from gaudi_calib.moved import is_same_place, warn_of_move
-from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
+from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.store import write_rank_sets
-from gaudi_calib.runs.recipe import Recipe
 from gaudi_calib.runs.rescale import Converted, Rescaled, rescale
 from gaudi_calib.staging import REPLACED_NAME, set_aside, stage_files
 
@@ -89,7 +86,7 @@ def write_world(
         if record is not None:
             _record_world(record, world, expert_parallel, is_bounded)
             for recipe, rank_sets in scales:
-                record_scales(record, staging, out, rank_sets, recipe)
+                recipe.record(record, staging, out, rank_sets)
             record.update(files=CalibrationDir(out).hash_files(staging, without=replaced))
             record.stage(staging)
     warn_of_replaced(out, replaced)
@@ -135,20 +132,6 @@ def _record_world(record: "Record", world: int, expert_parallel: bool | None, is
     record.update(worlds={world: WorldFacts(expert_parallel=expert_parallel, is_bounded=is_bounded)})
     if expert_parallel is not None and not others:
         record.update(expert_parallel=expert_parallel)
-
-
-def record_scales(
-    record: "Record", staging: Path, out: Path, rank_sets: Iterable[RankSet[ScaleNode]], recipe: Recipe
-) -> None:
-    """Note which ranges, in `staging` or else in `out`, the scale files in `staging` were computed from."""
-    from gaudi_calib.manifest import ScaleOrigin
-
-    for rank_set in rank_sets:
-        ranges = RankFile(rank_set.dump, rank=rank_set.rank, world=rank_set.world, extension="npz")
-        place = staging if (staging / ranges.name).is_file() else out
-        scales = replace(ranges, method=recipe.tag)
-        origin = ScaleOrigin(ranges={ranges.name: hash_file(place / ranges.name)}, settings=recipe.settings)
-        record.update(scales=dict.fromkeys((replace(scales, extension="json").name, scales.name), origin))
 
 
 def set_aside_outdated(out: Path, staging: Path, written: Sequence[Path]) -> list[Path]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gaudi_calib.config.methods import DEFAULT_METHOD
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, ModelError, UsageError
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import Device
 from gaudi_calib.moved import find_calibrations
-from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges, tabulate_scales
 from gaudi_calib.rankfiles.store import read_scales
@@ -197,7 +197,7 @@ def _take_scales(place: CalibrationDir, ranks: Sequence[RankSet[Node]], device: 
     """Return the scales of `ranks`: those in the files, else what the run's method gives; or why there are none."""
     world, config = len(ranks), place.quant_config
     stored = [tag for tag in place.list_methods(world) if len(place.find_scales(world, tag)) == world]
-    tag = config.method_table.file_tag if config else next(iter(stored), "MAXABS_HW")
+    tag = config.method_table.file_tag if config else next(iter(stored), DEFAULT_METHOD.upper())
     recipe = find_recipe(place, tag, device)
     known = place.settle_device(device)
     if tag in stored and known is not None:
@@ -206,8 +206,7 @@ def _take_scales(place: CalibrationDir, ranks: Sequence[RankSet[Node]], device: 
     elif isinstance(recipe, str):
         return recipe
     else:
-        chosen = [select_nodes(rank, config) if config else rank for rank in ranks]
-        scales = recipe.compute(chosen, allows_idle=True)
+        scales = list(recipe.compute(recipe.select(ranks), allows_idle=True))
     assert known is not None
     flat = [flatten_scales(tabulate_scales(rank.nodes)) for rank in scales]
     return Scales(tag, tag in stored, known if isinstance(recipe, str) else recipe.scales_device, flat)

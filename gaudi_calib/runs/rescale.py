@@ -80,7 +80,7 @@ def rescale(
 
 def _compute(recipe: Recipe, ranks: Sequence[RankSet[Node]]) -> list[RankSet[ScaleNode]]:
     try:
-        return recipe.compute(ranks)
+        return list(recipe.compute(ranks))
     except RangeError as error:
         fix = f"{error.fix}; or leave scales out with --skip-scales"
         raise RangeError(error.what, where=error.where, why=error.why, fix=fix) from error
