@@ -18,13 +18,11 @@ from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.ranges.table import tabulate_ranges
 from gaudi_calib.ranges.topology import Topology
 from gaudi_calib.ranges.unify import gather_world
-from gaudi_calib.rankfiles.store import write_rank_sets
 from gaudi_calib.runs.configs import require_quantizing
-from gaudi_calib.runs.conversion import open_record, set_aside_outdated, warn_of_replaced
+from gaudi_calib.runs.conversion import write_files
 from gaudi_calib.runs.limits import describe_limits
 from gaudi_calib.runs.recipe import OpenWeights, Recipe, open_weights
 from gaudi_calib.runs.sharing import find_evidence, settle_expert_parallel
-from gaudi_calib.staging import stage_files
 
 if TYPE_CHECKING:
     from gaudi_calib.checkpoints.plan import ModelPlan
@@ -103,9 +101,10 @@ def quantize_dir(directory: Path, out: Path | None = None, scaling: Scaling | No
     for text in describe_limits([rank_set for ranks in chosen.values() for rank_set in ranks], recipe):
         _log.warning("%s", text)
     plan = _plan_weights(source, scaling, recipe)
-    scales = [_compute(source, ranks, recipe, plan, scaling) for ranks in chosen.values()]
+    scales = [(recipe, _compute(source, ranks, recipe, plan, scaling)) for ranks in chosen.values()]
     _warn_of_idle(chosen)
-    files = _write(source, out, list(ranges.values()), scales, recipe)
+    whole = [rank_set for ranks in ranges.values() for rank_set in ranks]
+    files = write_files(source, out, whole, scales, keeps_ranges=is_same_place(source.path, out))
     present = {world: tuple(rank_set.rank for rank_set in ranks) for world, ranks in ranges.items()}
     return Quantized(tuple(files), recipe.tag, recipe.device.name, present, CalibrationDir(out).quant_path)
 
@@ -244,33 +243,3 @@ def _warn_of_idle(chosen: Mapping[int, Sequence[RankSet[Node]]]) -> None:
                 "when serving is lost; measure with more data",
                 world, len(idle), expert, op, rank,
             )  # fmt: skip
-
-
-def _write(
-    source: CalibrationDir,
-    out: Path,
-    ranges: Sequence[Sequence[RankSet[Node]]],
-    scales: Sequence[Sequence[RankSet[ScaleNode]]],
-    recipe: Recipe,
-) -> list[Path]:
-    stays = is_same_place(source.path, out)
-    with open_record(source, out) as record, stage_files(out) as staging:
-        whole = [path for ranks in ranges for path in write_rank_sets(staging, ranks)]
-        written = [path for path in whole if not (stays and (out / path.name).is_file())]
-        for path in set(whole) - set(written):
-            path.unlink()
-        for rank_sets in scales:
-            made = write_rank_sets(staging, rank_sets, method=recipe.tag)
-            whole, written = whole + made, written + made
-        replaced = set_aside_outdated(out, staging, whole)
-        if record is not None:
-            for rank_sets in scales:
-                recipe.record(record, staging, out, rank_sets)
-            made_by = source.manifest
-            if made_by is not None:
-                worlds = {ranks[0].world for ranks in ranges}
-                record.update(worlds={world: facts for world, facts in made_by.worlds.items() if world in worlds})
-            record.update(files=CalibrationDir(out).hash_files(staging, without=replaced))
-            record.stage(staging)
-    warn_of_replaced(out, replaced)
-    return [out / path.name for path in written]
