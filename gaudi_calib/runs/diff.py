@@ -31,8 +31,6 @@ from gaudi_calib.scales.compare import (
 if TYPE_CHECKING:
     from gaudi_calib.manifest import Manifest
 
-DIFFERENCES = ("scales", "ranges", "clipped")
-
 # Facts of a manifest that tell two measurements apart.
 _FACTS = ("engine", "platform", "dtype", "vllm", "measured_world", "expert_parallel")
 
@@ -92,10 +90,12 @@ class Difference:
     settings: list[Setting] = field(default_factory=list)
     origin: list[Setting] = field(default_factory=list)
 
-    def find(self, kind: str) -> bool:
-        """Tell whether there is a difference of one of the kinds in `DIFFERENCES`.
+    def has(self, kind: str) -> bool:
+        """Tell whether there is a difference of a kind.
 
-        `scales` are what a deployment reads: nodes, scales and the QUANTIZE config. `ranges` are those and the ranges.
+        Args:
+            kind: `scales` are what a deployment reads: nodes, scales and the QUANTIZE config; `ranges` are those and
+                the ranges; `clipped` are ranges that the left side's scales clip.
         """
         if kind == "clipped":
             return bool(self.clipped)
@@ -112,14 +112,15 @@ def diff_paths(
         left, right: a run, one of its device directories, any directory of ranges, or a QUANT_CONFIG file.
         world: number of ranks to compare at; None takes the largest that both sides have or can be unified to.
         device: the only device to compare; for directories that do not tell, the one whose scales are meant.
-        options: how experts are shared, where the files do not tell.
+        options: how experts are shared, and which measurement is meant, where the files do not tell.
 
     Raises:
         FileError: ranges are missing or damaged. ModelError: the two are of different models.
         UsageError: the sides are not for a device that both have. TopologyError: see `bring_to_world`.
     """
-    sides = [find_calibrations(expand_path(path)) for path in (left, right)]
-    return [_diff_places(one, other, world, device, options or Conversion()) for one, other in _pair(sides, device)]
+    options = options or Conversion()
+    sides = [find_calibrations(expand_path(path), options.dump) for path in (left, right)]
+    return [_diff_places(one, other, world, device, options) for one, other in _pair(sides, device)]
 
 
 def _pair(
