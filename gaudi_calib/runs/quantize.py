@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gaudi_calib.config.methods import DEFAULT_METHOD, get_scale_method
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import IdleExpertError, RangeError, TopologyError, UsageError
+from gaudi_calib.errors import IdleExpertError, TopologyError, UsageError
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.moved import is_same_place, warn_of_move
@@ -214,8 +214,7 @@ def _compute(
     try:
         return list(recipe.compute(ranks, weights, allows_idle=scaling.allows_idle))
     except IdleExpertError as error:
-        fix = f"{error.fix}; or give --allow-idle-experts, which writes 0 as INC does"
-        raise RangeError(error.what, where=error.where, why=error.why, fix=fix) from error
+        raise error.with_fix(f"{error.fix}; or give --allow-idle-experts, which writes 0 as INC does") from error
 
 
 def _open_weights(

@@ -82,8 +82,7 @@ def _compute(recipe: Recipe, ranks: Sequence[RankSet[Node]]) -> list[RankSet[Sca
     try:
         return list(recipe.compute(ranks))
     except RangeError as error:
-        fix = f"{error.fix}; or leave scales out with --skip-scales"
-        raise RangeError(error.what, where=error.where, why=error.why, fix=fix) from error
+        raise error.with_fix(f"{error.fix}; or leave scales out with --skip-scales") from error
 
 
 def _read_scaled_names(
