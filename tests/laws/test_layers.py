@@ -1,13 +1,16 @@
 """Who may import what, and who may know a model's name."""
 
 import ast
+import fnmatch
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
+from gaudi_calib.cli.main import COMMANDS
 from gaudi_calib.models.families import FAMILIES
 from tests.support.house import FILES, HOUSE, PACKAGE, find_file, find_imports, find_room
 
@@ -37,6 +40,33 @@ def find_violations(source: str, file: str) -> list[str]:
 def test_every_module_has_exactly_one_room(file: str) -> None:
     """A new file must be given a room of the house before it can be merged."""
     assert find_room(file) is not None, f"add {file} to HOUSE in tests/support/house.py"
+
+
+def find_unlisted(text: str, modules: set[str]) -> set[str]:
+    """Return the modules that a room's docstring lacks, and what it lists that is none; commands need no line."""
+    listed: set[str] = set()
+    for line in re.findall(r"^ *([a-z]\S*(?:, \S+)*)  +\S", text, re.MULTILINE):
+        for name in line.split(", "):
+            stem = re.sub(r"\.py$|/$", "", name)
+            listed |= set(fnmatch.filter(modules, stem)) or {name}
+    return (listed ^ modules) - {command.replace("-", "_") for command in COMMANDS}
+
+
+@pytest.mark.parametrize("room", sorted({str(Path(file).parent) for file in FILES} - {"."}))
+def test_a_room_lists_its_modules(room: str) -> None:
+    """Whoever opens a room is told what is where, and nothing that is not there."""
+    inside = {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"}
+    inside |= {path.parent.name for path in (PACKAGE / room).glob("*/__init__.py")}
+    text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))
+    assert find_unlisted(text or "", inside) == set()
+
+
+def test_what_a_room_does_not_list_is_found() -> None:
+    """Modules without a line, and lines without a module; a line may be of several, or of a pattern."""
+    assert find_unlisted("A room.\n\none, two   x\nfp8_*      y\ngone.py    z", {"one", "two", "fp8_a", "new"}) == {
+        "gone.py",
+        "new",
+    }
 
 
 @pytest.mark.parametrize("file", FILES)
