@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -11,6 +11,9 @@ from gaudi_calib.cli.main import main
 from gaudi_calib.files import write_json
 from gaudi_calib.layout import MANIFEST_NAME
 from tests.support import paths
+
+if TYPE_CHECKING:
+    from tests.support.calibrated import Calibrated
 
 REAL = paths.GOLDEN / "real"
 LLAMA = REAL / "llama-3.1-70b"
@@ -169,13 +172,9 @@ def test_the_table_shows_what_differs(other: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.torch
-def test_runs_and_configs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_runs_and_configs_are_compared(pristine: "Calibrated", tmp_path: Path, capsys: pytest.CaptureFixture):
     """Every device of a run; a config stands for its directory; settings and data are told apart."""
-    from tests.support.calibrated import MODEL, calibrate_by_torch
-
-    (tmp_path / "out").mkdir()
-    calibrated = calibrate_by_torch(MODEL, tmp_path / "out")
-    again = Path(shutil.copytree(calibrated.root, tmp_path / "again"))
+    again = Path(shutil.copytree(pristine.root, tmp_path / "again"))
     manifest = json.loads((again / "g3" / MANIFEST_NAME).read_text())
     manifest["dataset"]["prompts"] = 99
     write_json(again / "g3" / MANIFEST_NAME, manifest)
@@ -183,11 +182,11 @@ def test_runs_and_configs_are_compared(tmp_path: Path, capsys: pytest.CaptureFix
     config["blocklist"]["names"] = ["lm_head"]
     write_json(again / "maxabs_quant_g3.json", config)
 
-    assert main(["diff", str(calibrated.root), str(again), "--json"]) == 1
+    assert main(["diff", str(pristine.root), str(again), "--json"]) == 1
     both = json.loads(capsys.readouterr().out)
     assert [Path(found["left"]).name for found in both] == ["g2", "g3"]
-    code, found = diff(capsys, calibrated.config("g3"), again / "maxabs_quant_g3.json")
+    code, found = diff(capsys, pristine.config("g3"), again / "maxabs_quant_g3.json")
     assert code == 1
     assert [setting["name"] for setting in found["settings"]] == ["blocklist"]
     assert [setting["name"] for setting in found["origin"]] == ["dataset.prompts"]
-    assert diff(capsys, calibrated.root / "g2", again, "--device", "g2")[0] == 0
+    assert diff(capsys, pristine.root / "g2", again, "--device", "g2")[0] == 0

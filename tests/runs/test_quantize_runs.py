@@ -17,16 +17,11 @@ from gaudi_calib.manifest import read_manifest
 from gaudi_calib.runs.calibrate import calibrate
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.runs.quantize import Scaling, quantize_dir
-from tests.support.calibrated import MODEL, Calibrated, calibrate_by_torch
+from tests.support.calibrated import Calibrated
 from tests.support.files import snapshot, write_prompts
 from tests.support.fixes import find_advised
 
 pytestmark = pytest.mark.torch
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory) -> Calibrated:
-    return calibrate_by_torch(MODEL, tmp_path_factory.mktemp("out"))
 
 
 @pytest.fixture

@@ -14,15 +14,10 @@ from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
 from gaudi_calib.manifest import read_manifest
 from gaudi_calib.runs.relocate import relocate_run
-from tests.support.calibrated import MODEL, Calibrated, calibrate_by_torch
+from tests.support.calibrated import MODEL
 from tests.support.files import snapshot
 
 pytestmark = pytest.mark.torch
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory) -> Calibrated:
-    return calibrate_by_torch(MODEL, tmp_path_factory.mktemp("old"))
 
 
 @pytest.fixture

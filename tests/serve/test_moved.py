@@ -10,14 +10,9 @@ import pytest
 import gaudi_calib
 from gaudi_calib.cli.main import main
 from gaudi_calib.errors import FileError
-from tests.support.calibrated import MODEL, Calibrated, calibrate_by_torch
+from tests.support.calibrated import MODEL, Calibrated
 
 pytestmark = pytest.mark.torch
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory) -> Calibrated:
-    return calibrate_by_torch(MODEL, tmp_path_factory.mktemp("old"))
 
 
 @pytest.fixture

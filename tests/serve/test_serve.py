@@ -23,11 +23,6 @@ from tests.support.processes import run_cli
 pytestmark = pytest.mark.torch
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory) -> Calibrated:
-    return calibrate_by_torch(MODEL, tmp_path_factory.mktemp("out"))
-
-
 @pytest.fixture
 def run(pristine, tmp_path) -> Calibrated:
     """A copy whose configs point to its own files."""
