@@ -119,7 +119,7 @@ def vllm_option(*, found: str) -> Function:
     return option("--vllm", metavar="VERSION", help=text)
 
 
-def choose_target(*, takes_dir: bool = False) -> Function:
+def make_target_options(*, takes_dir: bool = False) -> Function:
     """Add the options that say which run is meant; with `takes_dir` a directory may be given in its place.
 
     The command receives model, out, name, world, unified_world, expert_parallel, device, dtype, vllm, as_json.
@@ -156,7 +156,7 @@ def choose_target(*, takes_dir: bool = False) -> Function:
     )
 
 
-target_options = choose_target()
+target_options = make_target_options()
 
 # Arguments of `data.prompts.prepare_prompts`: dataset (tuple), limit, seed, min_tokens, max_tokens, columns (dict),
 # skip_bad_rows, chat_template (Path or None), trust_remote_code.

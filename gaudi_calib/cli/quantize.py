@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from gaudi_calib.cli.options import DIRECTORY, choose_target, dump_option, quantizing_options
+from gaudi_calib.cli.options import DIRECTORY, dump_option, make_target_options, quantizing_options
 from gaudi_calib.cli.pipeline import make_run_options, print_quantized, print_result
 from gaudi_calib.cli.sections import bundle, command, option
 
@@ -19,7 +19,7 @@ _OF_DIRECTORY = {"dump": "--dump", "allows_idle": "--allow-idle-experts"}
     "gaudi-calib quantize measured/g3"
 )
 @click.argument("directory", required=False, type=DIRECTORY, metavar="[DIR]")
-@choose_target(takes_dir=True)
+@make_target_options(takes_dir=True)
 @quantizing_options
 @bundle(
     dump_option,

@@ -15,7 +15,7 @@ import numpy as np
 
 from gaudi_calib.errors import RangeError, TopologyError
 from gaudi_calib.ranges.bf16 import round_to_bf16
-from gaudi_calib.ranges.node import Op
+from gaudi_calib.ranges.node import OPTIONAL_OUTPUTS, Op
 from gaudi_calib.ranges.topology import Axis, Topology
 
 
@@ -158,7 +158,7 @@ class ChannelRanges:
     @property
     def has_outputs(self) -> bool:
         """Whether the outputs that INC measures only when asked to were measured, in every node."""
-        asked = (node for node in self.nodes.values() if node.op in (Op.LINEAR, Op.MATMUL))
+        asked = (node for node in self.nodes.values() if node.op in OPTIONAL_OUTPUTS - {Op.KV_CACHE})
         return all(node.outputs is not None for node in asked)
 
     def require_outputs(self, anew: str | None = None) -> None:

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gaudi_calib.errors import TopologyError
-from gaudi_calib.ranges.node import FUSED_EXPERTS
-from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable
+from gaudi_calib.ranges.node import Op, find_op_by_name
+from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, locate_parts
 
 LISTS = ("w13_list", "w2_list")
 # Whose experts are linear layers like others: vllm-fork had no expert parallelism then.
@@ -86,7 +86,7 @@ def find_expert_layers(inventory: Inventory) -> list[ExpertLayer]:
     """
     layers = find_named_layers(inventory.names)
     for name, shape in zip(inventory.names, inventory.shapes, strict=True):
-        if not name.endswith(FUSED_EXPERTS) or name.rpartition(".")[2] not in FUSED_EXPERTS:
+        if find_op_by_name(name) is not Op.DYNAMIC_MOE:
             continue
         experts = len(shape.outputs or ()) - 1
         if name not in layers and experts > 0:
@@ -268,7 +268,8 @@ def list_idle_experts(table: RangeTable) -> list[tuple[str, int]]:
 def _is_idle(table: RangeTable, layer: ExpertLayer) -> np.ndarray:
     """Whether each expert of a layer saw no token: bool, shape (experts,)."""
     position = table.inventory.index[layer.op]
-    start = int(table.inventory.starts[position]) + sum(table.inventory.shapes[position].inputs) + 1
+    first, _ = locate_parts(table.inventory.shapes[position])["outputs", 1]
+    start = int(table.inventory.starts[position]) + first
     return table.numbers[start : start + layer.size] == 0
 
 

@@ -121,7 +121,7 @@ LATENT_ATTENTION_OPS = {
 }
 
 # What vllm-gaudi and its forerunner vllm-fork have called the fused op of a layer's experts, the newest first.
-FUSED_EXPERTS = ("moe_op", "MoeOp", "hpu_fused_moe")
+_FUSED_EXPERTS = ("moe_op", "MoeOp", "hpu_fused_moe")
 # Attention ops of vllm-fork in 2024.
 _FORMER_ATTENTION_OPS = {
     "qk_matmul": Op.MATMUL,
@@ -134,7 +134,7 @@ _OP_BY_SUFFIX = {
     **ATTENTION_OPS,
     **LATENT_ATTENTION_OPS,
     **_FORMER_ATTENTION_OPS,
-    **dict.fromkeys(FUSED_EXPERTS, Op.DYNAMIC_MOE),
+    **dict.fromkeys(_FUSED_EXPERTS, Op.DYNAMIC_MOE),
 }
 
 

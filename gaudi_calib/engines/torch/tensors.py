@@ -30,7 +30,7 @@ from gaudi_calib.files import write_bytes
 from gaudi_calib.models.modules import Linear
 from gaudi_calib.ranges.derive import name_served
 from gaudi_calib.ranges.layer_types import find_layer_type, is_expert_matmul
-from gaudi_calib.ranges.node import Op
+from gaudi_calib.ranges.node import OPTIONAL_OUTPUTS, Op
 from gaudi_calib.ranges.topology import Topology
 
 _FILE_BYTES = 2**11  # what torch.save adds to the values of a small tensor, and a file system to that
@@ -65,7 +65,7 @@ def plan_tensors(plan: ModelPlan, config: QuantConfig) -> dict[str, SavedNode]:
 def _plan_linear(plan: ModelPlan, linear: LinearPlan, config: QuantConfig) -> SavedNode:
     shapes = [plan.checkpoint.shapes[weight] for weight in linear.weights]
     rows, columns = sum(shape[0] for shape in shapes) + linear.padding, shapes[0][1]
-    has_output = config.measures_outputs or linear.op is Op.ROW_PARALLEL_LINEAR
+    has_output = config.measures_outputs or linear.op not in OPTIONAL_OUTPUTS
     return SavedNode({"input0": columns} | ({"output0": rows} if has_output else {}), rows * columns)
 
 
