@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gaudi_calib.scales.compare import Change
 
 _SHOWN = 10
+_INDENT = "  "
 _PATH = PathType(exists=True)
 
 
@@ -73,7 +75,7 @@ def _describe(found: "Difference") -> str:
             f"{side}  {path}  ({world} ranks{f', unified to {found.world}' * (world != found.world)})"
             for side, path, world in zip("AB", (found.left, found.right), found.worlds, strict=True)
         ),
-        "\n".join(["Nodes", *(f"  {line}" for line in nodes)]) if nodes else "",
+        "\n".join(["Nodes", *(_INDENT + line for line in nodes)]) if nodes else "",
         _describe_changes("Ranges, B / A", found.ranges),
     ]
     if found.scales is None:
@@ -83,7 +85,7 @@ def _describe(found: "Difference") -> str:
         blocks.append(_describe_clipped(found))
     for title, settings in (("Config that serves", found.settings), ("Measurement", found.origin)):
         rows = [[setting.name, _show(setting.left), _show(setting.right)] for setting in settings]
-        blocks.append(f"{title}\n{_indent(format_table(['', 'A', 'B'], rows))}" if rows else "")
+        blocks.append(f"{title}\n{indent(format_table(['', 'A', 'B'], rows), _INDENT)}" if rows else "")
     return "\n\n".join(filter(None, blocks))
 
 
@@ -102,13 +104,13 @@ def _describe_changes(title: str, changes: "Sequence[Change]") -> str:
         for change in changes
         if change.differing
     ]
-    return f"{head}\n{_indent(format_table(header, rows))}"
+    return f"{head}\n{indent(format_table(header, rows), _INDENT)}"
 
 
 def _describe_clipped(found: "Difference") -> str:
     head = f"Ranges of B that A's scales clip: {len(found.clipped)}"
     rows = [[clip.name, clip.part, f"{clip.range:g}", f"{clip.limit:g}"] for clip in found.clipped[:_SHOWN]]
-    return f"{head}\n{_indent(format_table(['node', 'part', 'range', 'limit'], rows))}" if rows else head
+    return f"{head}\n{indent(format_table(['node', 'part', 'range', 'limit'], rows), _INDENT)}" if rows else head
 
 
 def _show_ratio(ratio: float) -> str:
@@ -117,10 +119,6 @@ def _show_ratio(ratio: float) -> str:
 
 def _show(value: Any) -> str:
     return "-" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
 
 
 def _to_json(found: "Difference") -> dict[str, Any]:

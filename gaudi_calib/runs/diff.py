@@ -127,9 +127,7 @@ def _pair(
     sides: Sequence[Mapping[str, CalibrationDir]], device: str | None
 ) -> list[tuple[CalibrationDir, CalibrationDir]]:
     """Return the directories of the same device, or the only ones there are."""
-    first, second = (
-        {name: place for name, place in side.items() if device in (None, name, "")} or side for side in sides
-    )
+    first, second = ({name: place for name, place in side.items() if device in (None, name)} or side for side in sides)
     shared = [name for name in first if name in second]
     if shared:
         return [(first[name], second[name]) for name in shared]
