@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -11,9 +11,6 @@ from gaudi_calib.cli.main import main
 from gaudi_calib.files import write_json
 from gaudi_calib.layout import MANIFEST_NAME
 from tests.support import paths
-
-if TYPE_CHECKING:
-    from tests.support.calibrated import Calibrated
 
 REAL = paths.GOLDEN / "real"
 LLAMA = REAL / "llama-3.1-70b"
@@ -172,7 +169,7 @@ def test_the_table_shows_what_differs(other: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.torch
-def test_runs_and_configs_are_compared(pristine: "Calibrated", tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_runs_and_configs_are_compared(pristine, tmp_path: Path, capsys: pytest.CaptureFixture):
     """Every device of a run; a config stands for its directory; settings and data are told apart."""
     again = Path(shutil.copytree(pristine.root, tmp_path / "again"))
     manifest = json.loads((again / "g3" / MANIFEST_NAME).read_text())
