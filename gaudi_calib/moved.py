@@ -65,11 +65,12 @@ def warn_of_move(source: CalibrationDir) -> None:
         _log.warning("The run in %s has moved: %s name another place; run `%s`", run, names, advice)
 
 
-def find_calibrations(path: Path) -> dict[str, CalibrationDir]:
+def find_calibrations(path: Path, dump: str | None = None) -> dict[str, CalibrationDir]:
     """Return the directories of rank files that a path means, by device; `""` where the path is of one itself.
 
     Args:
         path: a run (OUT/<model>), a directory of rank files, or a QUANT_CONFIG file, which names one.
+        dump: first part of the names of the measurement, where a directory holds several.
 
     Raises:
         FileError: there are none. ConfigError: the file is no QUANT_CONFIG.
@@ -83,11 +84,18 @@ def find_calibrations(path: Path) -> dict[str, CalibrationDir]:
         placed = CalibrationDir.named_by(with_dump_stats_path(config, beside) if beside else config, path)
         placed.require_worlds()
         return {placed.device.name if placed.device else "": placed}
-    place = CalibrationDir(path)
+    place = _open_directory(path, dump)
     if place.worlds:
         return {place.device.name if place.device else "": place}
-    inside = {name: CalibrationDir(path / name) for name in DEVICES if (path / name).is_dir()}
+    inside = {name: _open_directory(path / name, dump) for name in DEVICES if (path / name).is_dir()}
     found = {name: place for name, place in inside.items() if place.worlds}
     if not found:
         place.require_worlds()
     return found
+
+
+def _open_directory(path: Path, dump: str | None) -> CalibrationDir:
+    """Return a directory, of whose measurements only the one called `dump` counts where there are several."""
+    place = CalibrationDir(path)
+    dumps = {file.dump for file in place.files.values() if file.is_ranges}
+    return CalibrationDir(path, dump=dump) if len(dumps) > 1 else place
