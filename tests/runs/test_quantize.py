@@ -188,6 +188,18 @@ def test_files_without_a_rank_get_one(measured: Path, caplog: pytest.LogCaptureF
     assert quantize_dir(source).ranks == {1: (0,)}
 
 
+def test_scales_of_another_method_stay_where_ranges_do(measured: Path, caplog: pytest.LogCaptureFixture):
+    """An npz that is made of the json in place replaces no range, so nothing is outdated; other ranges do."""
+    quantize_dir(measured, scaling=Scaling(method="maxabs_pow2"))
+    for path in measured.glob("*.npz"):
+        path.unlink()
+    before = snapshot(measured)
+    quantize_dir(measured)
+    assert before.items() <= snapshot(measured).items() and "moved to" not in caplog.text
+    quantize_dir(write_world(measured.parent / "other" / "g2", make_ranks(2, 2, experts=2)), measured)
+    assert len(names(measured / "replaced", "MAXABS_POW2")) == 2 and "moved to" in caplog.text
+
+
 def test_a_bad_range_changes_nothing(measured: Path, capsys: pytest.CaptureFixture[str]):
     """Whichever rank has it."""
     path = measured / "inc_output_hooks_maxabs_1_2.json"
