@@ -28,6 +28,8 @@ class PathType(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the `Path`, or fail where none can be called so, or what is there is of another kind."""
+        if not os.fspath(value):
+            self.fail("The path is empty; a variable that is not set?", param, ctx)
         try:
             path = expand_path(value)
         except UsageError as error:

@@ -104,7 +104,7 @@ def quantize_dir(directory: Path, out: Path | None = None, scaling: Scaling | No
     ranges = {world: source.read_present(world) for world in worlds}
     for world, ranks in ranges.items():
         _warn_of_missing(world, ranks)
-    chosen = {world: [_select(rank_set, recipe) for rank_set in ranks] for world, ranks in ranges.items()}
+    chosen = {world: [_select(source, rank_set, recipe) for rank_set in ranks] for world, ranks in ranges.items()}
     for text in describe_limits(
         [rank for ranks in chosen.values() for rank in ranks], recipe.table, recipe.scales_device
     ):
@@ -120,10 +120,20 @@ def quantize_dir(directory: Path, out: Path | None = None, scaling: Scaling | No
 def _choose_recipe(source: CalibrationDir, scaling: Scaling) -> Recipe:
     """Return how scales are computed: the config's method, backoffs and lists, unless another method is asked for."""
     device, config = _require_device(source, scaling.device), _choose_config(source, scaling)
+    if scaling.method:
+        _require_files(source, MethodTable(get_scale_method(scaling.method)))
     if config is not None and scaling.method:
         config = _change_method(config, scaling.method, source.quant_path)
     table = config.method_table if config else MethodTable(get_scale_method(scaling.method or _DEFAULT_METHOD))
+    _require_files(source, table, config)
     recipe = Recipe(table.file_tag, table, device, config)
+    require_precision(table, recipe.hp_dtype)
+    _ = recipe.scales_device  # refuses a device_for_scales that does not go with the device
+    return recipe
+
+
+def _require_files(source: CalibrationDir, table: MethodTable, config: "QuantConfig | None" = None) -> None:
+    """Raise UsageError where INC reads no scale files of `table`, or with `config`."""
     if not any(method.needs_measurement for method in table.methods) or (config and not config.uses_stats_files):
         raise UsageError(
             f"{table.file_tag.lower()} has no scale files",
@@ -131,9 +141,6 @@ def _choose_recipe(source: CalibrationDir, scaling: Scaling) -> Recipe:
             why="INC knows such scales without a measurement, or computes them when serving",
             fix="name it as scale_method in the QUANT_CONFIG, which is all it needs; or choose another --scale-method",
         )
-    require_precision(table, recipe.hp_dtype)
-    _ = recipe.scales_device  # refuses a device_for_scales that does not go with the device
-    return recipe
 
 
 def _require_device(source: CalibrationDir, asked: str | None) -> Device:
@@ -185,8 +192,19 @@ def _warn_of_missing(world: int, ranks: Sequence[RankSet[Node]]) -> None:
         )  # fmt: skip
 
 
-def _select(rank_set: RankSet[Node], recipe: Recipe) -> RankSet[Node]:
-    return select_nodes(rank_set, recipe.config) if recipe.config else rank_set
+def _select(source: CalibrationDir, rank_set: RankSet[Node], recipe: Recipe) -> RankSet[Node]:
+    """Return the nodes of a rank that get scales, of which there is at least one."""
+    selected = select_nodes(rank_set, recipe.config) if recipe.config else rank_set
+    if not selected.nodes:
+        raise RangeError(
+            f"no node of rank {rank_set.rank} of {rank_set.world} gets scales",
+            where=source.name_file(rank_set.rank, rank_set.world, extension="json"),
+            why=f"the QUANT_CONFIG blocks all {len(rank_set.nodes)} nodes"
+            if rank_set.nodes
+            else "nothing was measured",
+            fix="correct allowlist and blocklist" if rank_set.nodes else "measure again",
+        )
+    return selected
 
 
 def _plan_weights(source: CalibrationDir, scaling: Scaling, recipe: Recipe) -> "ModelPlan | None":
