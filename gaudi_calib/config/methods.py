@@ -220,6 +220,11 @@ class MethodTable:
         """The method's name in scale file names: that of the default."""
         return self.default.name
 
+    @property
+    def tries_scales(self) -> bool:
+        """Whether some scales are the best of several on the weights (`OPT`), which is computed in bfloat16 only."""
+        return any(method.weight.scale_value_type == "OPT" for method in self.methods)
+
     def for_dynamic(self) -> "MethodTable":
         """Return the table that holds where activations are scaled while serving (`dynamic_quantization`)."""
 

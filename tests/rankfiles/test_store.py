@@ -392,7 +392,7 @@ def test_a_number_of_samples_that_is_none_is_refused(tmp_path: Path, extension: 
         path.write_text(json.dumps(content))
     else:
         np.savez(path.with_suffix(".npz"), np.array(content, dtype=object))
-    with pytest.raises(FileError, match="NumSamples of .* is no whole number"):
+    with pytest.raises(FileError, match=r"NumSamples of .* is no whole number"):
         read_ranges(path)
 
 
