@@ -34,7 +34,6 @@ _PATH = PathType(exists=True)
 @world_option("Ranks to compare at; others are unified.  [the largest number that both sides give]", default=None)
 @experts_option(found="found out")
 @expert_count_option
-@dump_option
 @device_option("Compare this device only; of directories that do not tell, their device.")
 @option(
     "--fail-on",
@@ -43,6 +42,7 @@ _PATH = PathType(exists=True)
     help="What makes the exit code 1: what is served differs (nodes, scales, config); or a range as well; or A's "
     "scales clip what B measured.",
 )
+@dump_option
 @json_option
 def diff(
     left: Path,
@@ -66,7 +66,7 @@ def diff(
         click.echo(json.dumps([_to_json(difference) for difference in found], indent=2, default=str))
     else:
         click.echo("\n\n".join(map(_describe, found)))
-    return int(fail_on != "nothing" and any(difference.find(fail_on) for difference in found))
+    return int(fail_on != "nothing" and any(difference.has(fail_on) for difference in found))
 
 
 def _describe(found: "Difference") -> str:
