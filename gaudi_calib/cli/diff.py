@@ -34,6 +34,7 @@ _PATH = PathType(exists=True)
 @world_option("Ranks to compare at; others are unified.  [the largest number that both sides give]", default=None)
 @experts_option(found="found out")
 @expert_count_option
+@dump_option
 @device_option("Compare this device only; of directories that do not tell, their device.")
 @option(
     "--fail-on",
@@ -42,7 +43,6 @@ _PATH = PathType(exists=True)
     help="What makes the exit code 1: what is served differs (nodes, scales, config); or a range as well; or A's "
     "scales clip what B measured.",
 )
-@dump_option
 @json_option
 def diff(
     left: Path,

@@ -218,8 +218,8 @@ def warn_of_environment(config: QuantConfig) -> Iterator[Finding]:
         yield Finding(
             "dynamic_quantization",
             "KV caches that are not blocked need VLLM_DYNAMIC_KV_QUANT=1 in the environment",
-            "vllm-gaudi then keeps a scale beside every entry, and INC stops without; caches of latent attention have no "
-            "such scales, and are to be blocked",
+            "vllm-gaudi then keeps a scale beside every entry, and INC stops without; latent attention has no such "
+            "scales, and its caches are to be blocked",
             'export VLLM_DYNAMIC_KV_QUANT=1 before serving, or add "VLLMKVCache" to blocklist.types',
         )
     if "RUNTIME_SCALE_PATCHING" in env:

@@ -113,7 +113,8 @@ def diff_paths(
         left, right: a run, one of its device directories, any directory of ranges, or a QUANT_CONFIG file.
         world: number of ranks to compare at; None takes the largest that both sides have or can be unified to.
         device: the only device to compare; for directories that do not tell, the one whose scales are meant.
-        options: how experts are shared, and which measurement is meant, where the files do not tell.
+        options: how experts are shared, where the files do not tell; and which measurement is meant on a side that
+            holds several.
 
     Raises:
         FileError: ranges are missing or damaged. ModelError: the two are of different models.
