@@ -1,4 +1,4 @@
-"""Modules that INC quantizes and that the files lack: it fails when the first of them runs."""
+"""Modules that INC quantizes and cannot: those that the files lack, and those that cannot be scaled while serving."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import ConfigError
+from gaudi_calib.models.modules import Layout
 from gaudi_calib.ranges.experts import name_old
 from gaudi_calib.ranges.idle import find_idle
 from gaudi_calib.ranges.layer_types import find_layer_type
@@ -82,3 +83,28 @@ def refuse_uncovered(placed: CalibrationDir, names: Sequence[str], config_path: 
         fix=f"block them in {config_path}; or unblock them in {measuring}, then "
         + (f"run: {again}" if again else "measure again"),
     )
+
+
+def require_dynamic(config: "QuantConfig", ops: Mapping[str, Op], layout: Layout, path: Path) -> None:
+    """Raise ConfigError where `config`, of the file `path`, has a module scaled while serving that cannot be.
+
+    Args:
+        ops: what each module of the model computes, by name.
+
+    Source: vllm-gaudi `HPUMLAAttention.forward_impl`, `HPUModelRunner.initialize_kv_cache`; INC
+    `PatchedVLLMKVCache.forward_quant_dynamic`, `QuantizedHpuDynamicMoeFusedWeightsBias`.
+    """
+    reasons = {}
+    if config.dynamic_quantization and layout.attention.latent:
+        reasons[Op.KV_CACHE] = "vllm-gaudi keeps no scales beside a latent cache: what is read from it comes unscaled"
+    if config.dynamic_quantization and layout.experts and layout.experts.biased:
+        reasons[Op.DYNAMIC_MOE] = "INC has no such op for experts with biases (NotImplementedError)"
+    for name, op in ops.items():
+        layer_type = find_layer_type(name, op)
+        if op in reasons and not config.is_blocked(name, layer_type):
+            raise ConfigError(
+                f"{name} cannot be scaled while serving",
+                where=f"dynamic_quantization in {path}",
+                why=reasons[op],
+                fix=f'add "{layer_type}" to blocklist.types, or choose a static method such as maxabs_hw',
+            )

@@ -13,6 +13,7 @@ from typing import Any
 
 from gaudi_calib.config.check import Inspection, inspect_quant_config, parse_quant_config
 from gaudi_calib.config.model import QuantConfig, get_scales_device, to_content
+from gaudi_calib.config.rules import warn_of_environment
 from gaudi_calib.errors import ConfigError, Finding
 from gaudi_calib.files import parse_json, write_json
 from gaudi_calib.fp8 import get_device
@@ -41,6 +42,16 @@ def validate_file(path: Path, device: str | None = None) -> Inspection:
     except ConfigError as error:
         return Inspection(None, (Finding("", error.what, error.why, error.fix),))
     return inspection
+
+
+def list_warnings(path: Path) -> list[Finding]:
+    """Return what INC or vllm-gaudi silently changes or ignores in the valid file `path`; see `find_warnings`.
+
+    What the environment needs is left out: `serve` sets it.
+    """
+    inspection = validate_file(path)
+    known = set(warn_of_environment(inspection.config)) if inspection.config else set()
+    return [finding for finding in inspection.warnings if finding not in known]
 
 
 def _load_json(path: Path) -> Any:

@@ -228,6 +228,11 @@ class MethodTable:
         return self.default.name
 
     @property
+    def tries_scales(self) -> bool:
+        """Whether some scales are the best of several on the weights (`OPT`), which is computed in bfloat16 only."""
+        return any(method.weight.scale_value_type == "OPT" for method in self.methods)
+
+    @property
     def needs_weights(self) -> bool:
         """Whether any scale comes from a weight itself."""
         return any(method.needs_weights for method in self.methods)

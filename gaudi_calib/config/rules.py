@@ -32,12 +32,12 @@ def find_errors(config: QuantConfig) -> list[Finding]:
 
 
 def find_warnings(config: QuantConfig) -> list[Finding]:
-    """Return what INC or vllm-gaudi silently changes or ignores in a valid `config`."""
+    """Return what INC or vllm-gaudi silently changes or ignores in a valid `config`, and what the caller must set."""
     rules: tuple[Rule, ...] = (
         _warn_scale_format,
         _warn_backoffs,
         _warn_method_table,
-        _warn_environment,
+        warn_of_environment,
         _warn_ignored,
         _warn_types,
         _warn_observer,
@@ -211,13 +211,15 @@ def _warn_method_table(config: QuantConfig) -> Iterator[Finding]:
         )
 
 
-def _warn_environment(config: QuantConfig) -> Iterator[Finding]:
+def warn_of_environment(config: QuantConfig) -> Iterator[Finding]:
+    """Yield what must be set in the environment; `serve` does that."""
     env = config.list_required_env() if config.mode == "QUANTIZE" else {}
     if "VLLM_DYNAMIC_KV_QUANT" in env:
         yield Finding(
             "dynamic_quantization",
             "KV caches that are not blocked need VLLM_DYNAMIC_KV_QUANT=1 in the environment",
-            "vllm-gaudi then keeps a scale beside every entry, and INC stops without",
+            "vllm-gaudi then keeps a scale beside every entry, and INC stops without; latent attention has no such "
+            "scales, and its caches are to be blocked",
             'export VLLM_DYNAMIC_KV_QUANT=1 before serving, or add "VLLMKVCache" to blocklist.types',
         )
     if "RUNTIME_SCALE_PATCHING" in env:
@@ -244,6 +246,12 @@ def _warn_ignored(config: QuantConfig) -> Iterator[Finding]:
             "ignore_modules_wo_measures",
             "modules without ranges silently stay in BF16",
             fix="leave it out to be told at the first call of such a module",
+        )
+    if config.mode == "QUANTIZE" and config.hp_dtype != "BF16" and config.method_table.tries_scales:
+        yield Finding(
+            "scale_method",
+            f"gaudi-calib computes {config.method_table.file_tag.lower()} for hp_dtype BF16 only",
+            fix="choose a method without OPT, such as maxabs_hw; or leave these scales to INC",
         )
     if config.fp8_config == "E5M2":
         yield Finding("fp8_config", "gaudi-calib computes scales for E4M3 only", fix="leave E5M2 scales to INC")

@@ -1,10 +1,10 @@
 """What each rank of a topology sees of a model that was measured per channel."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.errors import TopologyError, UsageError
 from gaudi_calib.fp8 import GAUDI2, Device
 from gaudi_calib.ranges.bf16 import round_to_bf16
@@ -16,6 +16,9 @@ from gaudi_calib.ranges.node import OPTIONAL_OUTPUTS, Node, Op, RankSet, find_op
 from gaudi_calib.ranges.table import tabulate_ranges
 from gaudi_calib.ranges.topology import Topology
 
+if TYPE_CHECKING:
+    from gaudi_calib.config.model import QuantConfig
+
 # First vLLM whose fused expert ops are called `...experts.routed_experts.moe_op`; before, `...experts.moe_op`.
 ROUTED_EXPERTS_SINCE = (0, 24)
 # What "a current one" is where no version is given.
@@ -23,7 +26,7 @@ _CURRENT_VLLM = (0, 32)
 
 
 def derive_world(
-    channels: ChannelRanges, topology: Topology, device: Device, config: QuantConfig, vllm: str | None = None
+    channels: ChannelRanges, topology: Topology, device: Device, config: "QuantConfig", vllm: str | None = None
 ) -> list[RankSet[Node]]:
     """Return the ranges of every rank, with the caches' in the attention matmuls and without what `config` leaves out.
 
@@ -73,7 +76,7 @@ def _rename_experts(rank_set: RankSet[Node]) -> RankSet[Node]:
     return replace(rank_set, nodes=nodes, modules=tuple(map(name_old, rank_set.modules)))
 
 
-def select_nodes(rank_set: RankSet[Node], config: QuantConfig) -> RankSet[Node]:
+def select_nodes(rank_set: RankSet[Node], config: "QuantConfig") -> RankSet[Node]:
     """Leave out the nodes that `config` blocks."""
     table = tabulate_ranges(rank_set.nodes)
     shapes = dict(zip(table.inventory.names, table.inventory.shapes, strict=True))

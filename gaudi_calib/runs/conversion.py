@@ -4,7 +4,7 @@ Ranges are merged or copied; scales never: they are computed anew (rescale.py).
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from gaudi_calib.runs.rescale import Converted, Rescaled, rescale
 from gaudi_calib.staging import REPLACED_NAME, set_aside, stage_files
 
 if TYPE_CHECKING:
-    from gaudi_calib.manifest import Record, WorldFacts
+    from gaudi_calib.manifest import Record
 
 _log = logging.getLogger(__name__)
 
@@ -78,9 +78,7 @@ def write_world(
     Returns:
         The files written.
     """
-    from gaudi_calib.manifest import WorldFacts
-
-    facts = WorldFacts(expert_parallel=expert_parallel, is_bounded=is_bounded)
+    facts = {"expert_parallel": expert_parallel, "is_bounded": is_bounded}
     return write_files(source, out, ranks, scales, facts=facts)
 
 
@@ -90,7 +88,7 @@ def write_files(
     ranks: Sequence[RankSet[Node]],
     scales: Sequence[Rescaled] = (),
     *,
-    facts: "WorldFacts | None" = None,
+    facts: Mapping[str, bool | None] | None = None,
     keeps_ranges: bool = False,
 ) -> list[Path]:
     """Write rank files to `out`, and keep its manifest.
@@ -98,7 +96,7 @@ def write_files(
     Args:
         source: where the ranges come from.
         ranks: ranges of ranks of any worlds.
-        facts: of these worlds; None: those in the source's manifest.
+        facts: what `WorldFacts` says of these worlds; None: what the source's manifest does.
         keeps_ranges: leave files of ranges as they are that are there.
 
     Returns:
@@ -123,12 +121,14 @@ def write_files(
     return [out / path.name for path in made if path not in kept]
 
 
-def _record_worlds(record: "Record", source: CalibrationDir, worlds: set[int], facts: "WorldFacts | None") -> None:
+def _record_worlds(record: "Record", source: CalibrationDir, worlds: set[int], facts: Mapping[str, Any] | None) -> None:
+    from gaudi_calib.manifest import WorldFacts
+
     others = record.manifest.worlds.keys() - {1, *worlds}
     if facts is not None:
-        record.update(worlds=dict.fromkeys(worlds, facts))
-        if facts.expert_parallel is not None and not others:
-            record.update(expert_parallel=facts.expert_parallel)
+        record.update(worlds=dict.fromkeys(worlds, WorldFacts(**facts)))
+        if facts["expert_parallel"] is not None and not others:
+            record.update(expert_parallel=facts["expert_parallel"])
     elif source.manifest is not None:
         record.update(worlds={world: told for world, told in source.manifest.worlds.items() if world in worlds})
 

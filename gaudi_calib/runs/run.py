@@ -23,7 +23,7 @@ from gaudi_calib.data.prompts import Prompts
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, UsageError
 from gaudi_calib.fp8 import DEVICES, Device, get_device
-from gaudi_calib.gaps import find_uncovered, refuse_uncovered
+from gaudi_calib.gaps import find_uncovered, refuse_uncovered, require_dynamic
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, DeviceLayout, list_rank_files
 from gaudi_calib.manifest import ModelFacts, Record, WorldFacts, record_run
 from gaudi_calib.models.source import download_model
@@ -347,6 +347,7 @@ class Run:
             require_observable(measuring, options, options.measure_config or layout.measure_config, scales=needs_ranges)
         require_blocked(measuring, self.plan, layout.measure_config)
         require_blocked(serving, self.plan, path)
+        require_dynamic(serving, self.plan.ops, self.plan.layout, path)
         target = Target(device, layout, measuring, serving, path)
         target.recipe.require_possible()
         return target

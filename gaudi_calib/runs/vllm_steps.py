@@ -19,9 +19,11 @@ from gaudi_calib.config.model import QuantConfig, with_dump_stats_path
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import CalibrationError, FileError, RangeError, UsageError
 from gaudi_calib.layout import DUMP_NAME, RankFile
+from gaudi_calib.ranges.experts import list_idle_experts
 from gaudi_calib.ranges.idle import find_idle
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.node import Node, RankSet
+from gaudi_calib.ranges.table import tabulate_ranges
 from gaudi_calib.ranges.unify import gather_world, unify_ranks
 from gaudi_calib.rankfiles.store import read_scales, write_rank_sets
 from gaudi_calib.runs.limits import warn_of_limits
@@ -216,10 +218,7 @@ def _cover_experts(run: Run, ranks: Sequence[RankSet[Node]]) -> None:
     idle = [
         f"{name} expert {index} (rank {rank_set.rank})"
         for rank_set in ranks
-        for name, node in rank_set.nodes.items()
-        if name in run.plan.experts
-        for index, output in enumerate((node.outputs or ())[1:])
-        if not np.any(output)
+        for name, index in list_idle_experts(tabulate_ranges(rank_set.nodes))
     ]
     if not idle:
         return

@@ -129,7 +129,7 @@ class _Formats(NamedTuple):
 
 def require_precision(table: MethodTable, hp_dtype: str) -> None:
     """Raise ConfigError unless the scales of `table` can be computed in `hp_dtype`."""
-    if hp_dtype != "BF16" and any(method.weight.scale_value_type == "OPT" for method in table.methods):
+    if hp_dtype != "BF16" and table.tries_scales:
         raise ConfigError(
             f"{table.file_tag.lower()} is computed for bfloat16 only, and hp_dtype is {hp_dtype}",
             where="scale_method",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from gaudi_calib.advice import advise_relocation
+from gaudi_calib.config.file import list_warnings
 from gaudi_calib.engines import QUANTIZATION
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.engines.vllm_runner.settings import (
@@ -192,7 +193,8 @@ def _plan_calibrated(options: ServeOptions, model: ModelSource, quant_config: Pa
             f"\n{calibration.path} names {calibration.old_place}; the run beside it is served, through {served}. "
             f"`{advise_relocation(calibration.placed.path.parent)}` has it name its own place"
         )
-    return EnginePlan(settings, note, inspect_modules(calibration, model, options.world))
+    told = tuple(f"{finding} ({quant_config})" for finding in list_warnings(quant_config))
+    return EnginePlan(settings, note, told + inspect_modules(calibration, model, options.world))
 
 
 def _require_method(model: ModelSource, platform: Platform) -> None:

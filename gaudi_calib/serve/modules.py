@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gaudi_calib.config.model import find_idle_patterns
 from gaudi_calib.errors import CalibrationError, FileError
-from gaudi_calib.gaps import describe_gap, find_uncovered, read_names, refuse_uncovered
+from gaudi_calib.gaps import describe_gap, find_uncovered, read_names, refuse_uncovered, require_dynamic
 from gaudi_calib.models.source import ModelSource
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import Op
@@ -26,11 +26,13 @@ def inspect_modules(calibration: Calibration, model: ModelSource, world: int) ->
         modules that have no ranges or scales.
 
     Raises:
-        ConfigError: a module that INC will quantize has no ranges. FileError: it has no scales.
+        ConfigError: a module that INC will quantize has no ranges, or cannot be scaled while serving.
+        FileError: it has no scales.
     """
     plan = _plan_model(calibration, model)
     if plan is None:
         return ()
+    require_dynamic(calibration.config, plan.ops, plan.layout, calibration.path)
     config, found = calibration.config, []
     nodes = [*plan.node_names, *calibration.list_modules(world)]
     for finding in find_idle_patterns(config, nodes):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gaudi_calib.config.check import inspect_quant_config, parse_quant_config
-from gaudi_calib.config.file import read_quant_config, write_quant_config
+from gaudi_calib.config.file import read_quant_config, validate_file, write_quant_config
 from gaudi_calib.config.methods import SCALE_METHODS
 from gaudi_calib.config.model import (
     NodeFilter,
@@ -536,3 +536,13 @@ def test_a_path_that_cannot_be_is_an_error(directory: str) -> None:
     """No file of ranges can be there, so it is said before one is looked for."""
     with pytest.raises(ConfigError, match="no file can be at dump_stats_path"):
         parse(dump_stats_path=f"{directory}/inc_output")
+
+
+def test_opt_methods_in_another_dtype_are_warned_of(tmp_path: Path):
+    """INC computes them, gaudi-calib refuses: `config validate` says so before a run does."""
+    content = {"mode": "QUANTIZE", "scale_method": "maxabs_hw_opt_weight", "dump_stats_path": "/out/g3/inc_output"}
+    path = tmp_path / "quant.json"
+    for dtype, told in (("FP16", ["gaudi-calib computes maxabs_hw_opt_weight for hp_dtype BF16 only"]), ("BF16", [])):
+        path.write_text(json.dumps({**content, "hp_dtype": dtype}))
+        found = validate_file(path)
+        assert found.errors == () and [finding.what for finding in found.warnings] == told

@@ -3,6 +3,8 @@
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -415,3 +417,14 @@ def test_step_5_finds_out_what_a_forgotten_u_would_hide(tmp_path: Path, capsys):
     assert snapshot(tmp_path / "found") == snapshot(tmp_path / "told")
     assert main(["unify", "-m", str(source), "-r", "1", "--no-expert-parallel"]) == 1
     assert "contradict" in (text := capsys.readouterr().err) or "not clear" in text
+
+
+def test_ranges_alone_are_unified_without_pydantic(tmp_path: Path):
+    """Only a QUANT_CONFIG or a manifest needs it, and loading it takes as long as unifying does."""
+    source = write_world(tmp_path / "g3", make_ranks(1, 2, experts=2))
+    code = (
+        "import sys\nfrom gaudi_calib.cli.main import main\n"
+        f"assert main(['unify', {str(source)!r}, '-r', '1', '-u']) == 0\n"
+        "assert 'pydantic' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

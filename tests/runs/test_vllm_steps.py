@@ -202,6 +202,24 @@ def test_a_module_beside_idle_ones_never_ran(cards, tmp_path):
         calibrate_deepseek(cards, tmp_path)
 
 
+@pytest.mark.parametrize("former", ["moe_op", "hpu_fused_moe.MoeOp"])
+def test_idle_experts_of_older_vllm(cards, tmp_path, former):
+    """Whatever the fused op is called, an expert without a token is found."""
+
+    def rename(path: Path) -> None:
+        if path.suffix == ".npz":
+            ranks = read_ranges(path.with_suffix(".json"))
+            nodes = {name.replace("routed_experts.moe_op", former): node for name, node in ranks.nodes.items()}
+            op = next(name for name in nodes if name.endswith(former))
+            nodes[op] = replace(nodes[op], outputs=(nodes[op].outputs[0], np.float32([0]), *nodes[op].outputs[2:]))
+            write_rank_set(path.parent, replace(ranks, nodes=nodes, modules=tuple(nodes)))
+
+    cards.golden, cards.edit = paths.GOLDEN / "deepseek-v3-fp8-tiny", rename
+    cards.keep = lambda name: not name.endswith("mod_list.json")
+    with pytest.raises(RangeError, match=rf"experts saw no token: .*{former} expert 0 \(rank 0\)"):
+        measure(options(tmp_path, model=str(cards.golden / "model"), world=1, cold_experts="error"))
+
+
 def test_naive_prompt_attention(cards, tmp_path):
     """The fused op is idle then, and infinity enters softmax: both are left as the cards left them."""
 

@@ -398,3 +398,45 @@ def test_showing_a_command_loads_no_torch(run):
         "assert 'gaudi_calib.checkpoints.plan' in sys.modules and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=paths.ROOT)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "blocked", "what"),
+    [
+        ("deepseek_v3", [], r"latent_cache_k cannot be scaled while serving[\s\S]*no scales beside a latent cache"),
+        ("deepseek_v3", ["VLLMKVCache"], None),
+        ("gpt_oss", [], r"moe_op cannot be scaled while serving[\s\S]*experts with biases"),
+        ("gpt_oss", ["VllmMixtureOfExpertsOp"], None),
+        ("qwen3_moe", [], None),
+    ],
+)
+def test_what_cannot_be_scaled_while_serving(checkpoint, blocked, what, tiny_model, tmp_path, capsys):
+    """A latent cache would be served wrong without a word, experts with biases stop INC; what is advised helps."""
+    config, model = tmp_path / "quant.json", tiny_model(checkpoint)
+    content = {"mode": "QUANTIZE", "scale_method": "maxabs_pcs_pow2", "dynamic_quantization": True}
+    config.write_text(json.dumps({**content, "blocklist": {"types": blocked, "names": ["lm_head"]}}))
+    options = ServeOptions(str(model), config)
+    if what is None:
+        assert plan_serve(options, HPU3).argv
+        return
+    with pytest.raises(ConfigError, match=what) as caught:
+        plan_serve(options, HPU3)
+    assert "blocklist.types" in str(caught.value.fix)
+    words = ["calibrate", "-m", str(model), "-d", "builtin", "-o", str(tmp_path / "out"), "--config-quant", str(config)]
+    assert main([*words, "--engine", "torch", "--device", "g3"]) == 1
+    assert "cannot be scaled while serving" in capsys.readouterr().err
+
+
+def test_what_inc_ignores_in_the_config_is_told(run, capsys):
+    """Who serves may not be who validated; what serve itself sets in the environment needs no word."""
+    path = run.config("g3")
+    write = json.loads(path.read_text())
+    path.write_text(json.dumps({**write, "int4_weights": False, "ignore_modules_wo_measures": True}))
+    told = " ".join(run.plan().warnings)
+    assert "int4_weights" in told and "modules without ranges silently stay in BF16" in told
+    assert main(["serve", "-m", str(run.model), "--quant-config", str(path), "--device", "g3", "--print"]) == 0
+    assert "int4_weights" in capsys.readouterr().err
+    content = {"mode": "QUANTIZE", "scale_method": "maxabs_pcs_pow2", "dynamic_quantization": True}
+    path.write_text(json.dumps(content))
+    planned = run.plan()
+    assert planned.warnings == () and planned.env["VLLM_DYNAMIC_KV_QUANT"] == "1"
