@@ -97,6 +97,18 @@ class DatasetFacts(_Facts):
         return tuple(share.name for share in self.shares) or (self.name,)
 
 
+class PresetFacts(_Facts):
+    """Which preset a run was made with.
+
+    Attributes:
+        name: `reference` or `field`.
+        env: environment that serving needs by it, beside what follows from family and config.
+    """
+
+    name: str = "reference"
+    env: dict[str, str] = Field(default_factory=dict)
+
+
 class WorldFacts(_Facts):
     """The files of one number of ranks.
 
@@ -165,6 +177,7 @@ class Manifest(_Facts):
         expert_parallel: whether ranks hold whole experts where nothing else is asked for; None: not known.
         worlds: numbers of ranks whose files were written.
         vllm: version of the vLLM whose names the files have, where it was chosen.
+        preset: where the settings come from that nobody asked for.
         config: QUANT_CONFIG contents by phase.
         timings_s: seconds by step.
         measurement: which measurement the ranges are of: the hash of its channel ranges, or of the
@@ -195,6 +208,7 @@ class Manifest(_Facts):
     expert_parallel: bool | None = False
     worlds: dict[int, WorldFacts] = Field(default_factory=dict)
     vllm: str | None = None
+    preset: PresetFacts = PresetFacts()
     versions: dict[str, str] = Field(default_factory=dict)
     config: dict[Literal["measure", "quantize"], dict[str, Any]] = Field(default_factory=dict)
     timings_s: dict[str, float] = Field(default_factory=dict)
