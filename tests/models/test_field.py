@@ -4,6 +4,7 @@ import pytest
 
 from gaudi_calib.models.families import find_family
 from gaudi_calib.models.field import COMMON_ROW, FIELD_ROWS, find_row, serve_as_field
+from tests.support import paths
 from tests.support.model_configs import PUBLISHED_CONFIGS
 
 ROWS = {
@@ -58,3 +59,13 @@ def test_what_no_engine_measures_stays_blocked(model_type: str) -> None:
     served = serve_as_field(family, None)
     assert set(served.blocklist) == {*COMMON_ROW.blocklist, *family.blocklist}
     assert served.measure_blocklist == family.blocklist and served.env == family.env
+
+
+def test_the_page_on_families_has_every_row() -> None:
+    """Its table has the models, the method, the format, the variables and the sources of each."""
+    lines = (paths.ROOT / "docs" / "families.md").read_text().splitlines()
+    for row in (*FIELD_ROWS, COMMON_ROW):
+        (line,) = (line for line in lines if line.startswith(f"| {row.models} |"))
+        words = (row.scale_method, row.scale_format.lower(), *row.model_types, *row.env)
+        assert [word for word in words if word not in line] == []
+        assert [source for source in row.sources if source.partition("#")[2] not in line] == []
