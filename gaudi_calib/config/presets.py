@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gaudi_calib.config.check import parse_quant_config
-from gaudi_calib.config.methods import SCALE_METHODS, get_scale_method
+from gaudi_calib.config.methods import DEFAULT_METHOD, SCALE_METHODS, get_scale_method
 from gaudi_calib.config.model import QuantConfig, to_content
 from gaudi_calib.errors import UsageError
 from gaudi_calib.layout import RunLayout
@@ -89,13 +89,13 @@ def quant_config(
 
     Args:
         dump_stats_path: where ranges and scales are, as directory/prefix; made absolute.
-        scale_method: a published method, in any case; None: the family's.
+        scale_method: a published method, in any case; None: the family's, else the default.
         overrides: other keys of QUANT_CONFIG.
 
     Raises:
         ConfigError: unknown method, or impossible overrides.
     """
-    method = get_scale_method(scale_method or family.scale_method)
+    method = get_scale_method(scale_method or family.scale_method or DEFAULT_METHOD)
     content: dict[str, Any] = {"mode": "QUANTIZE", "observer": "maxabs", "scale_method": method.name}
     if method.is_dynamic_only:
         content |= {"scale_format": "CONST", "dynamic_quantization": True}

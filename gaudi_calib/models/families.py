@@ -24,7 +24,7 @@ class Family:
         blocklist: node-name patterns (`re.search`) left in BF16.
         measure_blocklist: those of the MEASURE config, None where they are the same.
         blocked_types: class names of modules left in BF16, though measured.
-        scale_method: `scale_method` of the QUANTIZE config.
+        scale_method: `scale_method` of the QUANTIZE config, or None for the default.
         scale_format: `scale_format` of the QUANTIZE config, or None for INC's default.
         env: environment of the engine phases beside the common one.
         measure_args, quantize_args: vLLM engine arguments of the two phases.
@@ -38,7 +38,7 @@ class Family:
     blocklist: tuple[str, ...] = ()
     measure_blocklist: tuple[str, ...] | None = None
     blocked_types: tuple[str, ...] = ()
-    scale_method: str = "maxabs_hw"
+    scale_method: str | None = None
     scale_format: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     measure_args: Mapping[str, object] = field(default_factory=dict)

@@ -172,7 +172,7 @@ def require_observable(config: QuantConfig, options: RunOptions, path: Path, *, 
             raise ConfigError(
                 "observer save leaves tensors, and no ranges to compute scales from",
                 where=path,
-                fix="use observer maxabs; or save tensors with `gaudi-calib measure`",
+                fix="use observer maxabs; or save tensors, which `measure` alone does",
             )
     elif config.observer != "maxabs":
         raise ConfigError(
