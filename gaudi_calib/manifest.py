@@ -23,11 +23,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gaudi_calib import __version__
 from gaudi_calib.errors import FileError
 from gaudi_calib.files import read_json, write_json
+from gaudi_calib.models.field import FIELD_ROWS, PresetName
 from gaudi_calib.redaction import redact_command, redact_environment
 from gaudi_calib.staging import claim_directory
 
@@ -105,8 +106,17 @@ class PresetFacts(_Facts):
         env: environment that serving needs by it, beside what follows from family and config.
     """
 
-    name: str = "reference"
+    name: PresetName = "reference"
     env: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("env")
+    @classmethod
+    def _require_known(cls, env: dict[str, str]) -> dict[str, str]:
+        """Refuse what no preset sets: a manifest comes from anywhere, and variables may load code."""
+        unknown = env.items() - {pair for row in FIELD_ROWS for pair in row.env.items()}
+        if unknown:
+            raise ValueError(f"no preset sets {min(unknown)[0]} so")
+        return env
 
 
 class WorldFacts(_Facts):

@@ -12,9 +12,11 @@ Source: calibration/calibrate_model.sh of HabanaAI/vllm-hpu-extension, branch ai
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from gaudi_calib.models.families import Family
+
+PresetName = Literal["reference", "field"]
 
 _ATTENTION_TYPES = ("VLLMKVCache", "Matmul", "Softmax")
 _FUSED_ATTENTION = "fused_scaled_dot_product_attention"

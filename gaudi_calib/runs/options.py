@@ -4,12 +4,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from gaudi_calib.errors import UsageError
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES, HP_DTYPES
 from gaudi_calib.layout import RunLayout
+from gaudi_calib.models.field import PresetName
 
 if TYPE_CHECKING:
     from gaudi_calib.engines.vllm_runner.phases import EngineOptions
@@ -20,7 +21,7 @@ CHOICES = {
     "dtype": tuple(HP_DTYPES),
     "compute_dtype": ("float32", "bfloat16"),
     "cold_experts": ("fill", "ignore", "error"),
-    "preset": ("reference", "field"),
+    "preset": get_args(PresetName),
 }
 # Options that one engine alone obeys, with their flags: fields of `RunOptions` for torch, of `EngineOptions` for vllm.
 # (Not `enforce_eager`: the torch engine does what it asks for. Not `batch_size`, `trust_remote_code`: both obey.)

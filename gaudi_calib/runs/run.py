@@ -236,7 +236,7 @@ class Run:
                 made["dtype"] = self.dtype
                 fresh = self.fresh and (self.needs_ranges or target.placed.manifest is None)
                 facts = made if fresh else self._inherit(target)
-                preset = PresetFacts(name=target.preset.name, env=dict(target.preset.env))
+                preset = PresetFacts.model_validate({"name": target.preset.name, "env": target.preset.env})
                 recorded = record_run(target.layout.manifest, fresh=fresh, model=self.model, preset=preset, **facts)
                 target.record = stack.enter_context(recorded)
                 self._record_worlds(target)

@@ -159,6 +159,17 @@ def test_configs_and_methods_that_are_given_win(out: Path, capsys: pytest.Captur
     assert "VLLM_DISABLE_MARK_SCALES_AS_CONST=true vllm serve" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("preset", [{"name": "field", "env": {"LD_PRELOAD": "x.so"}}, {"name": "later", "env": {}}])
+def test_a_manifest_sets_no_variable_of_its_own(out: Path, preset: Any, capsys: pytest.CaptureFixture) -> None:
+    """A directory comes from anywhere: `serve` takes from it what a preset sets, and nothing else."""
+    manifest = out / "field" / "g3" / MANIFEST_NAME
+    manifest.write_text(json.dumps({**read(manifest), "preset": preset}))
+    words = ("-m", MODEL, "--quant-config", out / "field" / "maxabs_quant_g3.json", "--print", "--device", "g3")
+    assert run("serve", *words) == 1
+    printed = capsys.readouterr()
+    assert "is not a calibration manifest" in printed.err and "LD_PRELOAD" not in printed.out
+
+
 def test_a_directory_has_no_preset(out: Path, capsys: pytest.CaptureFixture) -> None:
     """`quantize DIR` goes by the config in place, and says so."""
     assert run("quantize", out / "field" / "g3", "--preset", "field") == 2
