@@ -1,8 +1,8 @@
 """What engineers in the field set per model, beyond vllm-gaudi's script: one row of facts per group of models.
 
 A row is found by `model_type` and facts of config.json, never by the name of a directory. Fine-tuned models have the
-config.json of their base: a row covers them, too, and what was found for one alone (DeepSeek-R1-Distill-Llama-8B,
-whose base does well in FP8) cannot be told and has no row.
+config.json of their base: a row covers them, too, and what was found for one alone, not for its base
+(DeepSeek-R1-Distill-Llama-8B), cannot be told and has no row.
 
 Two things are not as there. Rows leave `fp8_config` out, as they all have INC's default. And Mixtral's attention is
 measured: there it is not, although its linear layers are quantized, and INC fails where such a layer has no ranges.
@@ -131,15 +131,13 @@ def serve_as_field(family: Family, row: FieldRow | None) -> Family:
 
     What the family's own blocklist names stays blocked there: no engine may be able to measure it.
     """
-    blocklist, measure_blocklist = (row.blocklist, row.measure_blocklist) if row else (
-        tuple(dict.fromkeys((*COMMON_ROW.blocklist, *family.blocklist))),
-        family.blocklist,
-    )  # fmt: skip
-    row = row or COMMON_ROW
+    if row is None:
+        names = tuple(dict.fromkeys((*COMMON_ROW.blocklist, *family.blocklist)))
+        row = replace(COMMON_ROW, blocklist=names, measure_blocklist=family.blocklist)
     return replace(
         family,
-        blocklist=blocklist,
-        measure_blocklist=measure_blocklist,
+        blocklist=row.blocklist,
+        measure_blocklist=row.measure_blocklist,
         blocked_types=row.blocked_types,
         scale_format=row.scale_format,
         scale_method=row.scale_method,

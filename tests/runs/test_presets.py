@@ -159,15 +159,13 @@ def test_configs_and_methods_that_are_given_win(out: Path, capsys: pytest.Captur
     assert "VLLM_DISABLE_MARK_SCALES_AS_CONST=true vllm serve" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("preset", [{"name": "field", "env": {"LD_PRELOAD": "x.so"}}, {"name": "later", "env": {}}])
-def test_a_manifest_sets_no_variable_of_its_own(out: Path, preset: Any, capsys: pytest.CaptureFixture) -> None:
-    """A directory comes from anywhere: `serve` takes from it what a preset sets, and nothing else."""
-    manifest = out / "field" / "g3" / MANIFEST_NAME
-    manifest.write_text(json.dumps({**read(manifest), "preset": preset}))
-    words = ("-m", MODEL, "--quant-config", out / "field" / "maxabs_quant_g3.json", "--print", "--device", "g3")
-    assert run("serve", *words) == 1
-    printed = capsys.readouterr()
-    assert "is not a calibration manifest" in printed.err and "LD_PRELOAD" not in printed.out
+def test_measuring_in_vain_is_told(out: Path, capfd: pytest.CaptureFixture) -> None:
+    """Where the config that serves takes no ranges, `measure` says so; else not."""
+    assert measure(out, "field") == 0
+    assert "will need no ranges" not in capfd.readouterr().err
+    assert quantize(out, "field", "--scale-method", "unit_scale") == 0
+    assert measure(out, "field") == 0
+    assert "maxabs_quant_g3.json will need no ranges" in capfd.readouterr().err
 
 
 def test_a_directory_has_no_preset(out: Path, capsys: pytest.CaptureFixture) -> None:
