@@ -69,7 +69,7 @@ def find_calibrations(path: Path, dump: str | None = None) -> dict[str, Calibrat
 
     Args:
         path: a run (OUT/<model>), a directory of rank files, or a QUANT_CONFIG file, which names one.
-        dump: first part of the names of the measurement, where directories hold several.
+        dump: first part of the names of the measurement, where a directory holds several.
 
     Raises:
         FileError: there are none. ConfigError: the file is no QUANT_CONFIG.
@@ -83,7 +83,7 @@ def find_calibrations(path: Path, dump: str | None = None) -> dict[str, Calibrat
         placed = CalibrationDir.named_by(with_dump_stats_path(config, beside) if beside else config, path)
         found = {"": placed}
     else:
-        found = list_devices(path, dump) or {"": CalibrationDir(path, dump=dump)}
+        found = list_devices(path, dump) or list_devices(path) or {"": CalibrationDir(path)}
     for place in found.values():
         place.require_worlds()
     return {place.device.name if place.device else "": place for place in found.values()}

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gaudi_calib.cli.options import PathType, device_option, dump_option, experts_option, json_option, world_option
+from gaudi_calib.cli.options import (
+    PathType,
+    device_option,
+    dump_option,
+    expert_count_option,
+    experts_option,
+    json_option,
+    world_option,
+)
 from gaudi_calib.cli.pipeline import format_table
 from gaudi_calib.cli.sections import command, option
 
@@ -25,6 +33,8 @@ _PATH = PathType(exists=True)
 @click.argument("right", type=_PATH, metavar="B")
 @world_option("Ranks to compare at; others are unified.  [the largest number that both sides give]", default=None)
 @experts_option(found="found out")
+@expert_count_option
+@dump_option
 @device_option("Compare this device only; of directories that do not tell, their device.")
 @option(
     "--fail-on",
@@ -33,17 +43,15 @@ _PATH = PathType(exists=True)
     help="What makes the exit code 1: what is served differs (nodes, scales, config); or a range as well; or A's "
     "scales clip what B measured.",
 )
-@dump_option
 @json_option
 def diff(
     left: Path,
     right: Path,
     world: int | None,
     device: str | None,
-    expert_parallel: bool | None,
     fail_on: str,
-    dump: str | None,
     as_json: bool,
+    **conversion: Any,
 ) -> int:
     """Tell what changed between two calibrations of one model.
 
@@ -53,8 +61,7 @@ def diff(
     from gaudi_calib.runs.conversion import Conversion
     from gaudi_calib.runs.diff import diff_paths
 
-    options = Conversion(expert_parallel=expert_parallel, dump=dump)
-    found = diff_paths(left, right, world=world, device=device, options=options)
+    found = diff_paths(left, right, world=world, device=device, options=Conversion(**conversion))
     if as_json:
         click.echo(json.dumps([_to_json(difference) for difference in found], indent=2, default=str))
     else:

@@ -28,6 +28,8 @@ class PathType(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the `Path`, or fail where none can be called so, or what is there is of another kind."""
+        if not os.fspath(value):
+            self.fail("The path is empty; a variable that is not set?", param, ctx)
         try:
             path = expand_path(value)
         except UsageError as error:
@@ -273,10 +275,14 @@ quantizing_options = bundle(
 # Which measurement of a directory is meant: dump (None where it holds one).
 dump_option = option("--dump", metavar="NAME", help="Which measurement, where DIR holds several: files NAME_hooks_...")
 
+expert_count_option = option(
+    "--model", type=DIRECTORY, help="Model directory: its config.json tells the number of experts."
+)
+
 # The fields of `runs.conversion.Conversion`, dump aside: expert_parallel, model, skips_scales, device.
 conversion_options = bundle(
     experts_option(found="found out"),
-    option("--model", type=DIRECTORY, help="Model directory: its config.json tells the number of experts."),
+    expert_count_option,
     option("-s", "--skip-scales", "skips_scales", is_flag=True, help="Ranges only."),
     device_option("Device of the scales.  [from the manifest or the directory's name]"),
 )

@@ -196,8 +196,11 @@ def _take_channels(value: Any, values: list[float]) -> int:
         if type(row) is list and len(row) == 1 and type(row[0]) is float:
             values.append(row[0])
             return 1
+    numbers = np.asarray(value)
+    if numbers.dtype.kind == "U":
+        raise TypeError(f"text where a number belongs: {numbers.flat[0]!r}")
     with np.errstate(over="ignore"):
-        channels = np.asarray(value, dtype=np.float32).ravel().tolist()
+        channels = numbers.astype(np.float32).ravel().tolist()
     values += channels
     return len(channels)
 

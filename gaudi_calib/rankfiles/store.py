@@ -173,15 +173,15 @@ def _parse_rank(path: Path, mode: str) -> tuple[RangeTable | ScaleTable, int | N
     npz, text = path.with_suffix(".npz"), path.with_suffix(".json")
     if npz.is_file() and not text.is_file():
         stored = load_value(read_pickle(npz), npz)
-        return decode_table(npz, stored, mode), stored.get("NumSamples")
+        return decode_table(npz, stored, mode), _read_samples(npz, stored)
     value = read_json(text, flatten_node if mode == RANGES_MODE else None)
     table = decode_table(path, value, mode)
     if not npz.is_file():
-        return table, value.get("NumSamples")
+        return table, _read_samples(text, value)
     pickled = read_pickle(npz)
     values = None if table.others else _match_pickle(table.inventory, decode_head(value), pickled)
     if values is not None and np.array_equal(values, table.numbers, equal_nan=True):
-        return table, value.get("NumSamples")
+        return table, _read_samples(text, value)
     loaded = load_value(pickled, npz)
     stored = decode_table(npz, loaded, mode)
     if not is_same_table(table, stored):
@@ -191,7 +191,20 @@ def _parse_rank(path: Path, mode: str) -> tuple[RangeTable | ScaleTable, int | N
             why="INC reads only the .npz; somebody edited the .json, or one of them is from another run",
             fix="restore the pair, or measure again",
         )
-    return stored, {**value, **loaded}.get("NumSamples")
+    return stored, _read_samples(npz, {**value, **loaded})
+
+
+def _read_samples(path: Path, value: Mapping[str, Any]) -> int | None:
+    """Return how many forward calls a rank's dict says were measured, None where it does not say."""
+    samples = value.get("NumSamples")
+    if samples is not None and type(samples) is not int:
+        raise FileError(
+            f"NumSamples of {path.name} is no whole number",
+            where=path,
+            why=f"it is {samples!r}",
+            fix="restore the file",
+        )
+    return samples
 
 
 def _match_pickle(inventory: Inventory, head: Head | None, pickled: bytes) -> np.ndarray | None:

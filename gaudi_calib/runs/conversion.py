@@ -6,6 +6,7 @@ Ranges are merged or copied; scales never: they are computed anew (rescale.py).
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -175,14 +176,7 @@ def _set_aside_outdated(out: Path, staging: Path, written: Sequence[Path]) -> li
     """
     new = {path.name: file for path in written if (file := parse_rank_file(path.name))}
     dump = next(iter(new.values())).dump
-    changed = {
-        file.position[1]
-        for name, file in new.items()
-        if file.is_ranges
-        and file.extension == "npz"
-        and (staging / name).is_file()
-        and (not (out / name).is_file() or (out / name).read_bytes() != (staging / name).read_bytes())
-    }
+    changed = {file.position[1] for file in new.values() if file.is_ranges and not _keeps_ranges(out, staging, file)}
     positions = {file.position for file in new.values()}
     outdated = [
         path
@@ -194,3 +188,12 @@ def _set_aside_outdated(out: Path, staging: Path, written: Sequence[Path]) -> li
     if outdated:
         set_aside(staging, outdated)
     return outdated
+
+
+def _keeps_ranges(out: Path, staging: Path, file: RankFile) -> bool:
+    """Tell whether the npz of a rank's ranges stays as it is; where there is none yet, the json it is made of."""
+    npz, text = (replace(file, extension=extension).name for extension in ("npz", "json"))
+    kept = npz if (out / npz).is_file() else text
+    if not (out / kept).is_file():
+        return False
+    return not (staging / kept).is_file() or (staging / kept).read_bytes() == (out / kept).read_bytes()

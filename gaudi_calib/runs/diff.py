@@ -14,6 +14,7 @@ from gaudi_calib.fp8 import Device
 from gaudi_calib.moved import find_calibrations
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges, tabulate_scales
+from gaudi_calib.ranges.unify import gather_world
 from gaudi_calib.rankfiles.store import read_scales
 from gaudi_calib.runs.conversion import Conversion
 from gaudi_calib.runs.recipe import find_recipe
@@ -112,7 +113,8 @@ def diff_paths(
         left, right: a run, one of its device directories, any directory of ranges, or a QUANT_CONFIG file.
         world: number of ranks to compare at; None takes the largest that both sides have or can be unified to.
         device: the only device to compare; for directories that do not tell, the one whose scales are meant.
-        options: how experts are shared, and which measurement is meant, where the files do not tell.
+        options: how experts are shared, where the files do not tell; and which measurement is meant on a side that
+            holds several.
 
     Raises:
         FileError: ranges are missing or damaged. ModelError: the two are of different models.
@@ -147,7 +149,10 @@ def _diff_places(
     left: CalibrationDir, right: CalibrationDir, world: int | None, device: str | None, options: Conversion
 ) -> Difference:
     worlds, world = _choose_worlds(left, right, world)
-    ranks = [bring_to_world(place, own, world, options).ranks for place, own in zip((left, right), worlds, strict=True)]
+    ranks = [
+        gather_world(place.read_world(own)).ranks if own == world else bring_to_world(place, own, world, options).ranks
+        for place, own in zip((left, right), worlds, strict=True)
+    ]
     tables = [[tabulate_ranges(rank.nodes) for rank in side] for side in ranks]
     nodes = list_unpaired(tables[0][0].inventory, tables[1][0].inventory)
     if len(nodes.left) == len(tables[0][0]):

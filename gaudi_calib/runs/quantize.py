@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gaudi_calib.config.methods import DEFAULT_METHOD, get_scale_method
+from gaudi_calib.config.methods import DEFAULT_METHOD, MethodTable, get_scale_method
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import IdleExpertError, TopologyError, UsageError
+from gaudi_calib.errors import IdleExpertError, RangeError, TopologyError, UsageError
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.moved import is_same_place, warn_of_move
@@ -97,7 +97,7 @@ def quantize_dir(directory: Path, out: Path | None = None, scaling: Scaling | No
     ranges = {world: source.read_present(world) for world in worlds}
     for world, ranks in ranges.items():
         _warn_of_missing(world, ranks)
-    chosen = {world: recipe.select(ranks) for world, ranks in ranges.items()}
+    chosen = {world: _select(source, ranks, recipe) for world, ranks in ranges.items()}
     for text in describe_limits([rank_set for ranks in chosen.values() for rank_set in ranks], recipe):
         _log.warning("%s", text)
     plan = _plan_weights(source, scaling, recipe)
@@ -112,19 +112,26 @@ def quantize_dir(directory: Path, out: Path | None = None, scaling: Scaling | No
 def _choose_recipe(source: CalibrationDir, scaling: Scaling) -> Recipe:
     """Return how scales are computed: the config's method, backoffs and lists, unless another method is asked for."""
     device, config = _require_device(source, scaling.device), _choose_config(source, scaling)
+    if scaling.method:
+        _require_files(source, MethodTable(get_scale_method(scaling.method)))
     if config is None:
         recipe = Recipe.of_method(get_scale_method(scaling.method or DEFAULT_METHOD).name, source, device)
     else:
         recipe = Recipe(_change_method(config, scaling.method, source.quant_path), device)
-    if not any(method.needs_measurement for method in recipe.table.methods) or not recipe.config.uses_stats_files:
+    _require_files(source, recipe.table, recipe.config)
+    recipe.require_possible()
+    return recipe
+
+
+def _require_files(source: CalibrationDir, table: MethodTable, config: "QuantConfig | None" = None) -> None:
+    """Raise UsageError where INC reads no scale files of `table`, or with `config`."""
+    if not any(method.needs_measurement for method in table.methods) or (config and not config.uses_stats_files):
         raise UsageError(
-            f"{recipe.tag.lower()} has no scale files",
+            f"{table.file_tag.lower()} has no scale files",
             where=source.path,
             why="INC knows such scales without a measurement, or computes them when serving",
             fix="name it as scale_method in the QUANT_CONFIG, which is all it needs; or choose another --scale-method",
         )
-    recipe.require_possible()
-    return recipe
 
 
 def _require_device(source: CalibrationDir, asked: str | None) -> Device:
@@ -175,6 +182,22 @@ def _warn_of_missing(world: int, ranks: Sequence[RankSet[Node]]) -> None:
             "no ranges of rank %s of %d: the others get scales, and %d cards cannot serve without all of them",
             ", ".join(missing), world, world,
         )  # fmt: skip
+
+
+def _select(source: CalibrationDir, ranks: Sequence[RankSet[Node]], recipe: Recipe) -> list[RankSet[Node]]:
+    """Return the nodes of every rank that get scales, of which there is at least one."""
+    selected = recipe.select(ranks)
+    for rank_set, chosen in zip(ranks, selected, strict=True):
+        if not chosen.nodes:
+            raise RangeError(
+                f"no node of rank {rank_set.rank} of {rank_set.world} gets scales",
+                where=source.name_file(rank_set.rank, rank_set.world, extension="json"),
+                why=f"the QUANT_CONFIG blocks all {len(rank_set.nodes)} nodes"
+                if rank_set.nodes
+                else "nothing was measured",
+                fix="correct allowlist and blocklist" if rank_set.nodes else "measure again",
+            )
+    return selected
 
 
 def _plan_weights(source: CalibrationDir, scaling: Scaling, recipe: Recipe) -> "ModelPlan | None":

@@ -366,7 +366,11 @@ def test_names_of_any_alphabet_survive(tmp_path: Path):
         assert repr(dict(found.nodes)) == repr(chosen) and found.modules == tuple(chosen)
 
 
-@pytest.mark.parametrize("node", [{"inputs": "x"}, {"inputs": [["x"]]}, 3], ids=["text", "text in a list", "number"])
+@pytest.mark.parametrize(
+    "node",
+    [{"inputs": "x"}, {"inputs": [["x"]]}, {"inputs": [[["Infinity"]]]}, {"inputs": [[["1.5"]]]}, 3],
+    ids=["text", "text in a list", "infinity as text", "number as text", "number"],
+)
 def test_a_malformed_node_is_named(tmp_path: Path, node):
     """Whether or not it looks like a node while it is parsed."""
     path = _copy_rank(tmp_path)
@@ -374,6 +378,21 @@ def test_a_malformed_node_is_named(tmp_path: Path, node):
     value["Nodes"]["lm_head"] = node
     path.write_text(json.dumps(value))
     with pytest.raises(FileError, match="cannot read the ranges of lm_head"):
+        read_ranges(path)
+
+
+@pytest.mark.parametrize("extension", [".json", ".npz"])
+def test_a_number_of_samples_that_is_none_is_refused(tmp_path: Path, extension: str):
+    """Written again, it would make an npz that cannot be read."""
+    path = _copy_rank(tmp_path)
+    content = {**json.loads(path.read_text()), "NumSamples": "x"}
+    path.unlink()
+    if extension == ".json":
+        path.with_suffix(".npz").unlink()
+        path.write_text(json.dumps(content))
+    else:
+        np.savez(path.with_suffix(".npz"), np.array(content, dtype=object))
+    with pytest.raises(FileError, match=r"NumSamples of .* is no whole number"):
         read_ranges(path)
 
 

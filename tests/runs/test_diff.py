@@ -11,6 +11,7 @@ from gaudi_calib.cli.main import main
 from gaudi_calib.files import write_json
 from gaudi_calib.layout import MANIFEST_NAME
 from tests.support import paths
+from tests.support.topologies import make_ranks, write_world
 
 REAL = paths.GOLDEN / "real"
 LLAMA = REAL / "llama-3.1-70b"
@@ -191,3 +192,24 @@ def test_runs_and_configs_are_compared(tmp_path: Path, capsys: pytest.CaptureFix
     assert [setting["name"] for setting in found["settings"]] == ["blocklist"]
     assert [setting["name"] for setting in found["origin"]] == ["dataset.prompts"]
     assert diff(capsys, calibrated.root / "g2", again, "--device", "g2")[0] == 0
+
+
+def test_one_of_several_measurements_is_named(capsys: pytest.CaptureFixture):
+    """--dump, which the error asks for; a side with one measurement has that one, whatever it is called."""
+    maverick, words = REAL / "llama-4-maverick", ("--device", "g3", "--fail-on", "ranges")
+    assert main(["diff", str(maverick), str(maverick)]) == 1
+    asked = "--dump inc_measure_output or --dump inc_output"
+    assert asked in capsys.readouterr().err
+    code, found = diff(capsys, maverick, maverick, *words, "--dump", "inc_output", "-t", 8)
+    assert code == 1 and found is None  # two of its eight ranks were published
+    assert main(["diff", str(LLAMA), str(LLAMA), "--dump", "whatever", *words]) == 0
+
+
+def test_equal_worlds_need_no_word_on_experts(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Only what is unified depends on how they were shared; then --model tells, as the error says."""
+    side = write_world(tmp_path / "g3", make_ranks(1, 2, experts=2))
+    assert diff(capsys, side, side)[0] == 0
+    assert main(["diff", str(side), str(side), "-t", "1"]) == 1 and "--model DIR" in capsys.readouterr().err
+    model = tmp_path / "model"
+    write_json(model / "config.json", {"model_type": "mixtral", "num_local_experts": 4})
+    assert diff(capsys, side, side, "-t", 1, "--model", model)[0] == 0

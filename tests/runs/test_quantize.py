@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,44 @@ def test_a_config_of_ones_own(measured: Path, tmp_path: Path):
     assert main(words) == 1
 
 
+@pytest.mark.parametrize("method", ["unit_scale", "maxabs_pcs_pow2"])
+def test_methods_without_scale_files_are_refused_beside_a_config(
+    measured: Path, method: str, capsys: pytest.CaptureFixture[str]
+):
+    """As without one, and no word on a config that would have to name the method to be served."""
+    config = {"mode": "QUANTIZE", "scale_method": "maxabs_hw", "dump_stats_path": str(measured / "inc_output")}
+    (measured.parent / "maxabs_quant_g2.json").write_text(json.dumps(config))
+    assert main(["quantize", str(measured), "--scale-method", method]) == 2
+    error = capsys.readouterr().err
+    assert f"{method} has no scale files" in error and "serves with" not in error
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["nothing was measured", "the QUANT_CONFIG blocks all"])
+def test_scales_of_nothing_are_no_success(measured: Path, blocks: bool, capsys: pytest.CaptureFixture[str]):
+    """A measurement without nodes, or lists that leave none."""
+    if blocks:
+        config = {"mode": "QUANTIZE", "scale_method": "maxabs_hw", "blocklist": {"types": [], "names": ["."]}}
+        path = measured.parent / "maxabs_quant_g2.json"
+        path.write_text(json.dumps({**config, "dump_stats_path": str(measured / "inc_output")}))
+    else:
+        write_world(measured, [replace(rank, nodes={}) for rank in make_ranks(1, 2, experts=2)])
+    before = snapshot(measured)
+    assert main(["quantize", str(measured)]) == 1
+    error = capsys.readouterr().err
+    assert ("blocks all" if blocks else "nothing was measured") in error and snapshot(measured) == before
+
+
+@pytest.mark.parametrize("words", [[""], ["DIR", "-o", ""]], ids=["DIR", "-o"])
+def test_an_empty_path_is_not_the_current_directory(
+    measured: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """It is a variable of a script that is not set."""
+    monkeypatch.chdir(measured)
+    before = snapshot(measured)
+    assert main(["quantize", *(str(measured) if word == "DIR" else word for word in words)]) == 2
+    assert "The path is empty" in capsys.readouterr().err and snapshot(measured) == before
+
+
 def test_files_without_a_rank_get_one(measured: Path, caplog: pytest.LogCaptureFixture):
     """INC under vLLM looks for `_0_1`: ranges are written so, and the old files move aside with their scales."""
     source = shutil.copytree(REAL / "llama-2-7b", measured.parent / "old" / "g2")
@@ -207,6 +246,18 @@ def test_files_without_a_rank_get_one(measured: Path, caplog: pytest.LogCaptureF
     place = CalibrationDir(source)
     assert place.list_missing(1) == place.list_missing(1, method="MAXABS_HW") == []
     assert quantize_dir(source).ranks == {1: (0,)}
+
+
+def test_scales_of_another_method_stay_where_ranges_do(measured: Path, caplog: pytest.LogCaptureFixture):
+    """An npz that is made of the json in place replaces no range, so nothing is outdated; other ranges do."""
+    quantize_dir(measured, scaling=Scaling(method="maxabs_pow2"))
+    for path in measured.glob("*.npz"):
+        path.unlink()
+    before = snapshot(measured)
+    quantize_dir(measured)
+    assert before.items() <= snapshot(measured).items() and "moved to" not in caplog.text
+    quantize_dir(write_world(measured.parent / "other" / "g2", make_ranks(2, 2, experts=2)), measured)
+    assert len(names(measured / "replaced", "MAXABS_POW2")) == 2 and "moved to" in caplog.text
 
 
 def test_a_bad_range_changes_nothing(measured: Path, capsys: pytest.CaptureFixture[str]):
