@@ -66,12 +66,15 @@ def describe_gap(names: Sequence[str], what: str) -> str:
     return f"{names[0]} is not blocked and has no {what}{more}"
 
 
-def refuse_uncovered(placed: CalibrationDir, names: Sequence[str], config_path: Path, world: int) -> ConfigError:
+def refuse_uncovered(
+    placed: CalibrationDir, names: Sequence[str], config_path: Path, world: int, anew: str | None = None
+) -> ConfigError:
     """Return the error about modules without ranges.
 
     Args:
         names: the modules.
         config_path: file of the config that quantizes them.
+        anew: what measures them, too, where the run in place was made with other settings than are asked for.
     """
     path = placed.layout and placed.layout.measure_config
     measuring = path if path and path.is_file() else "the MEASURE config"
@@ -80,7 +83,9 @@ def refuse_uncovered(placed: CalibrationDir, names: Sequence[str], config_path: 
         describe_gap(names, "ranges"),
         where=config_path,
         why="INC fails where a module runs that it should quantize and has no ranges for",
-        fix=f"block them in {config_path}; or unblock them in {measuring}, then "
+        fix=f"measure again: {anew}"
+        if anew
+        else f"block them in {config_path}; or unblock them in {measuring}, then "
         + (f"run: {again}" if again else "measure again"),
     )
 

@@ -23,11 +23,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gaudi_calib import __version__
 from gaudi_calib.errors import FileError
 from gaudi_calib.files import read_json, write_json
+from gaudi_calib.models.field import FIELD_ROWS, PresetName
 from gaudi_calib.redaction import redact_command, redact_environment
 from gaudi_calib.staging import claim_directory
 
@@ -95,6 +96,27 @@ class DatasetFacts(_Facts):
     def list_names(self) -> tuple[str, ...]:
         """Return the name of each dataset."""
         return tuple(share.name for share in self.shares) or (self.name,)
+
+
+class PresetFacts(_Facts):
+    """Which preset a run was made with.
+
+    Attributes:
+        name: `reference` or `field`.
+        env: environment that serving needs by it, beside what follows from family and config.
+    """
+
+    name: PresetName = "reference"
+    env: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("env")
+    @classmethod
+    def _require_known(cls, env: dict[str, str]) -> dict[str, str]:
+        """Refuse what no preset sets: a manifest comes from anywhere, and variables may load code."""
+        unknown = env.items() - {pair for row in FIELD_ROWS for pair in row.env.items()}
+        if unknown:
+            raise ValueError(f"no preset sets {min(unknown)[0]} so")
+        return env
 
 
 class WorldFacts(_Facts):
@@ -165,6 +187,7 @@ class Manifest(_Facts):
         expert_parallel: whether ranks hold whole experts where nothing else is asked for; None: not known.
         worlds: numbers of ranks whose files were written.
         vllm: version of the vLLM whose names the files have, where it was chosen.
+        preset: where the settings come from that nobody asked for.
         config: QUANT_CONFIG contents by phase.
         timings_s: seconds by step.
         measurement: which measurement the ranges are of: the hash of its channel ranges, or of the
@@ -195,6 +218,7 @@ class Manifest(_Facts):
     expert_parallel: bool | None = False
     worlds: dict[int, WorldFacts] = Field(default_factory=dict)
     vllm: str | None = None
+    preset: PresetFacts = PresetFacts()
     versions: dict[str, str] = Field(default_factory=dict)
     config: dict[Literal["measure", "quantize"], dict[str, Any]] = Field(default_factory=dict)
     timings_s: dict[str, float] = Field(default_factory=dict)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gaudi_calib.cli.options import PathType, device_option, json_option, output_option
+from gaudi_calib.cli.options import PathType, device_option, json_option, output_option, preset_option
 from gaudi_calib.cli.pipeline import format_table
 from gaudi_calib.cli.sections import Command
 from gaudi_calib.fp8 import DEVICES
@@ -22,20 +22,25 @@ def config() -> None:
 @click.option("--family", "family_name", help="Model family instead of a model; `config presets` lists them.")
 @output_option("As in calibrate.", default="out")
 @device_option("To serve on.", takes_all=True)
-@click.option("--scale-method", default="maxabs_hw", show_default=True, help="`config presets` lists them.")
-def show(model: Path | None, family_name: str | None, out: Path, device: str, scale_method: str) -> None:
+@preset_option(found="reference")
+@click.option("--scale-method", help="`config presets` lists them.  [that of the preset]")
+def show(
+    model: Path | None, family_name: str | None, out: Path, device: str, preset: str | None, scale_method: str | None
+) -> None:
     """Print the config files a calibration would write, as JSON by path."""
     from gaudi_calib.config.model import to_content
-    from gaudi_calib.config.presets import choose_family, plan_configs
+    from gaudi_calib.config.presets import choose_preset, plan_configs
     from gaudi_calib.config.rules import find_warnings
     from gaudi_calib.layout import RunLayout
 
-    family = choose_family(model, family_name)
-    layout = RunLayout(out.absolute(), str(model.absolute() if model else family.name))
-    configs = plan_configs(family, layout, [*DEVICES] if device == "all" else [device], scale_method)
+    chosen = choose_preset(preset or "reference", model, family_name)
+    layout = RunLayout(out.absolute(), str(model.absolute() if model else chosen.family.name))
+    configs = plan_configs(chosen.family, layout, [*DEVICES] if device == "all" else [device], scale_method)
     click.echo(json.dumps({str(path): to_content(content) for path, content in configs.items()}, indent=2))
     for warning in dict.fromkeys(finding for content in configs.values() for finding in find_warnings(content)):
         click.echo(f"Warning: {warning}", err=True)
+    if chosen.env:
+        click.echo(f"Served with {' '.join(f'{name}={value}' for name, value in chosen.env.items())}", err=True)
 
 
 @config.command(cls=Command, epilog="Example: gaudi-calib config validate --device g3 my_quant.json")
@@ -62,7 +67,7 @@ def validate(files: tuple[Path, ...], device: str | None, as_json: bool) -> int:
 @config.command(cls=Command, epilog="Example: gaudi-calib config presets --json")
 @json_option
 def presets(as_json: bool) -> None:
-    """List the model families with their rules, and the scale methods."""
+    """List the model families with their rules, what the field sets per model, and the scale methods."""
     from gaudi_calib.config.presets import describe_presets
 
     described = describe_presets()
@@ -70,8 +75,13 @@ def presets(as_json: bool) -> None:
         click.echo(json.dumps(described, indent=2))
         return
     families = [_family_row(family) for family in described["families"]]
+    rows = [_field_row(row) for row in described["field"]]
     methods = [_method_row(method) for method in described["scale_methods"]]
     click.echo(format_table(["family", "model types", "left in BF16", "scale format", "runs with"], families))
+    click.echo()
+    click.echo(
+        format_table(["--preset field", "scale method", "left in BF16", "scale format", "runs with", "why"], rows)
+    )
     click.echo()
     click.echo(format_table(["scale method", "weight", "activation", "ranges"], methods))
 
@@ -93,6 +103,18 @@ def _family_row(family: dict[str, Any]) -> list[str]:
         ", ".join(family["blocklist"]) or "-",
         family["scale_format"] or "-",
         " ".join([*runs_with, *(["expert-parallel"] if family["expert_parallel"] else [])]) or "-",
+    ]
+
+
+def _field_row(row: dict[str, Any]) -> list[str]:
+    why = f"{row['failure']} ({', '.join(row['sources'])})" if row["failure"] else "-"
+    return [
+        row["models"],
+        row["scale_method"],
+        ", ".join([*row["blocked_types"], *row["blocklist"]]),
+        row["scale_format"],
+        " ".join(f"{name}={value}" for name, value in row["env"].items()) or "-",
+        why,
     ]
 
 

@@ -121,10 +121,16 @@ def vllm_option(*, found: str) -> Function:
     return option("--vllm", metavar="VERSION", help=text)
 
 
+def preset_option(*, found: str) -> Function:
+    """Add --preset; the command receives `preset` (str, or None, which means `found`)."""
+    text = "Settings: those of vllm-gaudi's script, or those that engineers in the field found for the model."
+    return choice_option("--preset", f"{text}  [{found}]")
+
+
 def make_target_options(*, takes_dir: bool = False) -> Function:
     """Add the options that say which run is meant; with `takes_dir` a directory may be given in its place.
 
-    The command receives model, out, name, world, unified_world, expert_parallel, device, dtype, vllm, as_json.
+    The command receives model, out, name, world, unified_world, expert_parallel, device, dtype, vllm, preset, as_json.
     """
     return bundle(
         bundle(
@@ -152,6 +158,7 @@ def make_target_options(*, takes_dir: bool = False) -> Function:
                 "--dtype", "What the model is served in; weights are rounded to it first.  [as measured; bfloat16]"
             ),
             vllm_option(found="a current one"),
+            preset_option(found="as measured; reference"),
             section="What will serve",
         ),
         json_option,
@@ -218,9 +225,7 @@ measuring_options = bundle(
             default=RunOptions.min_expert_tokens,
             help="Tokens below which an expert is cold.",
         ),
-        option(
-            "--config-measure", "measure_config", type=_FILE, help="MEASURE config in place of the family's preset."
-        ),
+        option("--config-measure", "measure_config", type=_FILE, help="MEASURE config in place of the preset's."),
         section="Measuring",
     ),
     bundle(
@@ -257,12 +262,12 @@ measuring_options = bundle(
 
 # How scales are computed: scale_method, quant_config.
 quantizing_options = bundle(
-    option("--scale-method", help="Scale method, e.g. maxabs_hw, maxabs_pow2, unit_scale.  [maxabs_hw]"),
+    option("--scale-method", help="Scale method, e.g. maxabs_hw, maxabs_pow2, unit_scale.  [that of the preset]"),
     option(
         "--config-quant",
         "quant_config",
         type=_FILE,
-        help="QUANTIZE config in place of the family's preset; its dump_stats_path is replaced.",
+        help="QUANTIZE config in place of the preset's; its dump_stats_path is replaced.",
     ),
     section="Scales",
 )

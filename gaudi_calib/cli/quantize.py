@@ -10,7 +10,7 @@ from gaudi_calib.cli.pipeline import make_run_options, print_quantized, print_re
 from gaudi_calib.cli.sections import bundle, command, option
 
 # What only a run has, by parameter, and what only a directory has.
-_OF_RUN = {"name": "--name", "unified_world": "-r/--rank", "dtype": "--dtype", "vllm": "--vllm"}
+_OF_RUN = {"name": "--name", "unified_world": "-r/--rank", "dtype": "--dtype", "vllm": "--vllm", "preset": "--preset"}
 _OF_DIRECTORY = {"dump": "--dump", "allows_idle": "--allow-idle-experts"}
 
 

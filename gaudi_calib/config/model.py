@@ -6,7 +6,7 @@ Source: INC `Fp8cfg.parse`, fp8_quant/_quant_common/quant_config.py (3.10), and
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, field_serializer
@@ -239,11 +239,12 @@ def _matches_any(patterns: Iterable[str], name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def find_idle_patterns(config: QuantConfig, names: Iterable[str]) -> list[Finding]:
+def find_idle_patterns(config: QuantConfig, names: Iterable[str], expected: Collection[str] = ()) -> list[Finding]:
     """Return a finding for every name pattern of `config` that matches none of `names`.
 
     Args:
         names: all node names of the model, blocked ones included.
+        expected: patterns that need not match.
     """
     nodes = list(names)
     return [
@@ -254,7 +255,7 @@ def find_idle_patterns(config: QuantConfig, names: Iterable[str]) -> list[Findin
         )
         for key in ("allowlist", "blocklist")
         for pattern in getattr(config, key).names
-        if not any(re.search(pattern, name) for name in nodes)
+        if pattern not in expected and not any(re.search(pattern, name) for name in nodes)
     ]
 
 

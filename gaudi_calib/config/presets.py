@@ -1,10 +1,11 @@
-"""The configs of a family, as the reference's calibrate_model.sh writes them."""
+"""The configs of a family: as the reference's calibrate_model.sh writes them, or with what the field found."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gaudi_calib.config.check import parse_quant_config
 from gaudi_calib.config.methods import DEFAULT_METHOD, SCALE_METHODS, get_scale_method
@@ -12,10 +13,46 @@ from gaudi_calib.config.model import QuantConfig, to_content
 from gaudi_calib.errors import UsageError
 from gaudi_calib.layout import RunLayout
 from gaudi_calib.models.families import FAMILIES, Family
+from gaudi_calib.models.field import COMMON_ROW, FIELD_ROWS, FieldRow, find_row, serve_as_field
 from gaudi_calib.models.source import open_model
 
 # What the reference's templates of dynamic methods leave in BF16, all of attention; INC could quantize it, too.
 DYNAMIC_BLOCKED_TYPES = ("Matmul", "B2BMatmul", "KVCache", "VLLMKVCache")
+
+
+class Preset(NamedTuple):
+    """How a model is measured and served where nobody asks for something else.
+
+    Attributes:
+        name: `reference` or `field`.
+        family: with these settings.
+        env: environment of the engine phases and of serving beside the family's.
+        replaces: the configs in place are another preset's.
+    """
+
+    name: str
+    family: Family
+    env: Mapping[str, str]
+    replaces: bool = False
+
+
+def apply_preset(name: str, family: Family, model_config: Mapping[str, Any]) -> Preset:
+    """Return the preset called `name` for the model of a family with this config.json."""
+    if name == "reference":
+        return Preset(name, family, {})
+    row = find_row(model_config)
+    return Preset(name, serve_as_field(family, row), (row or COMMON_ROW).env)
+
+
+def find_failing_row(model_config: Mapping[str, Any], config: QuantConfig) -> FieldRow | None:
+    """Return the field's row of a model known to fail with an FP8 KV cache, where `config` quantizes it; else None.
+
+    Args:
+        model_config: config.json.
+        config: the QUANTIZE config that serves it.
+    """
+    row = find_row(model_config)
+    return row if row and row.failure and config.quantizes_caches() else None
 
 
 def measure_config(family: Family, dump_stats_path: str | os.PathLike[str], **overrides: Any) -> QuantConfig:
@@ -28,12 +65,13 @@ def measure_config(family: Family, dump_stats_path: str | os.PathLike[str], **ov
     Raises:
         ConfigError: the overrides are not possible.
     """
+    blocked = family.blocklist if family.measure_blocklist is None else family.measure_blocklist
     content = {
         "method": "HOOKS",
         "mode": "MEASURE",
         "observer": "maxabs",
         "allowlist": {"types": [], "names": []},
-        "blocklist": {"types": [], "names": list(family.blocklist)},
+        "blocklist": {"types": [], "names": list(blocked)},
         "quantize_weight": False,
         "dump_stats_path": os.path.abspath(dump_stats_path),
         "calibration_sample_interval": 1,
@@ -42,7 +80,7 @@ def measure_config(family: Family, dump_stats_path: str | os.PathLike[str], **ov
 
 
 def quant_config(
-    family: Family, dump_stats_path: str | os.PathLike[str], scale_method: str = DEFAULT_METHOD, **overrides: Any
+    family: Family, dump_stats_path: str | os.PathLike[str], scale_method: str | None = None, **overrides: Any
 ) -> QuantConfig:
     """Return the QUANTIZE config of `family`, the one that serves.
 
@@ -51,22 +89,23 @@ def quant_config(
 
     Args:
         dump_stats_path: where ranges and scales are, as directory/prefix; made absolute.
-        scale_method: a published method, in any case.
+        scale_method: a published method, in any case; None: the family's, else the default.
         overrides: other keys of QUANT_CONFIG.
 
     Raises:
         ConfigError: unknown method, or impossible overrides.
     """
-    method = get_scale_method(scale_method)
+    method = get_scale_method(scale_method or family.scale_method or DEFAULT_METHOD)
     content: dict[str, Any] = {"mode": "QUANTIZE", "observer": "maxabs", "scale_method": method.name}
     if method.is_dynamic_only:
         content |= {"scale_format": "CONST", "dynamic_quantization": True}
     elif family.scale_format:
         content["scale_format"] = "CONST" if method.is_per_channel else family.scale_format
+    dynamic = DYNAMIC_BLOCKED_TYPES if method.is_dynamic_only else ()
     content |= {
         "allowlist": {"types": [], "names": []},
         "blocklist": {
-            "types": list(DYNAMIC_BLOCKED_TYPES if method.is_dynamic_only else ()),
+            "types": list(dict.fromkeys((*dynamic, *family.blocked_types))),
             "names": list(family.blocklist),
         },
         "dump_stats_path": os.path.abspath(dump_stats_path),
@@ -94,7 +133,7 @@ def change_method(config: QuantConfig, family: Family, scale_method: str) -> Qua
 
 
 def plan_configs(
-    family: Family, layout: RunLayout, devices: Iterable[str], scale_method: str = DEFAULT_METHOD
+    family: Family, layout: RunLayout, devices: Iterable[str], scale_method: str | None = None
 ) -> dict[Path, QuantConfig]:
     """Return the config files of a run by path; a method that needs no ranges has no MEASURE config.
 
@@ -133,8 +172,24 @@ def choose_family(model: Path | None, name: str | None) -> Family:
     )
 
 
+def choose_preset(name: str, model: Path | None, family: str | None) -> Preset:
+    """Return the preset called `name` of a model directory or, as far as it goes by families, of a family.
+
+    Raises:
+        UsageError: `field` without a model, or as `choose_family`. ModelError: as `choose_family`.
+    """
+    found = choose_family(model, family)
+    if name == "field" and model is None:
+        raise UsageError(
+            "--preset field goes by models, not by families",
+            why="what the field sets follows from facts of config.json",
+            fix="give a model directory (-m) instead; `config presets` lists what there is",
+        )
+    return apply_preset(name, found, open_model(model).text_config if model else {})
+
+
 def describe_presets() -> dict[str, list[dict[str, Any]]]:
-    """Return the families and the scale methods as JSON values."""
+    """Return the families, the rows of the field and the scale methods as JSON values."""
     families = [
         {
             "name": family.name,
@@ -148,6 +203,7 @@ def describe_presets() -> dict[str, list[dict[str, Any]]]:
         }
         for family in FAMILIES
     ]
+    rows = [asdict(row) for row in (*FIELD_ROWS, COMMON_ROW)]
     methods = [
         {
             "name": method.name.lower(),
@@ -159,4 +215,4 @@ def describe_presets() -> dict[str, list[dict[str, Any]]]:
         }
         for method in SCALE_METHODS.values()
     ]
-    return {"families": families, "scale_methods": methods}
+    return {"families": families, "field": rows, "scale_methods": methods}

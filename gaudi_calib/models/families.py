@@ -1,4 +1,4 @@
-"""One row of facts per model family. The only module that may contain a model name.
+"""One row of facts per model family. Beside `field`, the only module that may contain a model name.
 
 A family is found by the `model_type` of config.json, never by the name of a
 directory. To add one: write its row, add it to `FAMILIES`, add a tiny config of it
@@ -22,6 +22,9 @@ class Family:
         name: family name, as printed.
         model_types: values of `model_type` in config.json.
         blocklist: node-name patterns (`re.search`) left in BF16.
+        measure_blocklist: those of the MEASURE config, None where they are the same.
+        blocked_types: class names of modules left in BF16, though measured.
+        scale_method: `scale_method` of the QUANTIZE config, or None for the default.
         scale_format: `scale_format` of the QUANTIZE config, or None for INC's default.
         env: environment of the engine phases beside the common one.
         measure_args, quantize_args: vLLM engine arguments of the two phases.
@@ -33,6 +36,9 @@ class Family:
     model_types: tuple[str, ...]
     layout: Layout
     blocklist: tuple[str, ...] = ()
+    measure_blocklist: tuple[str, ...] | None = None
+    blocked_types: tuple[str, ...] = ()
+    scale_method: str | None = None
     scale_format: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     measure_args: Mapping[str, object] = field(default_factory=dict)

@@ -53,6 +53,8 @@ def measure(options: RunOptions) -> RunResult:
     """
     options = settle_engine(options)
     run = Run(options, serves=False)
+    if not any(target.quant_config.uses_stats_files for target in run.targets):
+        run.warn(f"{run.targets[0].quant_path.name} will need no ranges: its scale method takes none")
     if any(target.saves_tensors for target in run.targets):
         require_savable(run)
         return run.execute([_prepare, save_model_tensors])

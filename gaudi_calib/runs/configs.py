@@ -1,7 +1,8 @@
 """Which configs a run uses, and how they are written: a QUANT_CONFIG in place belongs to the user.
 
-The one that is asked for wins, then the one in place, then the family's preset. `--scale-method` changes
-the method and what follows from it, and leaves all else. What is replaced moves to `replaced/`.
+The one that is asked for wins, then the one in place, then that of the preset. `--preset` asks for its
+configs where the run was made with another preset. `--scale-method` changes the method and what follows
+from it, and leaves all else. What is replaced moves to `replaced/`.
 
 A `--config-quant` that lies in the run directory is not copied over `maxabs_quant_<device>.json`: it is a
 QUANT_CONFIG of its own beside it, of the device whose directory it names.
@@ -13,15 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gaudi_calib.config.file import read_quant_config, write_quant_config
-from gaudi_calib.config.methods import DEFAULT_METHOD
 from gaudi_calib.config.model import QuantConfig, describe_dtype, to_content, with_dump_stats_path
-from gaudi_calib.config.presets import change_method, measure_config, quant_config
+from gaudi_calib.config.presets import (
+    Preset,
+    apply_preset,
+    change_method,
+    find_failing_row,
+    measure_config,
+    quant_config,
+)
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import ConfigError, UsageError
+from gaudi_calib.errors import ConfigError, FileError, UsageError
 from gaudi_calib.files import write_bytes
 from gaudi_calib.fp8 import DEVICES, HP_DTYPES
 from gaudi_calib.layout import DeviceLayout
-from gaudi_calib.models.families import Family
+from gaudi_calib.manifest import PresetFacts
 from gaudi_calib.runs.options import RunOptions
 from gaudi_calib.staging import REPLACED_NAME
 
@@ -90,6 +97,22 @@ def choose_dtype(options: RunOptions, *, fresh: bool) -> str:
     return measured or asked or "bfloat16"
 
 
+def _find_preset(layout: DeviceLayout, *, fresh: bool) -> str:
+    """Return the name of the preset that the run in place was made with; where nothing tells, `reference`."""
+    with suppress(FileError):  # what cannot be read is replaced, or refused elsewhere
+        place = CalibrationDir(layout.directory)
+        made = place.manifest if fresh else place.origin
+        return made.preset.name if made else PresetFacts().name
+    return PresetFacts().name
+
+
+def choose_preset(options: RunOptions, layout: DeviceLayout, plan: "ModelPlan", *, fresh: bool) -> Preset:
+    """Return the preset of a device: the one asked for, else that of the run in place."""
+    made_with = _find_preset(layout, fresh=fresh)
+    preset = apply_preset(options.preset or made_with, plan.family, plan.checkpoint.source.text_config)
+    return preset._replace(replaces=preset.name != made_with)
+
+
 def _settle_dtype(config: QuantConfig, dtype: str, path: Path, given: Path | None) -> QuantConfig:
     """Return the config in `path` for a model that is served in `dtype`; one that is `given` says so itself.
 
@@ -111,7 +134,7 @@ def _settle_dtype(config: QuantConfig, dtype: str, path: Path, given: Path | Non
 
 
 def choose_measure_config(
-    options: RunOptions, layout: DeviceLayout, family: Family, dtype: str, *, fresh: bool
+    options: RunOptions, layout: DeviceLayout, preset: Preset, dtype: str, *, fresh: bool
 ) -> QuantConfig:
     """Return the MEASURE config of a device.
 
@@ -124,12 +147,12 @@ def choose_measure_config(
     """
     path = options.measure_config or layout.measure_config
     config: QuantConfig | None = None
-    if path.is_file():
+    if path.is_file() and (options.measure_config or not (fresh and preset.replaces)):
         config = read_quant_config(path)
     elif not fresh:
         config = CalibrationDir(layout.directory).measure_config
     if config is None:
-        return measure_config(family, layout.dump_stats_path, **describe_dtype(dtype))
+        return measure_config(preset.family, layout.dump_stats_path, **describe_dtype(dtype))
     if config.mode != "MEASURE":
         raise ConfigError(
             "not usable as a MEASURE config here", where=path, why=f"mode is {config.mode}", fix="set mode to MEASURE"
@@ -167,18 +190,29 @@ def require_observable(config: QuantConfig, options: RunOptions, path: Path, *, 
         )
 
 
-def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Family, dtype: str) -> QuantConfig:
+def choose_quant_config(options: RunOptions, layout: DeviceLayout, preset: Preset, dtype: str) -> QuantConfig:
     """Return the QUANTIZE config of a device.
 
     Raises:
         ConfigError: the file is invalid or does not serve, or does not go with the method asked for.
     """
     path, method = options.quant_config or layout.quant_config, options.scale_method
-    if not path.is_file():
-        return quant_config(family, layout.dump_stats_path, method or DEFAULT_METHOD, **describe_dtype(dtype))
+    if not path.is_file() or (preset.replaces and not options.quant_config):
+        return quant_config(preset.family, layout.dump_stats_path, method, **describe_dtype(dtype))
     config = with_dump_stats_path(require_quantizing(read_quant_config(path), path), layout.dump_stats_path)
     config = _settle_dtype(config, dtype, path, options.quant_config)
-    return change_method(config, family, method) if method else config
+    return change_method(config, preset.family, method) if method else config
+
+
+def describe_failure(preset: Preset, plan: "ModelPlan", config: QuantConfig) -> str | None:
+    """Return what is known to go wrong with the QUANTIZE config of the reference's preset, None where nothing is."""
+    row = find_failing_row(plan.checkpoint.source.text_config, config)
+    if preset.name != "reference" or row is None:
+        return None
+    return (
+        f"{row.models}: {row.failure} ({', '.join(row.sources)}), as with these settings; "
+        "--preset field takes those that engineers found for such models"
+    )
 
 
 def require_quantizing(config: QuantConfig, path: Path | None) -> QuantConfig:

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 # What the manifest of a result elsewhere takes over from that of its source.
 _INHERITED = (
     *("model", "dataset", "device", "platform", "engine", "dtype", "config", "measured_world"),
-    *("expert_parallel", "vllm", "measurement", "merged", "merged_datasets"),
+    *("expert_parallel", "vllm", "preset", "measurement", "merged", "merged_datasets"),
 )
 
 

@@ -316,6 +316,8 @@ def _gather_facts(manifests: Sequence[Manifest], sources: Sequence[Path], worlds
     for name in ("device", "platform", "engine", "dtype", "measured_world"):
         values = {getattr(manifest, name) for manifest in manifests}
         facts[name] = values.pop() if len(values) == 1 else None
+    if manifests and all(manifest.preset == manifests[0].preset for manifest in manifests):
+        facts["preset"] = manifests[0].preset
     configs = [manifest.config["measure"] for manifest in manifests if "measure" in manifest.config]
     if configs and all(config.get("blocklist") == configs[0].get("blocklist") for config in configs):
         facts["config"] = {"measure": configs[0]}  # which nodes are blocked, for worlds that are derived later

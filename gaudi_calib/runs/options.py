@@ -4,12 +4,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from gaudi_calib.errors import UsageError
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES, HP_DTYPES
 from gaudi_calib.layout import RunLayout
+from gaudi_calib.models.field import PresetName
 
 if TYPE_CHECKING:
     from gaudi_calib.engines.vllm_runner.phases import EngineOptions
@@ -20,6 +21,7 @@ CHOICES = {
     "dtype": tuple(HP_DTYPES),
     "compute_dtype": ("float32", "bfloat16"),
     "cold_experts": ("fill", "ignore", "error"),
+    "preset": get_args(PresetName),
 }
 # Options that one engine alone obeys, with their flags: fields of `RunOptions` for torch, of `EngineOptions` for vllm.
 # (Not `enforce_eager`: the torch engine does what it asks for. Not `batch_size`, `trust_remote_code`: both obey.)
@@ -61,9 +63,11 @@ class RunOptions:
         cold_experts: what to do with experts that see fewer than `min_expert_tokens` tokens:
             `fill`, `ignore` or `error`.
         compute_dtype: `float32` or `bfloat16`, the arithmetic of the measurement.
-        scale_method: a published method, in any case; None for maxabs_hw, or what
+        preset: `reference` (what vllm-gaudi's script sets) or `field` (what engineers found for this
+            model); None: as the run was made, else `reference`.
+        scale_method: a published method, in any case; None for that of the preset, or what
             `quant_config` says.
-        measure_config, quant_config: QUANT_CONFIG files in place of the family's presets.
+        measure_config, quant_config: QUANT_CONFIG files in place of the preset's.
         name: of the run's directory in `out`; None to call it as the model.
     """
 
@@ -83,6 +87,7 @@ class RunOptions:
     vllm: str | None = None
     cold_experts: str = "fill"
     min_expert_tokens: int = 16
+    preset: str | None = None
     scale_method: str | None = None
     measure_config: Path | None = None
     quant_config: Path | None = None

@@ -14,18 +14,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gaudi_calib.config.model import (
-    QuantConfig,
-    find_idle_patterns,
-    to_content,
-)
+from gaudi_calib.config.model import QuantConfig, find_idle_patterns, to_content
+from gaudi_calib.config.presets import Preset
 from gaudi_calib.data.prompts import Prompts
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, UsageError
 from gaudi_calib.fp8 import DEVICES, Device, get_device
 from gaudi_calib.gaps import find_uncovered, refuse_uncovered, require_dynamic
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, DeviceLayout, list_rank_files
-from gaudi_calib.manifest import ModelFacts, Record, WorldFacts, record_run
+from gaudi_calib.manifest import ModelFacts, PresetFacts, Record, WorldFacts, record_run
+from gaudi_calib.models.field import list_idle
 from gaudi_calib.models.source import download_model
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.node import Node, RankSet
@@ -35,7 +33,9 @@ from gaudi_calib.runs.configs import (
     choose_devices,
     choose_dtype,
     choose_measure_config,
+    choose_preset,
     choose_quant_config,
+    describe_failure,
     find_side_config,
     require_blocked,
     require_observable,
@@ -94,6 +94,7 @@ class Target:
         layout: where its files go in the end.
         measure_config, quant_config: of the two phases.
         quant_path: file of `quant_config`; the layout's, or another one in the run that the user chose.
+        preset: where their settings come from that nobody asked for.
         ranges: all ranks by world, as far as steps have made or read them.
         reshared: worlds whose files in place are not known to share experts as they are to be shared now.
         record: the manifest in progress, while the run executes.
@@ -104,6 +105,7 @@ class Target:
     measure_config: QuantConfig
     quant_config: QuantConfig
     quant_path: Path
+    preset: Preset
     ranges: dict[int, list[RankSet[Node]]] = field(default_factory=dict)
     reshared: set[int] = field(default_factory=set)
     record: Record = field(init=False)
@@ -165,6 +167,10 @@ class Run:
         for target in self.targets if serves and fresh else ():
             if target.quant_config.uses_stats_files:
                 self.require_covered(target)
+        for told in {describe_failure(target.preset, self.plan, target.quant_config) for target in self.targets} - {
+            None
+        }:
+            self.warn(str(told))
         self.needs_ranges = not serves or any(target.quant_config.uses_stats_files for target in self.targets)
         self.staging = Path()
         self.prompts: Prompts | None = None
@@ -230,7 +236,8 @@ class Run:
                 made["dtype"] = self.dtype
                 fresh = self.fresh and (self.needs_ranges or target.placed.manifest is None)
                 facts = made if fresh else self._inherit(target)
-                recorded = record_run(target.layout.manifest, fresh=fresh, model=self.model, **facts)
+                preset = PresetFacts.model_validate({"name": target.preset.name, "env": target.preset.env})
+                recorded = record_run(target.layout.manifest, fresh=fresh, model=self.model, preset=preset, **facts)
                 target.record = stack.enter_context(recorded)
                 self._record_worlds(target)
             yield
@@ -334,13 +341,15 @@ class Run:
 
     def warn_idle_patterns(self, config: QuantConfig) -> None:
         """Warn of patterns of `config` that match no node."""
-        for finding in find_idle_patterns(config, self.plan.node_names):
+        expected = {pattern for target in self.targets for pattern in list_idle(target.preset.name)}
+        for finding in find_idle_patterns(config, self.plan.node_names, expected):
             self.warn(f"{finding.what} ({finding.where})")
 
     def _make_target(self, device: Device) -> Target:
-        options, layout, family = self.options, self.layout.device(device.name), self.plan.family
-        measuring = choose_measure_config(options, layout, family, self.dtype, fresh=self.fresh)
-        serving = choose_quant_config(options, layout, family, self.dtype)
+        options, layout = self.options, self.layout.device(device.name)
+        preset = choose_preset(options, layout, self.plan, fresh=self.fresh)
+        measuring = choose_measure_config(options, layout, preset, self.dtype, fresh=self.fresh)
+        serving = choose_quant_config(options, layout, preset, self.dtype)
         path = find_side_config(options) or layout.quant_config
         if self.fresh:
             needs_ranges = self.serves and serving.uses_stats_files
@@ -348,7 +357,7 @@ class Run:
         require_blocked(measuring, self.plan, layout.measure_config)
         require_blocked(serving, self.plan, path)
         require_dynamic(serving, self.plan.ops, self.plan.layout, path)
-        target = Target(device, layout, measuring, serving, path)
+        target = Target(device, layout, measuring, serving, path, preset)
         target.recipe.require_possible()
         return target
 
@@ -366,7 +375,9 @@ class Run:
         found = [find(rank_set.nodes, modules=rank_set.modules) for rank_set in ranks] or [find((), modules=())]
         if any(found):
             path, world = self.options.quant_config or target.quant_path, self.options.world
-            raise refuse_uncovered(target.placed, next(filter(None, found)), path, world)
+            advice, changes = target.placed.advise(self.options.model), target.preset.replaces and not self.fresh
+            again = advice.calibrate(world, "--preset", target.preset.name) if changes else None
+            raise refuse_uncovered(target.placed, next(filter(None, found)), path, world, again)
 
     def _set_aside(self, written: Sequence[Path]) -> list[Path]:
         """Move rank files of an earlier measurement out of the way of the new ranges, and return them."""
@@ -376,7 +387,9 @@ class Run:
         if self.channels is None and self.layout.channel_ranges.is_file():
             replaced.append(self.layout.channel_ranges)
         for target in self.targets:
-            old = list_rank_files(target.layout.directory)
+            old = [*list_rank_files(target.layout.directory)]
+            if not self.serves and target.preset.replaces and target.layout.quant_config.is_file():
+                old.append(target.layout.quant_config)
             replaced += [path for path in old if path.relative_to(self.layout.root) not in written]
         set_aside(self.staging, replaced)
         return replaced

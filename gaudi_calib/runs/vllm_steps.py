@@ -154,7 +154,7 @@ def _run_phase(run: Run, name: "PhaseName", target: Target, config: QuantConfig)
     )
     with _staged_config(run, name, target, config) as (path, staged):
         platform = run.options.platform
-        phase = plan_phase(name, platform, staged, path, _describe_model(run), run.prompts.token_ids, options)
+        phase = plan_phase(name, platform, staged, path, _describe_model(run, target), run.prompts.token_ids, options)
         if phase.settings.args.get("distributed_executor_backend") == "ray":
             require_cluster(platform, run.options.world)
         report = run_phase(phase, target.layout.log(name))
@@ -173,7 +173,7 @@ def _staged_config(run: Run, name: str, target: Target, config: QuantConfig) -> 
         yield path, staged
 
 
-def _describe_model(run: Run) -> "Deployment":
+def _describe_model(run: Run, target: Target) -> "Deployment":
     from gaudi_calib.engines.vllm_runner.settings import Deployment
 
     source = run.plan.checkpoint.source
@@ -185,7 +185,7 @@ def _describe_model(run: Run) -> "Deployment":
         quantization=source.quantization,
         modules=run.plan.node_names,
         context=source.context,
-        env=source.required_env,
+        env={**source.required_env, **target.preset.env},
     )
 
 

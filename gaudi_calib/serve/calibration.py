@@ -53,6 +53,11 @@ class Calibration:
         except ModelError:
             return None
 
+    @property
+    def env(self) -> dict[str, str]:
+        """Environment that serving needs by the preset of the run; nothing where no manifest tells."""
+        return self.placed.manifest.preset.env if self.placed.manifest else {}
+
     def list_modules(self, world: int) -> tuple[str, ...]:
         """Return the modules that INC patches, nothing where no list is there."""
         path = self.placed.path / RankFile(self.placed.dump or "", rank=0, world=world, is_mod_list=True).name
@@ -73,8 +78,8 @@ def open_calibration(path: Path) -> Calibration:
             where=path,
             fix="give the config that calibration wrote for serving, OUT/<model>/maxabs_quant_<device>.json",
         )
-    beside = find_beside(path, config.dump_stats_path) if config.uses_stats_files else None
-    old_place = Path(config.dump_stats_path).parent if beside else None
+    beside = find_beside(path, config.dump_stats_path)
+    old_place = Path(config.dump_stats_path).parent if beside and config.uses_stats_files else None
     config = with_dump_stats_path(config, beside) if beside else config
     placed = CalibrationDir.named_by(config, path)
     if config.uses_stats_files and not placed.path.is_dir():

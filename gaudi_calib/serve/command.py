@@ -183,7 +183,7 @@ def _plan_calibrated(options: ServeOptions, model: ModelSource, quant_config: Pa
         expert_parallel=shares,
         quantization=model.quantization,
         modules=calibration.list_modules(options.world),
-        env=model.required_env,
+        env={**model.required_env, **calibration.env},
     )
     served = place_config(calibration)
     settings = plan_settings(platform.name, calibration.config, served, deployed)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from gaudi_calib.config.model import find_idle_patterns
 from gaudi_calib.errors import CalibrationError, FileError
 from gaudi_calib.gaps import describe_gap, find_uncovered, read_names, refuse_uncovered, require_dynamic
+from gaudi_calib.models.field import list_idle
 from gaudi_calib.models.source import ModelSource
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import Op
@@ -35,7 +36,8 @@ def inspect_modules(calibration: Calibration, model: ModelSource, world: int) ->
     require_dynamic(calibration.config, plan.ops, plan.layout, calibration.path)
     config, found = calibration.config, []
     nodes = [*plan.node_names, *calibration.list_modules(world)]
-    for finding in find_idle_patterns(config, nodes):
+    made = calibration.placed.manifest
+    for finding in find_idle_patterns(config, nodes, list_idle(made.preset.name if made else "")):
         found.append(f"{finding.what} ({finding.where} in {calibration.path})")
     if all(config.is_blocked(name, find_layer_type(name, op)) for name, op in plan.ops.items()):
         found.append(f"the lists in {calibration.path} leave no module to quantize: all is served in {config.dtype}")

@@ -121,6 +121,17 @@ def test_prompts_leave_room_for_a_new_token(cards, tmp_path, asked):
         assert [len(ids) for ids in cards.phases[-1].prompts] == lengths
 
 
+def test_the_engine_gets_the_variables_of_the_preset(cards, tmp_path):
+    """What the field sets for this model is set while it measures, too; the user's own value wins."""
+    cards.golden = paths.GOLDEN / "mixtral-tiny"
+    facts = {"model": str(cards.golden / "model"), "world": 1, "preset": "field"}
+    measure(options(tmp_path, **facts))
+    name = "VLLM_DISABLE_MARK_SCALES_AS_CONST"
+    measure(options(tmp_path, **facts, engine_options=EngineOptions(env={name: "false"})))
+    assert [phase.settings.env[name] for phase in cards.phases] == ["true", "false"]
+    assert [config["blocklist"]["names"] for config in cards.configs] == [["lm_head"]] * 2
+
+
 def test_measurement_of_another_engine_is_set_aside(cards, tmp_path):
     """Ranges by channel of an earlier torch run would contradict the new ones: they are kept, elsewhere."""
     calibrate(options(tmp_path, engine="torch", world=4, devices=("g2",)))

@@ -14,6 +14,7 @@ import pytest
 from gaudi_calib.cli.main import main
 from gaudi_calib.engines.detect import Platform
 from gaudi_calib.errors import CalibrationError, ConfigError, FileError, ModelError, TopologyError, UsageError
+from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.models.source import ModelSource, find_model
 from gaudi_calib.serve.command import ServeCommand, ServeOptions, plan_serve
 from tests.support import paths
@@ -86,6 +87,34 @@ def test_options_become_variables(run):
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "600",
         "VLLM_ENGINE_READY_TIMEOUT_S": "600",
     }
+
+
+def record_preset(run: Calibrated, name: str, env: dict[str, str]) -> None:
+    """Have the Gaudi 3 files say that they were made with a preset."""
+    path = run.root / "g3" / MANIFEST_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "preset": {"name": name, "env": env}}))
+
+
+def test_variables_of_the_preset(run):
+    """Those that the run's manifest tells are set on a Gaudi; without a manifest what follows from the config."""
+    asked = {"VLLM_FP32_SOFTMAX": "true", "VLLM_DISABLE_MARK_SCALES_AS_CONST": "true"}
+    record_preset(run, "field", asked)
+    assert run.plan().env == {"QUANT_CONFIG": str(run.config("g3")), **asked}
+    assert not run.plan(platform=CPU).env.keys() & asked.keys()
+    (run.root / "g3" / MANIFEST_NAME).unlink()
+    assert run.plan().env == {"QUANT_CONFIG": str(run.config("g3"))}
+
+
+@pytest.mark.parametrize(
+    ("name", "env"),
+    [("field", {"LD_PRELOAD": "x.so"}), ("field", {"VLLM_FP32_SOFTMAX": "$(id)"}), ("later", {})],
+    ids=["variable", "value", "name"],
+)
+def test_a_manifest_sets_no_variable_of_its_own(name, env, run):
+    """A directory comes from anywhere: what no preset sets is refused."""
+    record_preset(run, name, env)
+    with pytest.raises(FileError, match="is not a calibration manifest"):
+        run.plan()
 
 
 @pytest.mark.vllm

@@ -70,7 +70,7 @@ class Deployment:
         modules: nodes of the model, or those that `_mod_list.json` lists; where no cache among them is
             quantized, they stay in BF16. Nothing where they are not known.
         context: tokens of a sequence the model can take, None where it does not say.
-        env: environment that the checkpoint needs on a Gaudi.
+        env: environment that the checkpoint, and the preset of its calibration, need on a Gaudi.
     """
 
     model: str
