@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from gaudi_calib.config.methods import MethodTable
 from gaudi_calib.config.model import get_scales_device
+from gaudi_calib.errors import Finding
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
@@ -24,5 +25,10 @@ def warn_of_limits(run: Run) -> None:
 
 def describe_limits(ranks: Iterable[RankSet[Node]], table: MethodTable, device: Device) -> list[str]:
     """Return what is to be said of ranges that make bad scales; see `find_limits`."""
-    findings = find_limits(ranks, table, device)
-    return [f"{found.what} ({found.where}): {found.why}. {str(found.fix).capitalize()}" for found in findings]
+    return list(map(describe_finding, find_limits(ranks, table, device)))
+
+
+def describe_finding(found: Finding) -> str:
+    """Return a finding that says why and what to do as one line."""
+    fix = str(found.fix)
+    return f"{found.what} ({found.where}): {found.why}. {fix[0].upper()}{fix[1:]}"

@@ -7,4 +7,5 @@ rounding    scales that a device applies cheaply
 precision   the arithmetic all of it runs in (`hp_dtype`)
 cast        the FP8 cast
 limits      ranges that make bad scales
+convergence ranges that the data has not settled
 """

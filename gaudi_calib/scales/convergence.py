@@ -1,0 +1,113 @@
+"""Ranges that the data has not settled: those that still grew at its end, and those that one sample sets alone."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gaudi_calib.config.methods import TensorScaling
+from gaudi_calib.config.model import QuantConfig, get_scales_device
+from gaudi_calib.errors import Finding
+from gaudi_calib.fp8 import Device
+from gaudi_calib.ranges.convergence import Convergence
+from gaudi_calib.ranges.layer_types import find_layer_type
+from gaudi_calib.ranges.node import classify
+from gaudi_calib.ranges.progress import Progress
+from gaudi_calib.scales.precision import PRECISIONS, Precision
+from gaudi_calib.scales.tensor import scale_ranges
+
+# A range still grows where the last samples, this share of all, at least double its scale.
+_LAST_SHARE = 0.25
+# So many growing ranges, of all, tell of too little data.
+_MOST_GROWING = 0.05
+# A sample stands out where its maximum is so many times the median of all samples'.
+_OUTLIER_FACTOR = 16
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class _Range:
+    """One range that a scale comes from.
+
+    Attributes:
+        label: node and part, as messages call them.
+        rule: how the scale follows.
+    """
+
+    label: str
+    progress: Progress
+    rule: TensorScaling
+
+
+def find_unsettled(convergence: Convergence, config: QuantConfig, device: Device) -> list[Finding]:
+    """Return a finding where too many scales still grew when the data ended, and one for samples that stand out.
+
+    Args:
+        config: the QUANTIZE config: its lists say which nodes count, its methods how scales follow.
+        device: the device that will serve.
+
+    Raises:
+        ConfigError: `device_for_scales` of the config cannot be used.
+    """
+    ranges = list(_list_ranges(convergence, config)) if config.uses_stats_files else []
+    growing = _find_growing(ranges, convergence, get_scales_device(config, device), PRECISIONS[config.hp_dtype])
+    findings = []
+    if len(growing) > _MOST_GROWING * len(ranges):
+        findings.append(_describe_growing(growing, len(ranges), convergence.samples))
+    outliers = [item for item in ranges if item.progress.largest > _OUTLIER_FACTOR * item.progress.median > 0]
+    if outliers:
+        findings.append(_describe_outliers(outliers, convergence))
+    return findings
+
+
+def _list_ranges(convergence: Convergence, config: QuantConfig) -> Iterator[_Range]:
+    for name, parts in convergence.nodes.items():
+        op = classify(name.rpartition(".")[2], 2 if "outputs[0]" in parts else None, has_weight=True)
+        layer_type = find_layer_type(name, op)
+        rule = config.method_table.for_node(name, layer_type).activation
+        if not (rule.is_fixed or config.is_blocked(name, layer_type)):
+            yield from (_Range(f"{name} {part}", progress, rule) for part, progress in parts.items())
+
+
+def _find_growing(
+    ranges: Sequence[_Range], convergence: Convergence, device: Device, precision: Precision
+) -> list[_Range]:
+    """Return the ranges whose scales the last samples at least double."""
+    before = convergence.samples - int(convergence.samples * _LAST_SHARE)
+    growing = []
+    for item in ranges:
+        ends = np.array([item.progress.after(before), item.progress.largest], dtype=np.float32)
+        earlier, last = scale_ranges(ends, item.rule, device, precision).tolist()
+        if last >= 2 * earlier and last > 0:
+            growing.append(item)
+    return growing
+
+
+def _describe_growing(growing: Sequence[_Range], total: int, samples: int) -> Finding:
+    last = int(samples * _LAST_SHARE)
+    return Finding(
+        _name_first(item.label for item in growing),
+        f"too little data: the last {last} of {samples} samples at least doubled {len(growing)} of {total} scales",
+        "as many more samples would double about as many again; what exceeds a range is clipped when serving",
+        f"measure with more samples, for example -l {4 * samples}",
+    )
+
+
+def _describe_outliers(outliers: Sequence[_Range], convergence: Convergence) -> Finding:
+    def describe(item: _Range) -> str:
+        progress = item.progress
+        sample = convergence.describe_sample(progress.set_by)
+        return f"{item.label}: {progress.largest:g} in {sample}, median {progress.median:g}"
+
+    ordered = sorted(outliers, key=lambda item: item.progress.median / item.progress.largest)
+    return Finding(
+        _name_first(map(describe, ordered), separator="; "),
+        f"one sample sets a range, more than {_OUTLIER_FACTOR} times what the median sample has: {len(outliers)}",
+        "its scale leaves that many fewer FP8 values to all other samples",
+        "look at the prompt: if serving will see nothing like it, leave it out and measure again",
+    )
+
+
+def _name_first(labels: Iterable[str], separator: str = ", ") -> str:
+    shown = list(labels)
+    return separator.join(shown[:_SHOWN]) + (f"{separator}..." if len(shown) > _SHOWN else "")
