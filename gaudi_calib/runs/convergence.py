@@ -20,19 +20,21 @@ _log = logging.getLogger(__name__)
 def find_unsettled_dir(placed: CalibrationDir) -> list[Finding]:
     """Return what is to be said of the ranges in a directory; see `find_unsettled`.
 
-    Nothing where nobody knows: the vLLM engine and a merge do not record how ranges came about, and without a device
-    and a QUANTIZE config nothing tells what a move means for scales. A record of another measurement is passed over.
+    Nothing where nobody knows: the vLLM engine and a merge do not record how ranges came about; without a manifest
+    nothing tells whether a record is of these ranges, and without a device and a QUANTIZE config nothing tells what
+    a move means for scales. A record of another measurement is passed over.
 
     Raises:
         FileError: the record is damaged. ConfigError: the config is invalid.
     """
-    if not placed.convergence_file.is_file() or placed.device is None or placed.quant_config is None:
+    device, config = placed.device, placed.quant_config
+    if not placed.convergence_file.is_file() or device is None or config is None or placed.manifest is None:
         return []
     convergence, measurement = read_convergence(placed.convergence_file)
     if measurement != placed.measurement:
         _log.warning("%s is of another measurement than %s, and is passed over", placed.convergence_file, placed.path)
         return []
-    return _find(convergence, placed.quant_config, placed.device, placed.origin.vllm if placed.origin else None)
+    return _find(convergence, config, device, placed.manifest.vllm)
 
 
 def warn_of_convergence(run: Run) -> None:

@@ -35,8 +35,8 @@ def test_settled_ranges_give_no_finding() -> None:
 @pytest.mark.parametrize(("device", "first", "same", "more"), [(GAUDI3, 1.8, 3.4, 3.6), (GAUDI2, 0.24, 3.7, 3.9)])
 def test_what_counts_is_the_scale_that_the_device_takes(device: Device, first: float, same: float, more: float) -> None:
     """Gaudi 3 has a scale for every power of two, Gaudi 2 for every fourth of them."""
-    assert find({"lm_head": Progress(((0, first), (12, same)), first)}, device=device) == []
-    (finding,) = find({"lm_head": Progress(((0, first), (12, more)), first)}, device=device)
+    assert find({"lm_head": Progress(((0, first), (12, same)), same)}, device=device) == []
+    (finding,) = find({"lm_head": Progress(((0, first), (12, more)), more)}, device=device)
     assert finding.what == "too little data: the last 4 of 16 samples doubled 1 of 1 scales, or more"
     assert finding.where == "lm_head inputs[0]"
     assert "-l 64" in str(finding.fix)
