@@ -1,7 +1,7 @@
 """Ranges that the data has not settled: those that still grew at its end, and those that one sample sets alone."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,17 +14,17 @@ from gaudi_calib.ranges.convergence import Convergence
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import classify
 from gaudi_calib.ranges.progress import Progress
+from gaudi_calib.scales.limits import name_first
 from gaudi_calib.scales.precision import PRECISIONS, Precision
 from gaudi_calib.scales.tensor import scale_ranges
 
 # A range still grows where the last quarter of the samples at least doubles its scale.
 _PARTS = 4
 # A larger share of growing ranges tells of too little data. SmolLM2-135M has 13 % after 4 samples, then at most 2 %.
-_MOST_GROWING = 0.05
+_MOST_GROWING = 0.1
 # A sample stands out where its maximum is so many times the median one: a step of Gaudi 2's scales, four of the about
 # 15 powers of two that FP8 spans. The most in SmolLM2-135M is 4.
 _OUTLIER_FACTOR = 16
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def _find_growing(ranges: Sequence[_Range], before: int, device: Device, precisi
 
 def _describe_growing(growing: Sequence[_Range], total: int, last: int, samples: int) -> Finding:
     return Finding(
-        _name_first(item.label for item in growing),
+        name_first(item.label for item in growing),
         f"too little data: the last {last} of {samples} samples doubled {len(growing)} of {total} scales, or more",
-        f"{last} more would double about as many again; what exceeds its range is clipped when serving",
+        f"{last} more would double about as many again; values far beyond a range are clipped when serving",
         f"measure with more samples, for example -l {_PARTS * samples}, of a larger dataset (-d) if need be",
     )
 
@@ -101,14 +101,9 @@ def _describe_outliers(outliers: Sequence[_Range], convergence: Convergence) -> 
 
     ordered = sorted(outliers, key=lambda item: item.progress.median / item.progress.largest)
     return Finding(
-        _name_first(map(describe, ordered), separator="; "),
+        name_first(map(describe, ordered), separator="; "),
         f"samples that stand out set {len(outliers)} ranges: they have more than {_OUTLIER_FACTOR} times what the "
         "median sample has",
         f"scales that fit them leave all others less than 1/{_OUTLIER_FACTOR} of what FP8 holds",
         "look at these prompts: if serving will see nothing like them, leave them out and measure again",
     )
-
-
-def _name_first(labels: Iterable[str], separator: str = ", ") -> str:
-    shown = list(labels)
-    return separator.join(shown[:_SHOWN]) + (f"{separator}..." if len(shown) > _SHOWN else "")

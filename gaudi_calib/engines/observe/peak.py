@@ -26,10 +26,10 @@ def max_magnitude(x: torch.Tensor, dims: int | tuple[int, ...] | None = None) ->
 
 def max_per_head(x: torch.Tensor) -> torch.Tensor:
     """Return the largest magnitude per head of (heads, tokens, dim), whichever way it lies in memory."""
-    if x.transpose(0, 1).is_contiguous():
-        by_channel = max_magnitude(x.transpose(0, 1).flatten(1), 0)
-        return by_channel.unflatten(0, (x.shape[0], -1)).amax(1)
-    return max_magnitude(x, (1, 2))
+    if x.stride(0) > x.stride(1):
+        return max_magnitude(x, (1, 2))
+    by_channel = max_magnitude(x.transpose(0, 1).flatten(1), 0)
+    return by_channel.unflatten(0, (x.shape[0], -1)).amax(1)
 
 
 class Peak:
