@@ -353,3 +353,16 @@ def _read_config(path: Path) -> "QuantConfig":
     from gaudi_calib.config.file import read_quant_config
 
     return read_quant_config(path)
+
+
+def list_devices(path: Path, dump: str | None = None) -> dict[str, CalibrationDir]:
+    """Return the directories with ranges in a run, by device; `path` itself, called "", where it is such a directory.
+
+    Raises:
+        FileError: there is no such directory.
+    """
+    place = CalibrationDir(path, dump=dump)
+    if place.worlds:
+        return {"": place}
+    inside = {name: CalibrationDir(path / name, dump=dump) for name in DEVICES if (path / name).is_dir()}
+    return {name: place for name, place in inside.items() if place.worlds}

@@ -1,6 +1,7 @@
 """Errors and findings that a user can act on: what happened, where, why, and how to fix it."""
 
 from dataclasses import dataclass
+from typing import Self
 
 
 class CalibrationError(Exception):
@@ -24,6 +25,10 @@ class CalibrationError(Exception):
 
     def __str__(self) -> str:
         return _format(self)
+
+    def with_fix(self, fix: str) -> Self:
+        """Return the same error with another fix."""
+        return type(self)(self.what, where=self.where, why=self.why, fix=fix)
 
 
 class UsageError(CalibrationError, ValueError):

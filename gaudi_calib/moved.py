@@ -1,4 +1,4 @@
-"""Runs that were moved or copied: `dump_stats_path` is absolute, and names the place where a run was made."""
+"""Where files are: `dump_stats_path` of a QUANT_CONFIG is absolute, and runs are moved and copied."""
 
 import contextlib
 import logging
@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 from gaudi_calib.advice import advise_relocation
-from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.directory import CalibrationDir, list_devices
 from gaudi_calib.files import read_json
-from gaudi_calib.fp8 import DEVICES
 
 _log = logging.getLogger(__name__)
 
@@ -65,11 +64,12 @@ def warn_of_move(source: CalibrationDir) -> None:
         _log.warning("The run in %s has moved: %s name another place; run `%s`", run, names, advice)
 
 
-def find_calibrations(path: Path) -> dict[str, CalibrationDir]:
+def find_calibrations(path: Path, dump: str | None = None) -> dict[str, CalibrationDir]:
     """Return the directories of rank files that a path means, by device; `""` where the path is of one itself.
 
     Args:
         path: a run (OUT/<model>), a directory of rank files, or a QUANT_CONFIG file, which names one.
+        dump: first part of the names of the measurement, where directories hold several.
 
     Raises:
         FileError: there are none. ConfigError: the file is no QUANT_CONFIG.
@@ -81,13 +81,9 @@ def find_calibrations(path: Path) -> dict[str, CalibrationDir]:
         config = read_quant_config(path)
         beside = find_beside(path, config.dump_stats_path)
         placed = CalibrationDir.named_by(with_dump_stats_path(config, beside) if beside else config, path)
-        placed.require_worlds()
-        return {placed.device.name if placed.device else "": placed}
-    place = CalibrationDir(path)
-    if place.worlds:
-        return {place.device.name if place.device else "": place}
-    inside = {name: CalibrationDir(path / name) for name in DEVICES if (path / name).is_dir()}
-    found = {name: place for name, place in inside.items() if place.worlds}
-    if not found:
+        found = {"": placed}
+    else:
+        found = list_devices(path, dump) or {"": CalibrationDir(path, dump=dump)}
+    for place in found.values():
         place.require_worlds()
-    return found
+    return {place.device.name if place.device else "": place for place in found.values()}

@@ -87,10 +87,14 @@ class RankDirectory:
         """Return the methods, in upper case, that there are scale files of `world` for."""
         return sorted({file.method for file in self.files.values() if file.method and file.position[1] == world})
 
-    def list_scales(self, world: int, method: str | None = None) -> list[Path]:
-        """Return the scale files of `world`, of one method or of all."""
-        found = [(path, file) for path, file in self.files.items() if file.method and file.position[1] == world]
-        return [path for path, file in found if method in (None, file.method)]
+    def list_scales(self, world: int, method: str) -> list[Path]:
+        """Return the scale files of one method and of `world`."""
+        return [path for path, file in self.files.items() if (file.method, file.position[1]) == (method, world)]
+
+    def find_scales(self, world: int, method: str) -> dict[int, Path]:
+        """Return the scales of `world` by rank: the path of the `.json`, which need not be there; see `worlds`."""
+        found = {self.files[path].position[0]: path.with_suffix(".json") for path in self.list_scales(world, method)}
+        return dict(sorted(found.items()))
 
     def name_file(self, rank: int, world: int, *, method: str | None = None, extension: str = "npz") -> Path:
         """Return where the file of one rank is, or would be: ranges, or scales of `method`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gaudi_calib.cli.options import PathType, device_option, experts_option, json_option, world_option
+from gaudi_calib.cli.options import PathType, device_option, dump_option, experts_option, json_option, world_option
 from gaudi_calib.cli.pipeline import format_table
 from gaudi_calib.cli.sections import command, option
 
@@ -33,6 +33,7 @@ _PATH = PathType(exists=True)
     help="What makes the exit code 1: what is served differs (nodes, scales, config); or a range as well; or A's "
     "scales clip what B measured.",
 )
+@dump_option
 @json_option
 def diff(
     left: Path,
@@ -41,6 +42,7 @@ def diff(
     device: str | None,
     expert_parallel: bool | None,
     fail_on: str,
+    dump: str | None,
     as_json: bool,
 ) -> int:
     """Tell what changed between two calibrations of one model.
@@ -51,12 +53,13 @@ def diff(
     from gaudi_calib.runs.conversion import Conversion
     from gaudi_calib.runs.diff import diff_paths
 
-    found = diff_paths(left, right, world=world, device=device, options=Conversion(expert_parallel=expert_parallel))
+    options = Conversion(expert_parallel=expert_parallel, dump=dump)
+    found = diff_paths(left, right, world=world, device=device, options=options)
     if as_json:
         click.echo(json.dumps([_to_json(difference) for difference in found], indent=2, default=str))
     else:
         click.echo("\n\n".join(map(_describe, found)))
-    return int(fail_on != "nothing" and any(difference.find(fail_on) for difference in found))
+    return int(fail_on != "nothing" and any(difference.has(fail_on) for difference in found))
 
 
 def _describe(found: "Difference") -> str:

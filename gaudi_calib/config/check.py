@@ -1,6 +1,5 @@
 """Checking the content of a QUANT_CONFIG: from a JSON value to a config or to findings."""
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gaudi_calib.config.method_form import MethodEntry, MethodForm, RuleError, ScaleCandidates, StrictModel, TensorEntry
+from gaudi_calib.config.method_form import (
+    MethodEntry,
+    MethodForm,
+    RuleError,
+    ScaleCandidates,
+    StrictModel,
+    TensorEntry,
+    quote,
+)
 from gaudi_calib.config.model import UNREAD_KEYS, NodeFilter, QuantConfig, ScaleParams
 from gaudi_calib.config.rules import find_errors, find_warnings
 from gaudi_calib.errors import ConfigError, Finding
@@ -152,7 +159,7 @@ def _list_findings(error: ValidationError, content: Mapping[str, Any]) -> list[F
 def _describe(detail: Any, location: list[str], content: Mapping[str, Any]) -> Finding:
     key = ".".join(location)
     if detail["type"] == "extra_forbidden" and key in UNREAD_KEYS:
-        return Finding(key, f"{key} cannot be {_quote(detail['input'])}", UNREAD_KEYS[key], "remove it")
+        return Finding(key, f"{key} cannot be {quote(detail['input'])}", UNREAD_KEYS[key], "remove it")
     if detail["type"] == "extra_forbidden":
         return _describe_unknown_key(location, reduce(getitem, location[:-1], content))
     if detail["type"] == "missing":
@@ -161,11 +168,7 @@ def _describe(detail: Any, location: list[str], content: Mapping[str, Any]) -> F
         return Finding(".".join(location[:-2]), f"{location[-2]!r} is no layer number", fix='use "0", "1", ...')
     remedy = detail["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
     remedy = "use an object" if detail["type"] in ("model_type", "dict_type") else remedy
-    return Finding(key, f"{key} cannot be {_quote(detail['input'])}", fix=remedy)
-
-
-def _quote(value: object) -> str:
-    return json.dumps(value, default=str)[:80]
+    return Finding(key, f"{key} cannot be {quote(detail['input'])}", fix=remedy)
 
 
 def _describe_unknown_key(location: list[str], siblings: Mapping[str, Any]) -> Finding:

@@ -15,6 +15,7 @@ Source: INC `parse_scale_method`, `validate_and_populate_scale_method`,
 fp8_quant/_core/scale_methods/scale_method_parser.py.
 """
 
+import json
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Annotated, Any, get_args
@@ -49,6 +50,11 @@ class RuleError(ValueError):
     def __init__(self, findings: list[Finding]):
         super().__init__("; ".join(finding.what for finding in findings))
         self.findings = findings
+
+
+def quote(value: object) -> str:
+    """Return a value of a config as messages show it."""
+    return json.dumps(value, default=str)[:80]
 
 
 class OneOf:

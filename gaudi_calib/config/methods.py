@@ -35,6 +35,8 @@ Granularity = Literal["PTS", "PCS"]
 ScaleValueType = Literal["MAXABS", "FIXED_VALUE", "OPT"]
 Rounding = Literal["IDENTITY", "POW2", "HW_ALIGNED", "HW_ALIGNED_FIXED", "SCALE_UNIT"]
 
+# Of a run that asks for no other.
+DEFAULT_METHOD = "maxabs_hw"
 SECTIONS = ("nodes", "layers", "layer_types")
 # Of every activation that is scaled while serving, whatever its method says.
 # Source: INC `ScaleMethodFactory.get_scale_method`, fp8_quant/_core/scale_methods/scale_method_factory.py.
@@ -139,6 +141,11 @@ class ScaleMethod:
         """False where serving needs neither ranges nor scale files."""
         return not (self.is_fixed or self.is_dynamic_only)
 
+    @property
+    def needs_weights(self) -> bool:
+        """True where the scales of weights come from the weights themselves."""
+        return self.weight.is_per_channel or self.weight.scale_value_type == "OPT"
+
 
 _UNIT = TensorScaling(scale_value_type="FIXED_VALUE", rounding_method="SCALE_UNIT")
 _SINGLE = TensorScaling(scale_value_type="FIXED_VALUE", rounding_method="HW_ALIGNED_FIXED")
@@ -219,6 +226,11 @@ class MethodTable:
     def file_tag(self) -> str:
         """The method's name in scale file names: that of the default."""
         return self.default.name
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether any scale comes from a weight itself."""
+        return any(method.needs_weights for method in self.methods)
 
     def for_dynamic(self) -> "MethodTable":
         """Return the table that holds where activations are scaled while serving (`dynamic_quantization`)."""

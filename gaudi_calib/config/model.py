@@ -4,7 +4,6 @@ Source: INC `Fp8cfg.parse`, fp8_quant/_quant_common/quant_config.py (3.10), and
 `should_quantize`, fp8_quant/_core/utils.py.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from gaudi_calib.config.method_form import (
     RuleError,
     StrictModel,
     build_table,
+    quote,
     spell_out,
 )
 from gaudi_calib.config.methods import SCALE_METHODS, MethodTable, ScaleMethod
@@ -72,17 +72,13 @@ def _read_mode(value: object) -> object:
     if value in MODES:
         return value
     meant = str(value).upper()
-    raise RuleError(
-        [
-            Finding(
-                "mode",
-                f"mode cannot be {json.dumps(value, default=str)[:80]}",
-                f"vllm-gaudi knows {' and '.join(MODES)}, compares the text as it stands, and refuses any other",
-                f'write "mode": "{meant if meant in MODES else "QUANTIZE"}"'
-                + ("" if meant in MODES else ', or "MEASURE" to measure'),
-            )
-        ]
+    finding = Finding(
+        "mode",
+        f"mode cannot be {quote(value)}",
+        f"vllm-gaudi knows {' and '.join(MODES)}, compares the text as it stands, and refuses any other",
+        f'write "mode": "{meant}"' if meant in MODES else 'write "mode": "QUANTIZE", or "MEASURE" to measure',
     )
+    raise RuleError([finding])
 
 
 def _refuse_null(value: object) -> object:
@@ -137,9 +133,7 @@ class QuantConfig(StrictModel):
     """
 
     method: Annotated[str, OneOf("HOOKS")] = "HOOKS"
-    mode: Annotated[str, BeforeValidator(_read_mode), WithJsonSchema({"type": "string", "enum": list(MODES)})] = (
-        "QUANTIZE"
-    )
+    mode: Mode = "QUANTIZE"
     observer: Annotated[str, OneOf("maxabs", "maxabs_per_channel", "shape", "save", exact_case=True)] = "maxabs"
     scale_method: ScaleMethodField = "MAXABS_HW"
     scale_format: Annotated[str, OneOf("CONST", "SCALAR")] = "SCALAR"

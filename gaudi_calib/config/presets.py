@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gaudi_calib.config.check import parse_quant_config
-from gaudi_calib.config.methods import SCALE_METHODS, get_scale_method
+from gaudi_calib.config.methods import DEFAULT_METHOD, SCALE_METHODS, get_scale_method
 from gaudi_calib.config.model import QuantConfig, to_content
 from gaudi_calib.errors import UsageError
 from gaudi_calib.layout import RunLayout
@@ -42,7 +42,7 @@ def measure_config(family: Family, dump_stats_path: str | os.PathLike[str], **ov
 
 
 def quant_config(
-    family: Family, dump_stats_path: str | os.PathLike[str], scale_method: str = "maxabs_hw", **overrides: Any
+    family: Family, dump_stats_path: str | os.PathLike[str], scale_method: str = DEFAULT_METHOD, **overrides: Any
 ) -> QuantConfig:
     """Return the QUANTIZE config of `family`, the one that serves.
 
@@ -94,7 +94,7 @@ def change_method(config: QuantConfig, family: Family, scale_method: str) -> Qua
 
 
 def plan_configs(
-    family: Family, layout: RunLayout, devices: Iterable[str], scale_method: str = "maxabs_hw"
+    family: Family, layout: RunLayout, devices: Iterable[str], scale_method: str = DEFAULT_METHOD
 ) -> dict[Path, QuantConfig]:
     """Return the config files of a run by path; a method that needs no ranges has no MEASURE config.
 

@@ -8,7 +8,7 @@
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
-from gaudi_calib.ranges.node import Op, classify
+from gaudi_calib.ranges.node import Op, find_op_by_name
 
 _OF_PROMPTS = (Op.SOFTMAX, Op.FUSED_SDPA)
 
@@ -26,7 +26,7 @@ def find_idle(modules: Iterable[str], measured: Iterable[str]) -> set[str]:
     {'a.softmax'}
     """
     ran = set(measured)
-    ops = {name: classify(name.rpartition(".")[2], None, has_weight=False) for name in ran.union(modules)}
+    ops = {name: find_op_by_name(name) for name in ran.union(modules)}
     attentions = {name.rpartition(".")[0] for name in ran if _is_attention(ops[name])}
     owners = {owner for name in ran if ops[name] is Op.DYNAMIC_MOE for owner in _list_owners(name)}
 

@@ -164,6 +164,11 @@ def find_op(name: str, node: Measured) -> Op:
     return classify(name.rpartition(".")[2], outputs, has_weight=node.weight is not None)
 
 
+def find_op_by_name(name: str) -> Op:
+    """Tell what the module `name` computes where nothing but the name is known: a linear layer is just `LINEAR`."""
+    return classify(name.rpartition(".")[2], None, has_weight=False)
+
+
 def classify(suffix: str, outputs: int | None, *, has_weight: bool) -> Op:
     """Tell what a module computes.
 

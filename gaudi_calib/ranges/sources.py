@@ -10,9 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gaudi_calib.ranges.node import Measured, Op, find_op
-from gaudi_calib.ranges.table import RangeTable
-
-Part = tuple[str, int]  # ("inputs", 0)
+from gaudi_calib.ranges.table import Part, RangeTable, label_part
 
 
 def find_sources(op: Op, node: Measured) -> tuple[list[Part], Part | None]:
@@ -26,14 +24,13 @@ def find_sources(op: Op, node: Measured) -> tuple[list[Part], Part | None]:
     if op is Op.FUSED_SDPA:
         return [("inputs", 0), ("inputs", 1), ("inputs", 2), ("outputs", 1)], ("outputs", 0)
     if op is Op.DYNAMIC_MOE:
-        experts = [("outputs", index) for index in range(1, len(node.outputs or ()))]
-        return [("inputs", index) for index in range(len(node.inputs))] + experts, ("outputs", 0)
+        return [("inputs", index) for index in range(len(node.inputs))] + list_experts(op, node), ("outputs", 0)
     return [("inputs", 0)], ("outputs", 0) if op is Op.ROW_PARALLEL_LINEAR else None
 
 
-def label_part(part: Part) -> str:
-    """Return how messages call a range of a node: `inputs[0]`, `weight`."""
-    return "weight" if part[0] == "weight" else f"{part[0]}[{part[1]}]"
+def list_experts(op: Op, node: Measured) -> list[Part]:
+    """Return the ranges of a fused op that are of one expert each, in their order; none of another op."""
+    return [("outputs", index) for index in range(1, len(node.outputs or ()))] if op is Op.DYNAMIC_MOE else []
 
 
 def list_read(name: str, node: Measured) -> set[str]:

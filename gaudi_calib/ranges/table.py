@@ -7,8 +7,8 @@ when it is asked for.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import compress
+from functools import cached_property, lru_cache
+from itertools import accumulate, compress
 from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
 
@@ -17,6 +17,7 @@ import numpy as np
 from gaudi_calib.ranges.node import Node, ScaleNode
 
 N = TypeVar("N", Node, ScaleNode)
+Part = tuple[str, int]  # ("inputs", 0)
 
 
 class RangeShape(NamedTuple):
@@ -38,6 +39,24 @@ class RangeShape(NamedTuple):
     @property
     def size(self) -> int:
         return sum(self.channels)
+
+
+@lru_cache
+def locate_parts(shape: RangeShape) -> Mapping[Part, tuple[int, int]]:
+    """Return where the values of each range start among those of its node, and how many channels it has.
+
+    >>> dict(locate_parts(RangeShape((1, 4), None, 2)))
+    {('inputs', 0): (0, 1), ('inputs', 1): (1, 4), ('weight', 0): (5, 2)}
+    """
+    counts = {"inputs": len(shape.inputs), "outputs": len(shape.outputs or ()), "weight": shape.weight is not None}
+    parts = [(kind, index) for kind, count in counts.items() for index in range(count)]
+    starts = accumulate(shape.channels[:-1], initial=0)
+    return MappingProxyType(dict(zip(parts, zip(starts, shape.channels))))
+
+
+def label_part(part: Part) -> str:
+    """Return how messages call a range of a node: `inputs[0]`, `weight`."""
+    return "weight" if part[0] == "weight" else f"{part[0]}[{part[1]}]"
 
 
 class ScaleShape(NamedTuple):
@@ -175,13 +194,9 @@ class RangeTable(_Table[Node]):
         """Return the node and the part (`inputs[0]`) that the number at `position` belongs to."""
         inventory = self.inventory
         node = int(np.searchsorted(inventory.starts + inventory.sizes, position, side="right"))
-        name, shape, left = inventory.names[node], inventory.shapes[node], position - int(inventory.starts[node])
-        for part, counts in (("inputs", shape.inputs), ("outputs", shape.outputs or ())):
-            for number, channels in enumerate(counts):
-                if left < channels:
-                    return name, f"{part}[{number}]"
-                left -= channels
-        return name, "weight"
+        offset, parts = position - int(inventory.starts[node]), locate_parts(inventory.shapes[node])
+        found = next(part for part, (start, channels) in parts.items() if start <= offset < start + channels)
+        return inventory.names[node], label_part(found)
 
 
 class ScaleTable(_Table[ScaleNode]):

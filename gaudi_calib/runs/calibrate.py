@@ -2,22 +2,20 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
-from gaudi_calib.config.model import get_scales_device
 from gaudi_calib.data.prompts import prepare_prompts
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, TopologyError
 from gaudi_calib.layout import CHANNEL_RANGES_NAME, RankFile
 from gaudi_calib.moved import warn_of_move
-from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.channel_file import read_channel_ranges
 from gaudi_calib.rankfiles.store import write_rank_set
 from gaudi_calib.runs.facts import require_same_model
 from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.options import RunOptions
+from gaudi_calib.runs.recipe import open_weights
 from gaudi_calib.runs.run import Run, RunResult, Target
 from gaudi_calib.runs.torch_steps import (
     derive_ranks,
@@ -27,7 +25,6 @@ from gaudi_calib.runs.torch_steps import (
     save_model_tensors,
 )
 from gaudi_calib.runs.vllm_steps import computes_scales, describe_room, measure_ranks, quantize_ranks, settle_engine
-from gaudi_calib.scales.compute import compute_scales
 
 _log = logging.getLogger(__name__)
 
@@ -196,16 +193,13 @@ def _quantize_unified(run: Run) -> None:
 def _quantize_worlds(run: Run, worlds: Iterable[int]) -> None:
     worlds = list(worlds)
     for target in run.targets:
-        method = target.quant_config.method_table
-        scales_device = get_scales_device(target.quant_config, target.device)
+        recipe = target.recipe
         run.warn_idle_patterns(target.quant_config)
-        for override in method.find_unused(run.plan.node_names):
+        for override in recipe.table.find_unused(run.plan.node_names):
             if not override.startswith("layer_types."):
                 run.warn(f"the scale method's {override} matches no node of the model")
-        for rank_set in (rank_set for world in worlds for rank_set in target.ranges[world]):
-            weights = partial(run.plan.read_rank_weight, rank=rank_set.rank, topology=run.topology(rank_set.world))
-            nodes = select_nodes(rank_set, target.quant_config)
-            hp_dtype = target.quant_config.hp_dtype
-            scales = compute_scales(nodes, method, scales_device, weights=weights, hp_dtype=hp_dtype)
-            written = write_rank_set(run.staging / target.device.name, scales, method=method.file_tag)
-            run.record_scales(target, scales, written)
+        for world in worlds:
+            ranks, weights = recipe.select(target.ranges[world]), open_weights(run.plan, run.topology(world))
+            for scales in recipe.compute(ranks, weights):
+                write_rank_set(run.staging / target.device.name, scales, method=recipe.tag)
+                run.record_scales(target, scales)

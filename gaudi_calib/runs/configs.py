@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gaudi_calib.config.file import read_quant_config, write_quant_config
+from gaudi_calib.config.methods import DEFAULT_METHOD
 from gaudi_calib.config.model import QuantConfig, describe_dtype, to_content, with_dump_stats_path
 from gaudi_calib.config.presets import change_method, measure_config, quant_config
 from gaudi_calib.directory import CalibrationDir
@@ -148,7 +149,7 @@ def require_observable(config: QuantConfig, options: RunOptions, path: Path, *, 
             raise ConfigError(
                 "observer save leaves tensors, and no ranges to compute scales from",
                 where=path,
-                fix="use observer maxabs; or save tensors with `gaudi-calib measure`",
+                fix="use observer maxabs; or save tensors, which `measure` alone does",
             )
     elif config.observer != "maxabs":
         raise ConfigError(
@@ -174,7 +175,7 @@ def choose_quant_config(options: RunOptions, layout: DeviceLayout, family: Famil
     """
     path, method = options.quant_config or layout.quant_config, options.scale_method
     if not path.is_file():
-        return quant_config(family, layout.dump_stats_path, method or "maxabs_hw", **describe_dtype(dtype))
+        return quant_config(family, layout.dump_stats_path, method or DEFAULT_METHOD, **describe_dtype(dtype))
     config = with_dump_stats_path(require_quantizing(read_quant_config(path), path), layout.dump_stats_path)
     config = _settle_dtype(config, dtype, path, options.quant_config)
     return change_method(config, family, method) if method else config

@@ -3,14 +3,13 @@
 import logging
 from dataclasses import replace
 
-from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import Finding
-from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.convergence import Convergence
 from gaudi_calib.ranges.derive import name_served
 from gaudi_calib.rankfiles.convergence_file import read_convergence
 from gaudi_calib.runs.limits import describe_finding
+from gaudi_calib.runs.recipe import Recipe
 from gaudi_calib.runs.run import Run
 from gaudi_calib.scales.convergence import find_unsettled
 
@@ -34,7 +33,7 @@ def find_unsettled_dir(placed: CalibrationDir) -> list[Finding]:
     if measurement != placed.measurement:
         _log.warning("%s is of another measurement than %s, and is passed over", placed.convergence_file, placed.path)
         return []
-    return _find(convergence, config, device, placed.manifest.vllm)
+    return _find(convergence, Recipe(config, device), placed.manifest.vllm)
 
 
 def warn_of_convergence(run: Run) -> None:
@@ -42,12 +41,12 @@ def warn_of_convergence(run: Run) -> None:
     assert run.convergence is not None
     told: dict[str, None] = {}
     for target in run.targets:
-        found = _find(run.convergence, target.quant_config, target.device, target.record.manifest.vllm)
+        found = _find(run.convergence, target.recipe, target.record.manifest.vllm)
         told |= dict.fromkeys(map(describe_finding, found))
     for text in told:
         run.warn(text)
 
 
-def _find(convergence: Convergence, config: QuantConfig, device: Device, vllm: str | None) -> list[Finding]:
+def _find(convergence: Convergence, recipe: Recipe, vllm: str | None) -> list[Finding]:
     nodes = {name_served(name, vllm): parts for name, parts in convergence.nodes.items()}
-    return find_unsettled(replace(convergence, nodes=nodes), config, device)
+    return find_unsettled(replace(convergence, nodes=nodes), recipe.config, recipe.scales_device)

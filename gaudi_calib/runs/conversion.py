@@ -4,25 +4,22 @@ Ranges are merged or copied; scales never: they are computed anew (rescale.py).
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError
-from gaudi_calib.files import hash_file
 from gaudi_calib.layout import MANIFEST_NAME, RankFile, parse_rank_file
 from gaudi_calib.moved import is_same_place, warn_of_move
-from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
+from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.store import write_rank_sets
-from gaudi_calib.runs.recipe import Recipe
 from gaudi_calib.runs.rescale import Converted, Rescaled, rescale
 from gaudi_calib.staging import REPLACED_NAME, set_aside, stage_files
 
 if TYPE_CHECKING:
-    from gaudi_calib.manifest import Record
+    from gaudi_calib.manifest import Record, WorldFacts
 
 _log = logging.getLogger(__name__)
 
@@ -80,23 +77,62 @@ def write_world(
     Returns:
         The files written.
     """
-    world = len(ranks)
-    with open_record(source, out) as record, stage_files(out) as staging:
-        written = write_rank_sets(staging, ranks)
+    from gaudi_calib.manifest import WorldFacts
+
+    facts = WorldFacts(expert_parallel=expert_parallel, is_bounded=is_bounded)
+    return write_files(source, out, ranks, scales, facts=facts)
+
+
+def write_files(
+    source: CalibrationDir,
+    out: Path,
+    ranks: Sequence[RankSet[Node]],
+    scales: Sequence[Rescaled] = (),
+    *,
+    facts: "WorldFacts | None" = None,
+    keeps_ranges: bool = False,
+) -> list[Path]:
+    """Write rank files to `out`, and keep its manifest.
+
+    Args:
+        source: where the ranges come from.
+        ranks: ranges of ranks of any worlds.
+        facts: of these worlds; None: those in the source's manifest.
+        keeps_ranges: leave files of ranges as they are that are there.
+
+    Returns:
+        The files written.
+    """
+    with _open_record(source, out) as record, stage_files(out) as staging:
+        made = write_rank_sets(staging, ranks)
+        kept = {path for path in made if keeps_ranges and (out / path.name).is_file()}
+        for path in kept:
+            path.unlink()
         for recipe, rank_sets in scales:
-            written += write_rank_sets(staging, rank_sets, method=recipe.tag)
-        replaced = set_aside_outdated(out, staging, written)
+            made += write_rank_sets(staging, rank_sets, method=recipe.tag)
+        replaced = _set_aside_outdated(out, staging, made)
         if record is not None:
-            _record_world(record, world, expert_parallel, is_bounded)
+            _record_worlds(record, source, {rank_set.world for rank_set in ranks}, facts)
             for recipe, rank_sets in scales:
-                record_scales(record, staging, out, rank_sets, recipe)
+                recipe.record(record, staging, out, rank_sets)
             record.update(files=CalibrationDir(out).hash_files(staging, without=replaced))
             record.stage(staging)
-    warn_of_replaced(out, replaced)
-    return [out / path.name for path in written]
+    if replaced:
+        _log.warning("%d files that the new ranges replace were moved to %s", len(replaced), out / REPLACED_NAME)
+    return [out / path.name for path in made if path not in kept]
 
 
-def open_record(source: CalibrationDir, out: Path) -> "AbstractContextManager[Record | None]":
+def _record_worlds(record: "Record", source: CalibrationDir, worlds: set[int], facts: "WorldFacts | None") -> None:
+    others = record.manifest.worlds.keys() - {1, *worlds}
+    if facts is not None:
+        record.update(worlds=dict.fromkeys(worlds, facts))
+        if facts.expert_parallel is not None and not others:
+            record.update(expert_parallel=facts.expert_parallel)
+    elif source.manifest is not None:
+        record.update(worlds={world: told for world, told in source.manifest.worlds.items() if world in worlds})
+
+
+def _open_record(source: CalibrationDir, out: Path) -> "AbstractContextManager[Record | None]":
     """Keep the manifest of `out`; None where there is no manifest to keep.
 
     A result elsewhere inherits what the source's manifest says about model and data.
@@ -128,30 +164,7 @@ def _is_same_measurement(source: CalibrationDir, there: CalibrationDir) -> bool:
     return source.measurement is not None and source.measurement == there.measurement
 
 
-def _record_world(record: "Record", world: int, expert_parallel: bool | None, is_bounded: bool) -> None:
-    from gaudi_calib.manifest import WorldFacts
-
-    others = record.manifest.worlds.keys() - {1, world}
-    record.update(worlds={world: WorldFacts(expert_parallel=expert_parallel, is_bounded=is_bounded)})
-    if expert_parallel is not None and not others:
-        record.update(expert_parallel=expert_parallel)
-
-
-def record_scales(
-    record: "Record", staging: Path, out: Path, rank_sets: Iterable[RankSet[ScaleNode]], recipe: Recipe
-) -> None:
-    """Note which ranges, in `staging` or else in `out`, the scale files in `staging` were computed from."""
-    from gaudi_calib.manifest import ScaleOrigin
-
-    for rank_set in rank_sets:
-        ranges = RankFile(rank_set.dump, rank=rank_set.rank, world=rank_set.world, extension="npz")
-        place = staging if (staging / ranges.name).is_file() else out
-        scales = replace(ranges, method=recipe.tag)
-        origin = ScaleOrigin(ranges={ranges.name: hash_file(place / ranges.name)}, settings=recipe.settings)
-        record.update(scales=dict.fromkeys((replace(scales, extension="json").name, scales.name), origin))
-
-
-def set_aside_outdated(out: Path, staging: Path, written: Sequence[Path]) -> list[Path]:
+def _set_aside_outdated(out: Path, staging: Path, written: Sequence[Path]) -> list[Path]:
     """Move out of INC's sight what it must not find beside the `written` files of one measurement, and return it.
 
     That is scales of ranges that are about to change, and ranges of the same ranks under another name: files of INC
@@ -181,9 +194,3 @@ def set_aside_outdated(out: Path, staging: Path, written: Sequence[Path]) -> lis
     if outdated:
         set_aside(staging, outdated)
     return outdated
-
-
-def warn_of_replaced(out: Path, replaced: Sequence[Path]) -> None:
-    """Say that what new ranges replace is not lost."""
-    if replaced:
-        _log.warning("%d files that the new ranges replace were moved to %s", len(replaced), out / REPLACED_NAME)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gaudi_calib.config.methods import DEFAULT_METHOD
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, ModelError, UsageError
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import Device
 from gaudi_calib.moved import find_calibrations
-from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges, tabulate_scales
 from gaudi_calib.rankfiles.store import read_scales
@@ -30,8 +30,6 @@ from gaudi_calib.scales.compare import (
 
 if TYPE_CHECKING:
     from gaudi_calib.manifest import Manifest
-
-DIFFERENCES = ("scales", "ranges", "clipped")
 
 # Facts of a manifest that tell two measurements apart.
 _FACTS = ("engine", "platform", "dtype", "vllm", "measured_world", "expert_parallel")
@@ -92,10 +90,12 @@ class Difference:
     settings: list[Setting] = field(default_factory=list)
     origin: list[Setting] = field(default_factory=list)
 
-    def find(self, kind: str) -> bool:
-        """Tell whether there is a difference of one of the kinds in `DIFFERENCES`.
+    def has(self, kind: str) -> bool:
+        """Tell whether there is a difference of a kind.
 
-        `scales` are what a deployment reads: nodes, scales and the QUANTIZE config. `ranges` are those and the ranges.
+        Args:
+            kind: `scales` are what a deployment reads: nodes, scales and the QUANTIZE config; `ranges` are those and
+                the ranges; `clipped` are ranges that the left side's scales clip.
         """
         if kind == "clipped":
             return bool(self.clipped)
@@ -112,14 +112,15 @@ def diff_paths(
         left, right: a run, one of its device directories, any directory of ranges, or a QUANT_CONFIG file.
         world: number of ranks to compare at; None takes the largest that both sides have or can be unified to.
         device: the only device to compare; for directories that do not tell, the one whose scales are meant.
-        options: how experts are shared, where the files do not tell.
+        options: how experts are shared, and which measurement is meant, where the files do not tell.
 
     Raises:
         FileError: ranges are missing or damaged. ModelError: the two are of different models.
         UsageError: the sides are not for a device that both have. TopologyError: see `bring_to_world`.
     """
-    sides = [find_calibrations(expand_path(path)) for path in (left, right)]
-    return [_diff_places(one, other, world, device, options or Conversion()) for one, other in _pair(sides, device)]
+    options = options or Conversion()
+    sides = [find_calibrations(expand_path(path), options.dump) for path in (left, right)]
+    return [_diff_places(one, other, world, device, options) for one, other in _pair(sides, device)]
 
 
 def _pair(
@@ -170,14 +171,11 @@ def _diff_places(
     one, other = scales
     if isinstance(one, str) or isinstance(other, str):
         return replace(found, uncompared=one if isinstance(one, str) else str(other))
-    clipped = [
-        clip for seen, held in zip(tables[1], one.ranks, strict=True) for clip in find_clipped(seen, held, one.device)
-    ]
     return replace(
         found,
         scales=compare_tables(one.ranks, other.ranks, read_only=False),
         methods=tuple(f"{side.method.lower()}, {'stored' if side.is_stored else 'computed'}" for side in (one, other)),
-        clipped=sorted(clipped, key=lambda clip: clip.limit / clip.range),
+        clipped=find_clipped(tables[1], one.ranks, one.device),
     )
 
 
@@ -199,27 +197,20 @@ def _choose_worlds(left: CalibrationDir, right: CalibrationDir, world: int | Non
 def _take_scales(place: CalibrationDir, ranks: Sequence[RankSet[Node]], device: str | None) -> Scales | str:
     """Return the scales of `ranks`: those in the files, else what the run's method gives; or why there are none."""
     world, config = len(ranks), place.quant_config
-    stored = [tag for tag in place.list_methods(world) if _has_scales(place, world, tag)]
-    tag = config.method_table.file_tag if config else next(iter(stored), "MAXABS_HW")
+    stored = [tag for tag in place.list_methods(world) if len(place.find_scales(world, tag)) == world]
+    tag = config.method_table.file_tag if config else next(iter(stored), DEFAULT_METHOD.upper())
     recipe = find_recipe(place, tag, device)
     known = place.settle_device(device)
     if tag in stored and known is not None:
-        files = [place.name_file(rank, world, method=tag, extension="json") for rank in range(world)]
-        place.require_recorded(file for path in files for file in (path, path.with_suffix(".npz")))
-        scales = [read_scales(path) for path in files]
+        place.require_recorded(place.list_scales(world, tag))
+        scales = [read_scales(path) for path in place.find_scales(world, tag).values()]
     elif isinstance(recipe, str):
         return recipe
     else:
-        chosen = [select_nodes(rank, config) if config else rank for rank in ranks]
-        scales = recipe.compute(chosen, allows_idle=True)
+        scales = list(recipe.compute(recipe.select(ranks), allows_idle=True))
     assert known is not None
     flat = [flatten_scales(tabulate_scales(rank.nodes)) for rank in scales]
     return Scales(tag, tag in stored, known if isinstance(recipe, str) else recipe.scales_device, flat)
-
-
-def _has_scales(place: CalibrationDir, world: int, tag: str) -> bool:
-    names = (place.name_file(rank, world, method=tag, extension="json") for rank in range(world))
-    return all(path in place.files for path in names)
 
 
 def _compare_settings(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Setting]:

@@ -2,12 +2,9 @@
 
 from collections.abc import Iterable
 
-from gaudi_calib.config.methods import MethodTable
-from gaudi_calib.config.model import get_scales_device
 from gaudi_calib.errors import Finding
-from gaudi_calib.fp8 import Device
-from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.node import Node, RankSet
+from gaudi_calib.runs.recipe import Recipe
 from gaudi_calib.runs.run import Run
 from gaudi_calib.scales.limits import find_limits
 
@@ -16,16 +13,15 @@ def warn_of_limits(run: Run) -> None:
     """Warn of ranges that are 0, and of those that saturate; each once, whatever the number of ranks and devices."""
     told: dict[str, None] = {}
     for target in run.targets:
-        config = target.quant_config
-        ranks = [select_nodes(rank_set, config) for ranks in target.ranges.values() for rank_set in ranks]
-        told |= dict.fromkeys(describe_limits(ranks, config.method_table, get_scales_device(config, target.device)))
+        ranks = [rank_set for ranks in target.ranges.values() for rank_set in ranks]
+        told |= dict.fromkeys(describe_limits(target.recipe.select(ranks), target.recipe))
     for text in told:
         run.warn(text)
 
 
-def describe_limits(ranks: Iterable[RankSet[Node]], table: MethodTable, device: Device) -> list[str]:
+def describe_limits(ranks: Iterable[RankSet[Node]], recipe: Recipe) -> list[str]:
     """Return what is to be said of ranges that make bad scales; see `find_limits`."""
-    return list(map(describe_finding, find_limits(ranks, table, device)))
+    return list(map(describe_finding, find_limits(ranks, recipe.table, recipe.scales_device)))
 
 
 def describe_finding(found: Finding) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gaudi_calib.advice import chain
-from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.directory import CalibrationDir, list_devices
 from gaudi_calib.errors import FileError, ModelError, UsageError
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES
@@ -121,13 +121,8 @@ def _find_runs(directories: Sequence[Path], dump: str | None) -> list[_Run]:
     """Return the distinct ones of `directories`."""
     runs = []
     for path in {path.resolve(): path for path in directories}.values():
-        place = CalibrationDir(path, dump=dump)
-        if place.worlds:
-            runs.append(_Run(path, {"": place}, False))
-            continue
-        inside = {name: CalibrationDir(path / name, dump=dump) for name in DEVICES if (path / name).is_dir()}
-        devices = {name: place for name, place in inside.items() if place.worlds}
-        runs.append(_Run(path, devices, (path / CHANNEL_RANGES_NAME).is_file()))
+        devices = list_devices(path, dump)
+        runs.append(_Run(path, devices, "" not in devices and (path / CHANNEL_RANGES_NAME).is_file()))
         if not runs[-1].devices and not runs[-1].has_channels:
             raise FileError(
                 "no ranges to merge",

@@ -6,9 +6,7 @@ from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.files import expand_path
 from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.kvcache import apply_kv_cache
-from gaudi_calib.rankfiles.store import write_rank_sets
-from gaudi_calib.runs.conversion import open_record, set_aside_outdated, warn_of_replaced
-from gaudi_calib.staging import stage_files
+from gaudi_calib.runs.conversion import write_files
 
 
 def postprocess_dir(directory: Path, out: Path, *, dump: str | None = None) -> list[Path]:
@@ -27,16 +25,5 @@ def postprocess_dir(directory: Path, out: Path, *, dump: str | None = None) -> l
     directory, out = expand_path(directory), expand_path(out)
     source = CalibrationDir(directory, dump=dump)
     warn_of_move(source)
-    worlds = {
-        world: [apply_kv_cache(rank_set) for rank_set in source.read_ranks(list(ranks.values()))]
-        for world, ranks in source.require_worlds().items()
-    }
-    with open_record(source, out) as record, stage_files(out) as staging:
-        written = [path for rank_sets in worlds.values() for path in write_rank_sets(staging, rank_sets)]
-        replaced = set_aside_outdated(out, staging, written)
-        if record is not None:
-            record.update(worlds=source.manifest.worlds if source.manifest else {})
-            record.update(files=CalibrationDir(out).hash_files(staging, without=replaced))
-            record.stage(staging)
-    warn_of_replaced(out, replaced)
-    return [out / path.name for path in written]
+    worlds = [source.read_ranks(list(ranks.values())) for ranks in source.require_worlds().values()]
+    return write_files(source, out, [apply_kv_cache(rank_set) for ranks in worlds for rank_set in ranks])

@@ -1,41 +1,34 @@
 """`gaudi-calib quantize DIR`: the scales of any directory of ranges, a run's or one that INC wrote on a Gaudi."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gaudi_calib.config.methods import MethodTable, get_scale_method
+from gaudi_calib.config.methods import DEFAULT_METHOD, get_scale_method
 from gaudi_calib.directory import CalibrationDir
-from gaudi_calib.errors import IdleExpertError, RangeError, TopologyError, UsageError
+from gaudi_calib.errors import IdleExpertError, TopologyError, UsageError
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.moved import is_same_place, warn_of_move
-from gaudi_calib.ranges.derive import select_nodes
 from gaudi_calib.ranges.experts import list_idle_experts
 from gaudi_calib.ranges.node import Node, RankSet, ScaleNode
 from gaudi_calib.ranges.table import tabulate_ranges
 from gaudi_calib.ranges.topology import Topology
 from gaudi_calib.ranges.unify import gather_world
-from gaudi_calib.rankfiles.store import write_rank_sets
 from gaudi_calib.runs.configs import require_quantizing
-from gaudi_calib.runs.conversion import open_record, record_scales, set_aside_outdated, warn_of_replaced
+from gaudi_calib.runs.conversion import write_files
 from gaudi_calib.runs.limits import describe_limits
-from gaudi_calib.runs.recipe import Recipe
+from gaudi_calib.runs.recipe import OpenWeights, Recipe, open_weights
 from gaudi_calib.runs.sharing import find_evidence, settle_expert_parallel
-from gaudi_calib.scales.compute import WeightReader, require_precision
-from gaudi_calib.staging import stage_files
 
 if TYPE_CHECKING:
     from gaudi_calib.checkpoints.plan import ModelPlan
     from gaudi_calib.config.model import QuantConfig
 
 _log = logging.getLogger(__name__)
-
-_DEFAULT_METHOD = "maxabs_hw"
 
 
 @dataclass(frozen=True)
@@ -104,15 +97,14 @@ def quantize_dir(directory: Path, out: Path | None = None, scaling: Scaling | No
     ranges = {world: source.read_present(world) for world in worlds}
     for world, ranks in ranges.items():
         _warn_of_missing(world, ranks)
-    chosen = {world: [_select(rank_set, recipe) for rank_set in ranks] for world, ranks in ranges.items()}
-    for text in describe_limits(
-        [rank for ranks in chosen.values() for rank in ranks], recipe.table, recipe.scales_device
-    ):
+    chosen = {world: recipe.select(ranks) for world, ranks in ranges.items()}
+    for text in describe_limits([rank_set for ranks in chosen.values() for rank_set in ranks], recipe):
         _log.warning("%s", text)
     plan = _plan_weights(source, scaling, recipe)
-    scales = [_compute(source, ranks, recipe, plan, scaling) for ranks in chosen.values()]
+    scales = [(recipe, _compute(source, ranks, recipe, plan, scaling)) for ranks in chosen.values()]
     _warn_of_idle(chosen)
-    files = _write(source, out, list(ranges.values()), scales, recipe)
+    whole = [rank_set for ranks in ranges.values() for rank_set in ranks]
+    files = write_files(source, out, whole, scales, keeps_ranges=is_same_place(source.path, out))
     present = {world: tuple(rank_set.rank for rank_set in ranks) for world, ranks in ranges.items()}
     return Quantized(tuple(files), recipe.tag, recipe.device.name, present, CalibrationDir(out).quant_path)
 
@@ -120,19 +112,18 @@ def quantize_dir(directory: Path, out: Path | None = None, scaling: Scaling | No
 def _choose_recipe(source: CalibrationDir, scaling: Scaling) -> Recipe:
     """Return how scales are computed: the config's method, backoffs and lists, unless another method is asked for."""
     device, config = _require_device(source, scaling.device), _choose_config(source, scaling)
-    if config is not None and scaling.method:
-        config = _change_method(config, scaling.method, source.quant_path)
-    table = config.method_table if config else MethodTable(get_scale_method(scaling.method or _DEFAULT_METHOD))
-    recipe = Recipe(table.file_tag, table, device, config)
-    if not any(method.needs_measurement for method in table.methods) or (config and not config.uses_stats_files):
+    if config is None:
+        recipe = Recipe.of_method(get_scale_method(scaling.method or DEFAULT_METHOD).name, source, device)
+    else:
+        recipe = Recipe(_change_method(config, scaling.method, source.quant_path), device)
+    if not any(method.needs_measurement for method in recipe.table.methods) or not recipe.config.uses_stats_files:
         raise UsageError(
-            f"{table.file_tag.lower()} has no scale files",
+            f"{recipe.tag.lower()} has no scale files",
             where=source.path,
             why="INC knows such scales without a measurement, or computes them when serving",
             fix="name it as scale_method in the QUANT_CONFIG, which is all it needs; or choose another --scale-method",
         )
-    require_precision(table, recipe.hp_dtype)
-    _ = recipe.scales_device  # refuses a device_for_scales that does not go with the device
+    recipe.require_possible()
     return recipe
 
 
@@ -159,12 +150,13 @@ def _choose_config(source: CalibrationDir, scaling: Scaling) -> "QuantConfig | N
     return require_quantizing(source.quant_config, source.quant_path) if source.quant_config else None
 
 
-def _change_method(config: "QuantConfig", method: str, path: Path | None) -> "QuantConfig":
-    """Return `config`, of the file `path`, with another scale method and all else as it is."""
+def _change_method(config: "QuantConfig", method: str | None, path: Path | None) -> "QuantConfig":
+    """Return `config`, of the file `path`, with another scale method, if one is given, and all else as it is."""
     from gaudi_calib.config.check import parse_quant_config
     from gaudi_calib.config.model import to_content
 
-    tag, own = get_scale_method(method).name, config.method_table.file_tag
+    own = config.method_table.file_tag
+    tag = get_scale_method(method).name if method else own
     if tag == own:
         return config
     _log.warning(
@@ -185,10 +177,6 @@ def _warn_of_missing(world: int, ranks: Sequence[RankSet[Node]]) -> None:
         )  # fmt: skip
 
 
-def _select(rank_set: RankSet[Node], recipe: Recipe) -> RankSet[Node]:
-    return select_nodes(rank_set, recipe.config) if recipe.config else rank_set
-
-
 def _plan_weights(source: CalibrationDir, scaling: Scaling, recipe: Recipe) -> "ModelPlan | None":
     """Return where the weights are, if a checkpoint is given.
 
@@ -196,7 +184,7 @@ def _plan_weights(source: CalibrationDir, scaling: Scaling, recipe: Recipe) -> "
         UsageError: it is needed and not given. ModelError: it is not the one that was measured.
     """
     if scaling.model is None:
-        if recipe.needs_weights:
+        if recipe.table.needs_weights:
             measured = source.advise().model
             raise UsageError(
                 f"{recipe.tag.lower()} takes scales from the weights",
@@ -210,8 +198,7 @@ def _plan_weights(source: CalibrationDir, scaling: Scaling, recipe: Recipe) -> "
     from gaudi_calib.runs.facts import describe_model, require_same_model
 
     made = source.manifest
-    dtype = recipe.config.dtype if recipe.config else (made and made.dtype) or "bfloat16"
-    plan = plan_model(download_model(scaling.model), dtype, made.vllm if made else None)
+    plan = plan_model(download_model(scaling.model), recipe.config.dtype, made.vllm if made else None)
     require_same_model(source, describe_model(scaling.model, plan))
     return plan
 
@@ -223,27 +210,22 @@ def _compute(
     plan: "ModelPlan | None",
     scaling: Scaling,
 ) -> list[RankSet[ScaleNode]]:
-    read = _open_weights(source, ranks, plan, scaling.expert_parallel) if plan else None
+    weights = _open_weights(source, ranks, plan, scaling.expert_parallel) if plan else None
     try:
-        return recipe.compute(ranks, read, allows_idle=scaling.allows_idle)
+        return list(recipe.compute(ranks, weights, allows_idle=scaling.allows_idle))
     except IdleExpertError as error:
-        fix = f"{error.fix}; or give --allow-idle-experts, which writes 0 as INC does"
-        raise RangeError(error.what, where=error.where, why=error.why, fix=fix) from error
+        raise error.with_fix(f"{error.fix}; or give --allow-idle-experts, which writes 0 as INC does") from error
 
 
 def _open_weights(
     source: CalibrationDir, ranks: Sequence[RankSet[Node]], plan: "ModelPlan", expert_parallel: bool | None
-) -> Callable[[RankSet[Node]], WeightReader]:
+) -> OpenWeights:
     """Return what reads the weights of a rank, sliced as the ranks share them."""
     world = gather_world(ranks)
     evidence = find_evidence(source, world, plan.checkpoint.directory)
     topology = Topology(ranks[0].world, ranks[0].world > 1 and settle_expert_parallel(world, expert_parallel, evidence))
     plan.require_topology(topology)
-
-    def read(rank_set: RankSet[Node]) -> WeightReader:
-        return partial(plan.read_rank_weight, rank=rank_set.rank, topology=topology)
-
-    return read
+    return open_weights(plan, topology)
 
 
 def _warn_of_idle(chosen: Mapping[int, Sequence[RankSet[Node]]]) -> None:
@@ -260,33 +242,3 @@ def _warn_of_idle(chosen: Mapping[int, Sequence[RankSet[Node]]]) -> None:
                 "when serving is lost; measure with more data",
                 world, len(idle), expert, op, rank,
             )  # fmt: skip
-
-
-def _write(
-    source: CalibrationDir,
-    out: Path,
-    ranges: Sequence[Sequence[RankSet[Node]]],
-    scales: Sequence[Sequence[RankSet[ScaleNode]]],
-    recipe: Recipe,
-) -> list[Path]:
-    stays = is_same_place(source.path, out)
-    with open_record(source, out) as record, stage_files(out) as staging:
-        whole = [path for ranks in ranges for path in write_rank_sets(staging, ranks)]
-        written = [path for path in whole if not (stays and (out / path.name).is_file())]
-        for path in set(whole) - set(written):
-            path.unlink()
-        for rank_sets in scales:
-            made = write_rank_sets(staging, rank_sets, method=recipe.tag)
-            whole, written = whole + made, written + made
-        replaced = set_aside_outdated(out, staging, whole)
-        if record is not None:
-            for rank_sets in scales:
-                record_scales(record, staging, out, rank_sets, recipe)
-            made_by = source.manifest
-            if made_by is not None:
-                worlds = {ranks[0].world for ranks in ranges}
-                record.update(worlds={world: facts for world, facts in made_by.worlds.items() if world in worlds})
-            record.update(files=CalibrationDir(out).hash_files(staging, without=replaced))
-            record.stage(staging)
-    warn_of_replaced(out, replaced)
-    return [out / path.name for path in written]

@@ -42,7 +42,7 @@ def relocate_run(directory: Path) -> list[Path]:
                 write_json(staging / path.relative_to(run), content)
     except FileError as error:
         fix = "run it where the run can be written; until then `serve` takes what lies beside the config"
-        raise FileError(error.what, where=error.where, why=error.why, fix=fix) from error
+        raise error.with_fix(fix) from error
     for path, named in list_quant_configs(run).items():
         if not Path(named).parent.is_dir():
             _log.warning("%s names %s, which is not there, nor is such a directory beside it", path, Path(named).parent)

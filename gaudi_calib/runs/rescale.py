@@ -80,17 +80,16 @@ def rescale(
 
 def _compute(recipe: Recipe, ranks: Sequence[RankSet[Node]]) -> list[RankSet[ScaleNode]]:
     try:
-        return recipe.compute(ranks)
+        return list(recipe.compute(ranks))
     except RangeError as error:
-        fix = f"{error.fix}; or leave scales out with --skip-scales"
-        raise RangeError(error.what, where=error.where, why=error.why, fix=fix) from error
+        raise error.with_fix(f"{error.fix}; or leave scales out with --skip-scales") from error
 
 
 def _read_scaled_names(
     source: CalibrationDir, world: int, tag: str, ranks: Sequence[int]
 ) -> dict[int, tuple[str, ...]]:
     """Return the names of the nodes that have scales on some `ranks`, after checking that no rank's file is missing."""
-    files = {source.files[path].position[0]: path for path in source.list_scales(world, tag)}
+    files = source.find_scales(world, tag)
     missing = [rank for rank in range(world) if rank not in files]
     if missing:
         raise FileError(

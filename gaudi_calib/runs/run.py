@@ -16,19 +16,16 @@ from typing import TYPE_CHECKING
 
 from gaudi_calib.config.model import (
     QuantConfig,
-    describe_scaling,
     find_idle_patterns,
-    get_scales_device,
     to_content,
 )
 from gaudi_calib.data.prompts import Prompts
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.errors import FileError, UsageError
-from gaudi_calib.files import hash_file
 from gaudi_calib.fp8 import DEVICES, Device, get_device
 from gaudi_calib.gaps import find_uncovered, refuse_uncovered
-from gaudi_calib.layout import CHANNEL_RANGES_NAME, DeviceLayout, RankFile, list_rank_files
-from gaudi_calib.manifest import ModelFacts, Record, ScaleOrigin, WorldFacts, record_run
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, DeviceLayout, list_rank_files
+from gaudi_calib.manifest import ModelFacts, Record, WorldFacts, record_run
 from gaudi_calib.models.source import download_model
 from gaudi_calib.ranges.channels import ChannelRanges
 from gaudi_calib.ranges.convergence import Convergence
@@ -47,9 +44,8 @@ from gaudi_calib.runs.configs import (
 )
 from gaudi_calib.runs.facts import describe_dataset, describe_model
 from gaudi_calib.runs.options import RunOptions, check_options
-from gaudi_calib.runs.recipe import advise_scales
+from gaudi_calib.runs.recipe import Recipe, advise_scales
 from gaudi_calib.runs.sharing import find_evidence, settle_expert_parallel
-from gaudi_calib.scales.compute import require_precision
 from gaudi_calib.staging import REPLACED_NAME, claim_directory, set_aside, stage_files
 
 if TYPE_CHECKING:
@@ -117,6 +113,11 @@ class Target:
     def saves_tensors(self) -> bool:
         """Whether measuring leaves tensors in place of ranges."""
         return self.measure_config.observer == "save"
+
+    @property
+    def recipe(self) -> Recipe:
+        """How its scales are made."""
+        return Recipe(self.quant_config, self.device)
 
     @property
     def placed(self) -> CalibrationDir:
@@ -324,15 +325,9 @@ class Run:
                 if name not in self.options.devices:
                     self.warn(f"the files for {name} stay those of the checkpoint as it was before")
 
-    def record_scales(self, target: Target, ranks: RankSet, files: Sequence[Path]) -> None:
-        """Note which ranges, and which settings, the scale `files` of one rank were computed from."""
-        name = RankFile(rank=ranks.rank, world=ranks.world, extension="npz").name
-        staged, placed = self.staging / target.device.name / name, target.layout.directory / name
-        origin = ScaleOrigin(
-            ranges={name: hash_file(staged if staged.is_file() else placed)},
-            settings=describe_scaling(target.quant_config, target.device),
-        )
-        target.record.update(scales={path.name: origin for path in files})
+    def record_scales(self, target: Target, ranks: RankSet) -> None:
+        """Note which ranges, and which settings, the scale files of one rank were computed from."""
+        target.recipe.record(target.record, self.staging / target.device.name, target.layout.directory, [ranks])
 
     def warn(self, text: str) -> None:
         """Log a warning and keep it for the result."""
@@ -348,15 +343,15 @@ class Run:
         options, layout, family = self.options, self.layout.device(device.name), self.plan.family
         measuring = choose_measure_config(options, layout, family, self.dtype, fresh=self.fresh)
         serving = choose_quant_config(options, layout, family, self.dtype)
-        get_scales_device(serving, device)
         path = find_side_config(options) or layout.quant_config
         if self.fresh:
             needs_ranges = self.serves and serving.uses_stats_files
             require_observable(measuring, options, options.measure_config or layout.measure_config, scales=needs_ranges)
         require_blocked(measuring, self.plan, layout.measure_config)
         require_blocked(serving, self.plan, path)
-        require_precision(serving.method_table, serving.hp_dtype)
-        return Target(device, layout, measuring, serving, path)
+        target = Target(device, layout, measuring, serving, path)
+        target.recipe.require_possible()
+        return target
 
     def stage_config(self, path: Path, config: QuantConfig) -> None:
         """Stage a config for `path` in the run; see `configs.stage_config`."""

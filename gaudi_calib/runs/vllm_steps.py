@@ -136,7 +136,7 @@ def quantize_ranks(run: Run) -> None:
                     fix="read the log; INC writes scales while the model is loaded",
                 )
             _require_finite_scales(written)
-            run.record_scales(target, rank_set, [written, written.with_suffix(".npz")])
+            run.record_scales(target, rank_set)
 
 
 def _run_phase(run: Run, name: "PhaseName", target: Target, config: QuantConfig) -> None:

@@ -12,8 +12,17 @@ import numpy as np
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.experts import name_ageless
 from gaudi_calib.ranges.node import Op, PerChannelWeight, ScaleNode, find_op
-from gaudi_calib.ranges.sources import find_sources, label_part, list_read
-from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, ScaleTable, join_values
+from gaudi_calib.ranges.sources import find_sources, list_read
+from gaudi_calib.ranges.table import (
+    Inventory,
+    Part,
+    RangeShape,
+    RangeTable,
+    ScaleTable,
+    join_values,
+    label_part,
+    locate_parts,
+)
 
 _SPREAD = (5, 50, 95)  # percentiles of the ratios
 
@@ -23,7 +32,7 @@ class Change(NamedTuple):
 
     Attributes:
         kind: last part of the nodes' names, such as `o_proj`.
-        part: `inputs[0]`, `weight`; all experts of a fused op are `outputs[1:]`.
+        part: `inputs[0]`, `weight`; all experts of a fused op are `outputs[1:]`, their scales `inputs[1:]`.
         numbers: how many both sides have.
         differing: those that differ.
         lost, found: those that are 0 only on the right, and only on the left.
@@ -138,30 +147,32 @@ def compare_tables(left: Sequence[RangeTable], right: Sequence[RangeTable], *, r
     ]
 
 
-def find_clipped(ranges: RangeTable, scales: RangeTable, device: Device) -> list[Clipped]:
-    """Return the ranges of one rank that are beyond what the scales of another calibration hold, the worst first.
+def find_clipped(ranges: Sequence[RangeTable], scales: Sequence[RangeTable], device: Device) -> list[Clipped]:
+    """Return the ranges that are beyond what the scales of another calibration hold, the worst first.
 
     Args:
-        ranges: of the calibration that says what comes.
-        scales: of the one that serves, flat (`flatten_scales`).
+        ranges: of the calibration that says what comes, in rank order.
+        scales: of the one that serves, flat (`flatten_scales`), in rank order.
         device: whose FP8 the scales are for.
     """
-    clipped: list[Clipped] = []
+    clipped = [clip for seen, held in zip(ranges, scales, strict=True) for clip in _find_clipped(seen, held, device)]
+    return sorted(clipped, key=lambda clip: clip.limit / clip.range)
+
+
+def _find_clipped(ranges: RangeTable, scales: RangeTable, device: Device) -> Iterator[Clipped]:
     for group in _group_nodes(scales.inventory, ranges.inventory):
-        shape = group.shapes[1]
-        op = find_op(group.kind, shape)
-        for index, source in enumerate(find_sources(op, shape)[0][: len(group.shapes[0].inputs)]):
-            offset = _locate(shape).get(label_part(source))
-            if offset is None:
+        held, shape = group.shapes
+        sources = find_sources(find_op(group.kind, shape), shape)[0]
+        for index, source in enumerate(sources[: len(held.inputs)]):
+            if source not in locate_parts(shape):
                 continue
+            offset, _ = locate_parts(shape)[source]
             limits = scales.numbers[scales.inventory.starts[group.left] + index] * np.float32(device.fullscale)
-            seen = ranges.numbers[ranges.inventory.starts[group.right] + offset[0]]
+            seen = ranges.numbers[ranges.inventory.starts[group.right] + offset]
             with np.errstate(invalid="ignore"):
                 beyond = np.flatnonzero(seen > limits).tolist()
-            clipped += [
-                Clipped(group.names[at], label_part(source), float(seen[at]), float(limits[at])) for at in beyond
-            ]
-    return sorted(clipped, key=lambda clip: clip.limit / clip.range)
+            for at in beyond:
+                yield Clipped(group.names[at], label_part(source), float(seen[at]), float(limits[at]))
 
 
 def _group_nodes(left: Inventory[RangeShape], right: Inventory[RangeShape]) -> Iterator[_Group]:
@@ -188,29 +199,18 @@ def _pair_parts(
     group: _Group, left: Inventory[RangeShape], right: Inventory[RangeShape], read_only: bool
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
     """Yield each part that both sides have: its name, where its numbers start on either side, and its channels."""
-    one, other = map(_locate, group.shapes)
-    op = find_op(group.kind, group.shapes[0])
-    told, sources = list_read(group.kind, group.shapes[0]), find_sources(op, group.shapes[0])[0]
+    one, other = map(locate_parts, group.shapes)
+    op, read = find_op(group.kind, group.shapes[0]), list_read(group.kind, group.shapes[0])
     for part, (offset, channels) in one.items():
-        if part not in other or other[part][1] != channels or (read_only and part not in told):
-            continue
-        is_expert = op is Op.DYNAMIC_MOE and part in map(label_part, sources[len(group.shapes[0].inputs) :])
-        label = "outputs[1:]" if is_expert and read_only else part
-        yield label, left.starts[group.left] + offset, right.starts[group.right] + other[part][0], channels
+        if part in other and other[part][1] == channels and not (read_only and label_part(part) not in read):
+            starts = left.starts[group.left] + offset, right.starts[group.right] + other[part][0]
+            yield _name_part(op, part), *starts, channels
 
 
-def _locate(shape: RangeShape) -> dict[str, tuple[int, int]]:
-    """Return where the numbers of each part start in a node, and how many channels it has."""
-    labels = [
-        *(f"inputs[{index}]" for index in range(len(shape.inputs))),
-        *(f"outputs[{index}]" for index in range(len(shape.outputs or ()))),
-        *(["weight"] if shape.weight is not None else []),
-    ]
-    places, offset = {}, 0
-    for label, channels in zip(labels, shape.channels, strict=True):
-        places[label] = offset, channels
-        offset += channels
-    return places
+def _name_part(op: Op, part: Part) -> str:
+    """Return what a part is called; all experts of a fused op are one."""
+    kind, index = part
+    return f"{kind}[1:]" if op is Op.DYNAMIC_MOE and index else label_part(part)
 
 
 def _summarize(kind: str, part: str, left: np.ndarray, right: np.ndarray) -> Change:

@@ -28,8 +28,18 @@ from gaudi_calib.errors import ConfigError, IdleExpertError, RangeError
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.layer_types import find_layer_type, is_expert_matmul
 from gaudi_calib.ranges.node import Node, Op, PerChannelWeight, RankSet, ScaleNode, find_op
-from gaudi_calib.ranges.sources import Part, find_sources, label_part
-from gaudi_calib.ranges.table import Inventory, RangeShape, RangeTable, ScaleShape, ScaleTable, tabulate_ranges
+from gaudi_calib.ranges.sources import find_sources, list_experts
+from gaudi_calib.ranges.table import (
+    Inventory,
+    Part,
+    RangeShape,
+    RangeTable,
+    ScaleShape,
+    ScaleTable,
+    label_part,
+    locate_parts,
+    tabulate_ranges,
+)
 from gaudi_calib.scales.optimal import choose_tensor_scale
 from gaudi_calib.scales.precision import FP32, PRECISIONS, Precision
 from gaudi_calib.scales.rounding import round_scales
@@ -229,8 +239,8 @@ def _scale_parts(
         name, label = alike.names[alike.rows[node]], label_part(parts[part])
         raise _bad_range(name, label, found, int(bad.sum()), formats.precision)
     scales = scale_ranges(ranges, rule, *formats)
-    is_expert = np.array([alike.op is Op.DYNAMIC_MOE and kind == "outputs" and place > 0 for kind, place in parts])
-    idle = (scales == 0) & (ranges == 0) & is_expert
+    experts = set(list_experts(alike.op, alike.shape))
+    idle = (scales == 0) & (ranges == 0) & np.array([part in experts for part in parts])
     if idle.any() and not allows_idle:
         node = int(idle.any(axis=1).argmax())
         raise _idle_experts(alike.names[alike.rows[node]], int(idle.sum()), int(idle.any(axis=1).sum()))
@@ -243,13 +253,7 @@ def _scale_parts(
 
 def _take_ranges(alike: _Class, parts: Sequence[Part], measured: RangeTable) -> np.ndarray:
     """Return the largest channel of each range: float32, shape (nodes, parts)."""
-    places: dict[Part, tuple[int, int]] = {}
-    offset = 0
-    for kind, counts in (("inputs", alike.shape.inputs), ("outputs", alike.shape.outputs or ())):
-        for index, channels in enumerate(counts):
-            places[kind, index] = (offset, channels)
-            offset += channels
-    places["weight", 0] = (offset, alike.shape.weight or 0)
+    places = locate_parts(alike.shape)
     missing = next((part for part in parts if places.get(part, (0, 0))[1] == 0), None)
     if missing is not None:
         raise RangeError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gaudi_calib.config.methods import TensorScaling
-from gaudi_calib.config.model import QuantConfig, get_scales_device
+from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.errors import Finding
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.convergence import Convergence
@@ -46,15 +46,12 @@ def find_unsettled(convergence: Convergence, config: QuantConfig, device: Device
 
     Args:
         config: the QUANTIZE config: its lists say which nodes count, its methods how scales follow.
-        device: the device that will serve.
-
-    Raises:
-        ConfigError: `device_for_scales` of the config cannot be used.
+        device: whose FP8 range and free scales apply.
     """
     ranges = list(_list_ranges(convergence, config)) if config.uses_stats_files else []
     last = math.ceil(convergence.samples / _PARTS)
     before, precision = convergence.samples - last, PRECISIONS[config.hp_dtype]
-    growing = _find_growing(ranges, before, get_scales_device(config, device), precision)
+    growing = _find_growing(ranges, before, device, precision)
     findings = []
     if len(growing) > _MOST_GROWING * len(ranges):
         findings.append(_describe_growing(growing, len(ranges), last, convergence.samples))

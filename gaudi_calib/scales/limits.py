@@ -8,9 +8,9 @@ from gaudi_calib.config.methods import MethodTable, TensorScaling
 from gaudi_calib.errors import Finding
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.layer_types import find_layer_type, is_expert_matmul
-from gaudi_calib.ranges.node import Node, Op, RankSet, find_op
-from gaudi_calib.ranges.sources import list_read
-from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
+from gaudi_calib.ranges.node import Node, RankSet, find_op
+from gaudi_calib.ranges.sources import list_experts, list_read
+from gaudi_calib.ranges.table import RangeTable, label_part, tabulate_ranges
 
 _SHOWN = 5
 
@@ -73,7 +73,7 @@ def _find_rule(table: RangeTable, name: str, part: str, method: MethodTable) -> 
     rules = method.for_node(name, find_layer_type(name, op))
     if part == "weight":
         return None if rules.weight.is_fixed else rules.weight
-    is_expert = op is Op.DYNAMIC_MOE and part not in ("inputs[0]", "outputs[0]")
+    is_expert = part in map(label_part, list_experts(op, shape))
     is_made_up = is_expert_matmul(name) and part == "inputs[0]"
     if part not in list_read(name, shape) or rules.activation.is_fixed or is_expert or is_made_up:
         return None

@@ -53,6 +53,22 @@ def test_a_calibration_does_not_differ_from_itself(capsys: pytest.CaptureFixture
     assert found["methods"] == ["maxabs_hw, stored", "maxabs_hw, stored"]
 
 
+def test_scales_that_are_npz_alone_are_stored(capsys: pytest.CaptureFixture):
+    """INC reads nothing else, so a directory may hold nothing else."""
+    place = REAL / "mixtral-8x7b"
+    assert diff(capsys, place, place, "--device", "g3")[1]["methods"] == ["maxabs_hw, stored"] * 2
+
+
+def test_one_of_several_measurements_is_asked_for(capsys: pytest.CaptureFixture):
+    """The option that the error names is taken."""
+    place = str(REAL / "llama-4-maverick-ep8")
+    assert main(["diff", str(REAL / "llama-4-maverick"), place]) == 1
+    assert "--dump inc_measure_output" in capsys.readouterr().err
+    assert main(["diff", str(REAL / "llama-4-maverick"), place, "--dump", "inc_measure_output"]) == 1
+    assert "no ranges of rank 2 of 8" in capsys.readouterr().err
+    assert diff(capsys, place, place, "-u", "--dump", "inc_measure_output")[0] == 0
+
+
 def test_worlds_are_brought_to_the_coarser_one(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Eight ranks against one: the eight are unified, the medians are those of two runs of one model."""
     for world in (1, 8):

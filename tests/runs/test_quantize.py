@@ -10,14 +10,20 @@ import pytest
 
 from gaudi_calib.cli.main import main
 from gaudi_calib.directory import CalibrationDir
+from gaudi_calib.fp8 import GAUDI2
+from gaudi_calib.layout import MANIFEST_NAME
+from gaudi_calib.manifest import record_run
+from gaudi_calib.ranges.table import tabulate_scales
 from gaudi_calib.rankfiles.store import read_ranges, read_scales
 from gaudi_calib.runs.quantize import Scaling, quantize_dir
+from gaudi_calib.scales.compute import compute_scales
 from tests.support.files import snapshot
 from tests.support.fixes import find_advised
 from tests.support.paths import GOLDEN
 from tests.support.topologies import make_ranks, write_world
 
 REAL = GOLDEN / "real"
+ARBITRARY = "MAXABS_ARBITRARY"
 
 
 @pytest.fixture
@@ -151,6 +157,21 @@ def test_the_config_beside_it_says_how(measured: Path, capsys: pytest.CaptureFix
     ]
     name = next(name for name in scales if name.endswith("k_cache"))
     assert scales[name].inputs[0] == 2.0 ** np.ceil(np.log2(ranges[name].inputs[0][0] / 240))
+
+
+def test_without_a_config_scales_are_in_what_was_measured(measured: Path):
+    """A run that only measured, for a model that is served in float16, has scales that bfloat16 cannot hold."""
+    with record_run(measured / MANIFEST_NAME, device="g2", dtype="float16") as record:
+        record.update(files=CalibrationDir(measured).hash_files())
+    quantize_dir(measured, scaling=Scaling(method="maxabs_arbitrary"))
+    (ranges,), scales = CalibrationDir(measured).read_world(2)[:1], CalibrationDir(measured).find_scales(2, ARBITRARY)
+    expected = compute_scales(ranges, ARBITRARY, GAUDI2, weights=lambda _: None, hp_dtype="FP16")
+    assert (
+        tabulate_scales(read_scales(scales[0]).nodes).numbers.tolist()
+        == tabulate_scales(expected.nodes).numbers.tolist()
+    )
+    origins = CalibrationDir(measured).manifest.scales.values()
+    assert {origin.settings["hp_dtype"] for origin in origins} == {"FP16"}
 
 
 def test_another_method_than_the_config_serves_with(measured: Path, caplog: pytest.LogCaptureFixture):

@@ -125,16 +125,15 @@ def test_commands_take_them(
         assert main([*line, "-o", str(out)]) == code
         assert snapshot(source) == before and out.exists() is (code == 0)
     assert main(line) == code
-    assert told in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert told in printed.err
+    written = {Path(path): parse_rank_file(Path(path).name) for path in printed.out.split()}
     if code:
-        assert snapshot(source) == before
+        assert snapshot(source) == before and not written
     else:
-        assert all(path.with_suffix(".npz").is_file() for path in find_written(source if "-o" not in words else out))
-
-
-def find_written(directory: Path) -> list[Path]:
-    files = {path: parse_rank_file(path.name) for path in directory.glob("*.json")}
-    return [path for path, file in files.items() if file and file.is_ranges and path.with_suffix(".npz").exists()]
+        ranges = {path for path, file in written.items() if file and file.is_ranges}
+        assert ranges and {path.with_suffix(end) for path in ranges for end in (".json", ".npz")} == ranges
+        assert all(path.is_file() for path in written)
 
 
 def test_ops_are_told_by_their_names_of_any_age():

@@ -73,6 +73,17 @@ def test_experts_are_one_part_and_nodes_go_by_their_ageless_names():
     assert (experts.numbers, experts.differing, experts.least) == (2, 1, 0.5)
 
 
+def test_scales_of_experts_are_one_part():
+    """As their ranges are: 256 experts are one line."""
+    scales = [
+        flatten_scales(tabulate_scales({"mlp.experts.moe_op": ScaleNode((1.0, 1.0, last), (1.0,))}))
+        for last in (1.0, 2.0)
+    ]
+    changes = compare_tables(scales[:1], scales[1:], read_only=False)
+    assert [change.part for change in changes] == ["inputs[0]", "inputs[1:]", "outputs[0]"]
+    assert find(changes, "moe_op", "inputs[1:]").numbers == 2
+
+
 def test_an_output_that_one_side_measured_is_passed_over():
     """`measure_exclude: NONE` against the default: inputs and weights are compared."""
     left, right = [table(qkv_proj=([1.0], [7.0], 1.0))], [table(qkv_proj=([1.0], None, 1.0))]
@@ -102,5 +113,5 @@ def test_what_scales_clip_is_what_exceeds_fullscale(factor: float):
     }
     scales = compute_scales(RankSet(0, 1, nodes), "MAXABS_ARBITRARY", GAUDI3, weights=lambda _: None)
     seen = {**nodes, f"{ATTENTION}matmul_qk": Node((np.array([2.0 * factor], np.float32), np.array([1.0], np.float32)))}
-    clipped = find_clipped(tabulate_ranges(seen), flatten_scales(tabulate_scales(scales.nodes)), GAUDI3)
+    clipped = find_clipped([tabulate_ranges(seen)], [flatten_scales(tabulate_scales(scales.nodes))], GAUDI3)
     assert [(clip.part, clip.range) for clip in clipped] == ([("inputs[0]", 9.0)] if factor > 4 else [])

@@ -181,7 +181,8 @@ def move_away(run: Calibrated) -> None:
     [
         (remove("inc_output_hooks_maxabs_1_2.npz"), FileError, "ranges of a rank are missing", "quantize"),
         (remove("*MAXABS_HW_1_2.npz"), FileError, "scales of a rank are missing: .*HW_1_2.npz", "quantize"),
-        (remove("*_2.npz"), FileError, "no files for 2 ranks", "reshard .*model -t 2 .*serve with -t 1"),
+        (remove("*_2.npz"), FileError, "no files for 2 ranks", "quantize .* -t 2 .*serve with -t 1"),
+        (remove("*_2.*"), FileError, "no files for 2 ranks", "reshard .*model -t 2 .*serve with -t 1"),
         (change_ranges, FileError, "maxabs_1_2.npz is not the file that the run wrote", "reshard .*model -t 2"),
         (change_backoff, FileError, "stale", "quantize"),
         (break_config, ConfigError, r"not valid JSON \(line 1, column 2\)", "correct that line"),
@@ -190,7 +191,7 @@ def move_away(run: Calibrated) -> None:
         (move_away, FileError, "directory of ranges and scales", "copy g3 beside .*maxabs_quant_g3.json"),
         (lambda run: run.config("g3").unlink(), ConfigError, "cannot read", "QUANT_CONFIG"),
     ],
-    ids=["ranges", "scales", "world", "stale", "settings", "json", "measure", "failed", "moved", "absent"],
+    ids=["ranges", "scales", "npz", "world", "stale", "settings", "json", "measure", "failed", "moved", "absent"],
 )
 def test_a_broken_calibration_is_refused(damage, kind, what, fix, run):
     """Each is told before vLLM starts, with what to run."""

@@ -121,5 +121,5 @@ def _check_support(config: QuantConfig, path: Path) -> None:
             f"measure_exclude {config.measure_exclude} is not supported by quantization gaudi_fp8",
             where=path,
             why="it measures only the outputs that scales are computed from",
-            fix="leave measure_exclude out, or measure with `gaudi-calib measure --engine torch`",
+            fix="leave measure_exclude out, or measure with --engine torch",
         )

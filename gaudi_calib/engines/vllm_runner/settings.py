@@ -13,7 +13,7 @@ from pathlib import Path
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.engines import QUANTIZATION
 from gaudi_calib.models.families import Family
-from gaudi_calib.ranges.node import Op, classify
+from gaudi_calib.ranges.node import Op, find_op_by_name
 
 # Cards of one Gaudi node; more ranks need Ray.
 NODE_CARDS = 8
@@ -110,8 +110,7 @@ def plan_settings(platform: str, config: QuantConfig, quant_config: Path, deploy
 
 def _list_caches(modules: Sequence[str]) -> list[str] | None:
     """Return the KV caches among `modules`; None where no module is known."""
-    ops = {name: classify(name.rpartition(".")[2], None, has_weight=False) for name in modules}
-    return [name for name, op in ops.items() if op is Op.KV_CACHE] if modules else None
+    return [name for name in modules if find_op_by_name(name) is Op.KV_CACHE] if modules else None
 
 
 def bind_cpus(world: int, environ: Mapping[str, str]) -> dict[str, str]:
