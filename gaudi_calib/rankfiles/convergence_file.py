@@ -71,6 +71,7 @@ def _read_progress(told: dict[str, Any], samples: int) -> Progress:
         if not (before[0] < move[0] < samples and before[1] < move[1] < float("inf")):
             raise ValueError(f"a maximum moves from {before} to {move}")
         before = move
-    if not moves:
-        raise ValueError("a maximum never moves")
-    return Progress(moves, float(told["median"]))
+    median = float(told["median"])
+    if not moves or not 0 <= median <= before[1]:
+        raise ValueError(f"a maximum of {before[1]} has the median {median}")
+    return Progress(moves, median)

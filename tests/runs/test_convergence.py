@@ -120,12 +120,21 @@ DAMAGES = {
     "no samples": lambda record: json.dumps({**record, "samples": None}),
     "origins of others": lambda record: json.dumps({**record, "origins": ["a"]}),
     "nodes of nothing": lambda record: json.dumps({**record, "nodes": [1]}),
-    "no moves": lambda record: json.dumps({**record, "nodes": {"lm_head": {"inputs[0]": {"median": 1, "moves": []}}}}),
     **{
-        f"moves {moves}": lambda record, moves=moves: json.dumps(
-            {**record, "nodes": {"lm_head": {"inputs[0]": {"median": 1, "moves": moves}}}}
+        f"median {median}, moves {moves}": lambda record, median=median, moves=moves: json.dumps(
+            {**record, "nodes": {"lm_head": {"inputs[0]": {"median": median, "moves": moves}}}}
         )
-        for moves in ([[9, 1.0]], [[-1, 1.0]], [[3, 2.0], [1, 4.0]], [[0, 2.0], [1, 1.0]], [[0, float("nan")]], [[0]])
+        for median, moves in [
+            (1, []),
+            (1, [[9, 1.0]]),
+            (1, [[-1, 1.0]]),
+            (1, [[3, 2.0], [1, 4.0]]),
+            (1, [[0, 2.0], [1, 1.0]]),
+            (1, [[0, float("nan")]]),
+            (1, [[0]]),
+            (float("nan"), [[0, 1.0]]),
+            (-1, [[0, 1.0]]),
+        ]
     },
 }
 
