@@ -23,7 +23,7 @@ from gaudi_calib.advice import UNKNOWN_MODEL, Advice
 from gaudi_calib.errors import FileError, UsageError
 from gaudi_calib.files import hash_bytes, hash_file
 from gaudi_calib.fp8 import DEVICES, Device
-from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, DeviceLayout, list_rank_files
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, CONVERGENCE_NAME, MANIFEST_NAME, DeviceLayout, list_rank_files
 from gaudi_calib.provenance import StaleFile, find_changed, find_stale, follow_channels, hash_paths
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rank_directory import RankDirectory
@@ -104,6 +104,11 @@ class CalibrationDir(RankDirectory):
     def channel_file(self) -> Path:
         """Where the run's channel ranges are, if it has any."""
         return self.path.resolve().parent / CHANNEL_RANGES_NAME
+
+    @property
+    def convergence_file(self) -> Path:
+        """Where the run says how its ranges came about, if it does."""
+        return self.channel_file.with_name(CONVERGENCE_NAME)
 
     @cached_property
     def origin(self) -> "Manifest | None":

@@ -4,6 +4,7 @@
       maxabs_measure_<device>.json                     config of the MEASURE phase
       maxabs_quant_<device>.json                       config of the QUANTIZE phase (QUANT_CONFIG)
       channel_ranges.safetensors                       torch engine: per-channel ranges at TP 1
+      convergence.json                                 torch engine: which samples raised them
       <device>/
         inc_output_hooks_maxabs_<rank>_<world>.json|.npz            ranges
         inc_output_hooks_maxabs_<rank>_<world>_mod_list.json        patched modules
@@ -26,6 +27,7 @@ from gaudi_calib.files import expand_path
 DUMP_NAME = "inc_output"
 MANIFEST_NAME = "calibration_manifest.json"
 CHANNEL_RANGES_NAME = "channel_ranges.safetensors"
+CONVERGENCE_NAME = "convergence.json"
 TENSORS_NAME = "tensors"
 
 _RANK_FILE = re.compile(
@@ -192,6 +194,10 @@ class RunLayout:
     @property
     def channel_ranges(self) -> Path:
         return self.root / CHANNEL_RANGES_NAME
+
+    @property
+    def convergence(self) -> Path:
+        return self.root / CONVERGENCE_NAME
 
     def device(self, name: str) -> DeviceLayout:
         """Paths of the files for one device."""

@@ -30,6 +30,9 @@ from gaudi_calib.models.source import find_model
 
 _log = logging.getLogger(__name__)
 
+# Token ids of a prompt, and the row it was made of.
+_Made = tuple[list[int], str]
+
 
 @dataclass
 class Part:
@@ -61,11 +64,13 @@ class Prompts:
         token_ids: one list of ids per prompt; none is empty.
         parts: the datasets they come from.
         skipped: rows left out because they cannot be used.
+        origins: the row each prompt comes from, as errors name it.
     """
 
     token_ids: list[list[int]]
     parts: Sequence[Part] = ()
     skipped: int = 0
+    origins: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -257,23 +262,23 @@ def prepare_prompts(
         for each_rows in rows:
             random.Random(seed).shuffle(each_rows)
     streams = [_make_prompts(recipe, *pair, bad_rows) for pair in zip(rows, parts, strict=True)]
-    token_ids = list(_mix(streams, parts, limit))
-    bad_rows.require_few(usable=bool(token_ids))
-    prompts = Prompts(token_ids, parts, bad_rows.count)
+    made = list(_mix(streams, parts, limit))
+    bad_rows.require_few(usable=bool(made))
+    prompts = Prompts([ids for ids, _ in made], parts, bad_rows.count, [origin for _, origin in made])
     _check_number(prompts, limit, min_tokens)
     return prompts
 
 
-def _make_prompts(recipe: _Recipe, rows: Iterable[Row], part: Part, bad_rows: BadRows) -> Iterator[list[int]]:
+def _make_prompts(recipe: _Recipe, rows: Iterable[Row], part: Part, bad_rows: BadRows) -> Iterator[_Made]:
     for row in rows:
         ids = None
         with bad_rows.left_out():
             ids = recipe.make_prompt(row, part)
         if ids is not None:
-            yield ids
+            yield ids, row.where
 
 
-def _mix(streams: Sequence[Iterator[list[int]]], parts: Sequence[Part], limit: int | None) -> Iterator[list[int]]:
+def _mix(streams: Sequence[Iterator[_Made]], parts: Sequence[Part], limit: int | None) -> Iterator[_Made]:
     """Yield the prompts of several datasets: one after another, or a sample in which each has its share."""
     sizes = [part.rows for part in parts]
     weights = [part.dataset.weight for part in parts if part.dataset.weight is not None]

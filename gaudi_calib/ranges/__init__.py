@@ -11,4 +11,5 @@ experts             where a rank's experts are, and which of them another rank g
 unify, merge        ranks into fewer or more ranks; several runs into one
 kvcache             cache ranges into the attention matmuls
 coverage            how many tokens each expert saw
+progress, convergence  which samples raised the maximum of a tensor; of all that scales come from
 """

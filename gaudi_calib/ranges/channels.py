@@ -16,6 +16,7 @@ import numpy as np
 from gaudi_calib.errors import RangeError, TopologyError
 from gaudi_calib.ranges.bf16 import round_to_bf16
 from gaudi_calib.ranges.node import OPTIONAL_OUTPUTS, Op
+from gaudi_calib.ranges.progress import Progress
 from gaudi_calib.ranges.topology import Axis, Topology
 
 
@@ -33,6 +34,8 @@ class ExpertChannels:
         routing: largest sum of one token's routing weights.
         bias: largest magnitude of the down projections' biases, 0 without any.
         outputs: topology key -> float32, shape (world,): largest magnitude of the sum that each rank computes.
+        progress: by number of the fused op's output at world 1, 0 the sum and 1 + i expert i: how its range came
+            about, where that was observed; without what was sent to experts because they were cold.
     """
 
     intermediate: np.ndarray
@@ -43,6 +46,7 @@ class ExpertChannels:
     routing: float = 1.0
     bias: float = 0.0
     outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    progress: Mapping[int, Progress] | None = None
 
     @property
     def count(self) -> int:
@@ -99,10 +103,12 @@ class ChannelRange:
     Attributes:
         values: float32, shape (channels,), not rounded to bf16.
         axis: how ranks split it.
+        progress: how the largest of all channels came about, where that was observed.
     """
 
     values: np.ndarray
     axis: Axis = field(default_factory=Axis)
+    progress: Progress | None = None
 
     def over_rank(self, rank: int, world: int) -> float:
         """The largest value among the channels of `rank`."""

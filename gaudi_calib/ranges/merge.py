@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 # Fields that the model decides, whatever data it sees.
 _OF_THE_MODEL = {"op", "axis", "weight", "gate_up", "down", "bias"}
+# Fields that count the samples of one run, and mean nothing in the order of several.
+_OF_ONE_RUN = {"progress"}
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,9 @@ def _combine(part: str, values: Sequence[Any], place: _Place, *, equal: bool) ->
         return replace(
             first,
             **{
-                field.name: _combine(
+                field.name: None
+                if field.name in _OF_ONE_RUN
+                else _combine(
                     f"{part} {field.name}".strip(),
                     [getattr(value, field.name) for value in values],
                     place,

@@ -7,4 +7,5 @@ pickle_form   the pickle in the npz, likewise
 npz           the archive around it
 background    files written while the next content is made
 channel_file  `channel_ranges.safetensors`
+convergence_file  `convergence.json`
 """

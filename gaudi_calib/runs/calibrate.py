@@ -84,7 +84,8 @@ def list_files(options: RunOptions) -> list[Path]:
     """
     options = settle_engine(options)
     run = Run(options, serves=True)
-    paths = [run.layout.channel_ranges] if run.needs_ranges and options.engine != "vllm" else []
+    has_channels = run.needs_ranges and options.engine != "vllm"
+    paths = [run.layout.channel_ranges, run.layout.convergence] if has_channels else []
     for target in run.targets:
         paths.append(target.quant_path)
         if not run.needs_ranges:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from gaudi_calib.errors import Finding
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.runs.recipe import Recipe
 from gaudi_calib.runs.run import Run
@@ -20,5 +21,10 @@ def warn_of_limits(run: Run) -> None:
 
 def describe_limits(ranks: Iterable[RankSet[Node]], recipe: Recipe) -> list[str]:
     """Return what is to be said of ranges that make bad scales; see `find_limits`."""
-    findings = find_limits(ranks, recipe.table, recipe.scales_device)
-    return [f"{found.what} ({found.where}): {found.why}. {str(found.fix).capitalize()}" for found in findings]
+    return list(map(describe_finding, find_limits(ranks, recipe.table, recipe.scales_device)))
+
+
+def describe_finding(found: Finding) -> str:
+    """Return a finding that says why and what to do as one line."""
+    fix = str(found.fix)
+    return f"{found.what} ({found.where}): {found.why}. {fix[0].upper()}{fix[1:]}"

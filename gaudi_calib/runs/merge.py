@@ -18,7 +18,7 @@ from gaudi_calib.directory import CalibrationDir, list_devices
 from gaudi_calib.errors import FileError, ModelError, UsageError
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES
-from gaudi_calib.layout import CHANNEL_RANGES_NAME, MANIFEST_NAME, RankFile, list_rank_files
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, CONVERGENCE_NAME, MANIFEST_NAME, RankFile, list_rank_files
 from gaudi_calib.manifest import Manifest, WorldFacts, record_run
 from gaudi_calib.moved import warn_of_move
 from gaudi_calib.ranges.channels import ChannelRanges
@@ -333,7 +333,7 @@ def _join_worlds(told: Iterable[WorldFacts | None]) -> WorldFacts:
 
 def _find_stale(out: Path, written: Iterable[Path], dump: str | None, *, is_device_dir: bool) -> list[Path]:
     """Return what the merged ranges make stale."""
-    old = [out / CHANNEL_RANGES_NAME]
+    old = [out / CHANNEL_RANGES_NAME, out / CONVERGENCE_NAME]
     for directory in (out,) if is_device_dir else (out / device for device in DEVICES):
         old += CalibrationDir(directory, dump=dump).files
     return [path for path in sorted(set(old) - set(written)) if path.is_file()]

@@ -26,6 +26,7 @@ from gaudi_calib.manifest import ModelFacts, PresetFacts, Record, WorldFacts, re
 from gaudi_calib.models.field import list_idle
 from gaudi_calib.models.source import download_model
 from gaudi_calib.ranges.channels import ChannelRanges
+from gaudi_calib.ranges.convergence import Convergence
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.topology import Topology
 from gaudi_calib.ranges.unify import gather_world
@@ -133,7 +134,7 @@ class Run:
         plan: nodes of the model.
         targets: one per device that will serve.
         staging: where steps write; renamed into the run directory at the end.
-        prompts, channels: results of the steps before.
+        prompts, channels, convergence: results of the steps before.
     """
 
     def __init__(self, options: RunOptions, *, serves: bool, fresh: bool = True):
@@ -175,6 +176,7 @@ class Run:
         self.staging = Path()
         self.prompts: Prompts | None = None
         self.channels: ChannelRanges | None = None
+        self.convergence: Convergence | None = None
 
     @cached_property
     def expert_parallel(self) -> bool:
@@ -384,8 +386,9 @@ class Run:
         replaced: list[Path] = []
         if not (self.fresh and any(target.ranges for target in self.targets)):
             return replaced
-        if self.channels is None and self.layout.channel_ranges.is_file():
-            replaced.append(self.layout.channel_ranges)
+        if self.channels is None:
+            of_channels = (self.layout.channel_ranges, self.layout.convergence)
+            replaced += [path for path in of_channels if path.is_file()]
         for target in self.targets:
             old = [*list_rank_files(target.layout.directory)]
             if not self.serves and target.preset.replaces and target.layout.quant_config.is_file():

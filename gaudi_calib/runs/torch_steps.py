@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gaudi_calib.errors import ConfigError, FileError, RangeError, UsageError
-from gaudi_calib.files import show_size
-from gaudi_calib.layout import CHANNEL_RANGES_NAME
+from gaudi_calib.files import hash_file, show_size
+from gaudi_calib.layout import CHANNEL_RANGES_NAME, CONVERGENCE_NAME
 from gaudi_calib.ranges.channels import ChannelRanges
+from gaudi_calib.ranges.convergence import gather_convergence
 from gaudi_calib.ranges.coverage import count_coverage, describe_coverage, list_cold, suggest_data
 from gaudi_calib.ranges.derive import derive_world
 from gaudi_calib.rankfiles.channel_file import write_channel_ranges
+from gaudi_calib.rankfiles.convergence_file import write_convergence
 from gaudi_calib.rankfiles.store import write_rank_sets
+from gaudi_calib.runs.convergence import warn_of_convergence
 from gaudi_calib.runs.limits import warn_of_limits
 from gaudi_calib.runs.reshard import describe_bounds
 from gaudi_calib.runs.run import Run, Target
@@ -61,7 +64,10 @@ def measure_model(run: Run) -> None:
             on_progress=show,
         )
     _cover_experts(run, run.channels, run.prompts.token_count)
-    write_channel_ranges(run.staging / CHANNEL_RANGES_NAME, run.channels)
+    channel_file = run.staging / CHANNEL_RANGES_NAME
+    write_channel_ranges(channel_file, run.channels)
+    run.convergence = gather_convergence(run.channels, run.prompts.origins)
+    write_convergence(run.staging / CONVERGENCE_NAME, run.convergence, hash_file(channel_file))
 
 
 def require_savable(run: Run) -> None:
@@ -182,6 +188,7 @@ def derive_ranks(run: Run) -> None:
         for world in run.options.worlds:
             derive_target(run, run.channels, target, world)
     warn_of_limits(run)
+    warn_of_convergence(run)
 
 
 def derive_target(run: Run, channels: ChannelRanges, target: Target, world: int) -> None:

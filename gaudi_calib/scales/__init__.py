@@ -8,4 +8,5 @@ precision   the arithmetic all of it runs in (`hp_dtype`)
 cast        the FP8 cast
 limits      ranges that make bad scales
 compare     two sets of ranges or scales, number by number
+convergence ranges that the data has not settled
 """

@@ -40,7 +40,7 @@ def find_limits(ranks: Iterable[RankSet[Node]], method: MethodTable, device: Dev
     if zero:
         findings.append(
             Finding(
-                _name_first(zero),
+                name_first(zero),
                 f"ranges of 0: {len(zero)}",
                 "the module saw nothing but zeros, or its weight is all zeros; a hardware-aligned scale then destroys "
                 "what comes when serving, other methods have none",
@@ -50,7 +50,7 @@ def find_limits(ranks: Iterable[RankSet[Node]], method: MethodTable, device: Dev
     if saturated:
         findings.append(
             Finding(
-                _name_first(saturated),
+                name_first(saturated),
                 f"ranges beyond {device.largest_range:g}, the most that {device.name} scales at no cost: "
                 f"{len(saturated)}",
                 f"larger values are clipped: the scale stays at {max(device.free_scales):g}, its largest",
@@ -80,6 +80,7 @@ def _find_rule(table: RangeTable, name: str, part: str, method: MethodTable) -> 
     return rules.activation
 
 
-def _name_first(names: Iterable[str]) -> str:
+def name_first(names: Iterable[str], separator: str = ", ") -> str:
+    """Return the first few names, and whether there are more."""
     shown = list(names)
-    return ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")
+    return separator.join(shown[:_SHOWN]) + (f"{separator}..." if len(shown) > _SHOWN else "")

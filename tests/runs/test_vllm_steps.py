@@ -133,11 +133,11 @@ def test_the_engine_gets_the_variables_of_the_preset(cards, tmp_path):
 
 
 def test_measurement_of_another_engine_is_set_aside(cards, tmp_path):
-    """Ranges by channel of an earlier torch run would contradict the new ones: they are kept, elsewhere."""
+    """Ranges by channel of an earlier torch run, and how they came about, would contradict the new ones."""
     calibrate(options(tmp_path, engine="torch", world=4, devices=("g2",)))
     result = measure(options(tmp_path))
-    assert not (result.root / "channel_ranges.safetensors").exists()
-    assert list(result.root.rglob("channel_ranges.safetensors")) != []
+    for name in ("channel_ranges.safetensors", "convergence.json"):
+        assert [path.parent for path in result.root.rglob(name)] == [result.root / "replaced"]
     assert set(CalibrationDir(result.root / "g2").worlds) == {2}
 
 

@@ -32,6 +32,16 @@ class AttentionRanges:
         """Take in magnitudes of a tensor, shape (heads,)."""
         self.peaks.setdefault(name, Peak()).take(values)
 
+    def take_samples(self, name: str, values: torch.Tensor) -> None:
+        """Take in magnitudes of a tensor in each of the samples that follow, shape (samples, heads)."""
+        self.peaks.setdefault(name, Peak()).take_samples(values)
+
+    def take_sample(self, seen: "AttentionRanges") -> None:
+        """Take in what was seen of one sample, the one that follows."""
+        for name, peak in seen.peaks.items():
+            assert peak.values is not None
+            self.take_samples(name, peak.values[None])
+
 
 @dataclass(frozen=True)
 class Scoring:

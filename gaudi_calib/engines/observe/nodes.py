@@ -26,12 +26,16 @@ def attention_nodes(plan: ModelPlan, layer: int, seen: AttentionRanges) -> dict[
 
     def per_head(name: str) -> ChannelRange:
         axis = plan.kv_axis if name in ("k", "v") else heads
-        return ChannelRange(seen.peaks[name].to_array(), Axis() if name in ("latent", "latent_v") else axis)
+        peak = seen.peaks[name]
+        return ChannelRange(peak.to_array(), Axis() if name in ("latent", "latent_v") else axis, peak.to_progress())
+
+    def scale(values: np.ndarray) -> np.ndarray:
+        return round_to_bf16(round_to_bf16(values) * np.float32(seen.scale))
 
     latent = plan.layout.attention.latent
     query, key, value, out = (per_head(name) for name in ("q", "k", "v", "out"))
     decoded = per_head("latent_q") if latent else query
-    scaled = ChannelRange(round_to_bf16(round_to_bf16(decoded.values) * np.float32(seen.scale)), heads)
+    scaled = ChannelRange(scale(decoded.values), heads, decoded.progress and decoded.progress.map(scale))
     averaged = per_head("latent_out") if latent else out
     sums, probability, weight = (per_head(name) for name in ("softmax_sum", "probability", "weight"))
     ones = ChannelRange(np.ones(1, dtype=np.float32), Axis())

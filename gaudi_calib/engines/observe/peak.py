@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from gaudi_calib.ranges.bf16 import round_to_bf16
+from gaudi_calib.ranges.progress import Progress, follow_maximum
 
 
 def max_magnitude(x: torch.Tensor, dims: int | tuple[int, ...] | None = None) -> torch.Tensor:
@@ -25,7 +26,7 @@ def max_magnitude(x: torch.Tensor, dims: int | tuple[int, ...] | None = None) ->
 
 def max_per_head(x: torch.Tensor) -> torch.Tensor:
     """Return the largest magnitude per head of (heads, tokens, dim), whichever way it lies in memory."""
-    if x.is_contiguous():
+    if x.stride(0) > x.stride(1):
         return max_magnitude(x, (1, 2))
     by_channel = max_magnitude(x.transpose(0, 1).flatten(1), 0)
     return by_channel.unflatten(0, (x.shape[0], -1)).amax(1)
@@ -36,10 +37,13 @@ class Peak:
 
     Attributes:
         values: float32, as many as each tensor gives; None before the first.
+        samples: float32, the largest of each sample in their order, a batch of them at a time, where they are
+            taken one by one.
     """
 
     def __init__(self) -> None:
         self.values: torch.Tensor | None = None
+        self.samples: list[torch.Tensor] = []
 
     @property
     def is_seen(self) -> bool:
@@ -60,13 +64,23 @@ class Peak:
         values = values.float()
         self.values = values if self.values is None else torch.maximum(self.values, values)
 
+    def take_samples(self, values: torch.Tensor) -> None:
+        """Take in magnitudes of the samples that follow those before, shape (samples, magnitudes of each)."""
+        self.take(values.amax(0))
+        self.samples.append(values.amax(1).float())
+
     def reset(self) -> None:
         """Forget everything."""
         self.values = None
+        self.samples.clear()
 
     def to_array(self) -> np.ndarray:
         """Return the magnitudes as float32, shape (channels,) or (1,); 0 where nothing was seen."""
         return np.zeros(1, dtype=np.float32) if self.values is None else np.atleast_1d(self.values.cpu().numpy())
+
+    def to_progress(self) -> Progress | None:
+        """Return how the largest came about, None where samples were not taken one by one."""
+        return follow_maximum(torch.cat(self.samples).cpu().numpy()) if self.samples else None
 
     def to_range(self) -> np.ndarray:
         """Return the magnitudes as a rank's file has them, rounded to bf16 values."""

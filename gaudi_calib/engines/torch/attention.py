@@ -4,7 +4,6 @@ Replaces the attention function of the Hugging Face modules, so that queries, ke
 and values are seen after the rotary embedding, on every family in one place.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from gaudi_calib.engines.observe.attention import AttentionRanges, Scoring, average, split_queries, weigh
-from gaudi_calib.engines.observe.peak import max_magnitude, max_per_head
+from gaudi_calib.engines.observe.peak import max_per_head
+from gaudi_calib.engines.torch.sequences import Sequences
 
 ATTENTION_NAME = "gaudi_calib"
 # Attribute of a Hugging Face attention module that holds its `PackedAttention`.
@@ -39,15 +39,16 @@ class LatentCache:
     def _note(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self.vectors = args[0].reshape(-1, args[0].shape[-1])
 
-    def observe(self, query: torch.Tensor, key: torch.Tensor, ranges: AttentionRanges) -> None:
+    def observe(self, query: torch.Tensor, key: torch.Tensor, sequences: Sequences, ranges: AttentionRanges) -> None:
         """Note what decode would see, from queries and keys of shape (heads, tokens, dim)."""
         heads, nope = query.shape[0], self._head_dim
         weight: torch.Tensor = self._expand.weight.unflatten(0, (heads, -1))  # type: ignore[operator]
         absorbed = torch.bmm(query[..., :nope], weight[:, :nope])
-        ranges.take("latent_q", torch.maximum(max_per_head(absorbed), max_per_head(query[..., nope:].contiguous())))
-        value = max_magnitude(self.vectors).view(1)
-        ranges.take("latent_v", value)
-        ranges.take("latent", torch.maximum(value, max_magnitude(key[0, :, nope:]).view(1)))
+        rotated = sequences.max_per_head(query[..., nope:])
+        ranges.take_samples("latent_q", torch.maximum(sequences.max_per_head(absorbed), rotated))
+        value = sequences.max_magnitudes(self.vectors)
+        ranges.take_samples("latent_v", value)
+        ranges.take_samples("latent", torch.maximum(value, sequences.max_magnitudes(key[0, :, nope:])))
 
 
 @dataclass
@@ -56,14 +57,14 @@ class PackedAttention:
 
     Attributes:
         chunk: queries see keys of their own chunk of so many positions only; None for all.
-        bounds: start of every sequence in the batch now running, and its end.
+        sequences: those of the batch now running.
         latent: watches the latent vectors, where the layer caches such and somebody wants to know.
         outputs: observe the outputs of the matmuls, too.
         ranges: what was seen.
     """
 
     chunk: int | None = None
-    bounds: Sequence[int] = ()
+    sequences: Sequences = field(default_factory=Sequences)
     latent: LatentCache | None = None
     outputs: bool = False
     ranges: AttentionRanges = field(default_factory=AttentionRanges)
@@ -77,18 +78,20 @@ class PackedAttention:
         ranges = self.ranges
         ranges.scale = scoring.scale
         for name, tensor in (("q", query), ("k", key), ("v", value)):
-            ranges.take(name, max_per_head(tensor))
+            ranges.take_samples(name, self.sequences.max_per_head(tensor))
         out = torch.empty_like(query[..., : value.shape[-1]])
-        for start, stop in pairwise(self.bounds):
+        for start, stop in pairwise(self.sequences.bounds):
+            seen = AttentionRanges()
             for rows in split_queries(query.shape[0], start, stop, stop - start):
                 span = slice(start, rows.stop)
                 cached = self._find_cached(value, span) if self.outputs else None
-                probabilities = weigh(query[:, rows], key[:, span], ranges, scoring, cached)
+                probabilities = weigh(query[:, rows], key[:, span], seen, scoring, cached)
                 out[:, rows] = average(probabilities, value[:, span])
                 if self.latent is not None:
                     averaged = torch.matmul(probabilities, self.latent.vectors[span])
-                    ranges.take("latent_out", max_per_head(averaged))
-        ranges.take("out", max_per_head(out))
+                    seen.take("latent_out", max_per_head(averaged))
+            ranges.take_sample(seen)
+        ranges.take_samples("out", self.sequences.max_per_head(out))
         return out
 
     def _find_cached(self, value: torch.Tensor, span: slice) -> torch.Tensor:
@@ -130,7 +133,7 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scoring = Scoring(scale, sliding_window, packed.chunk, softcap, sinks=s_aux)
     if packed.latent is not None:
-        packed.latent.observe(query[0], key[0], packed.ranges)
+        packed.latent.observe(query[0], key[0], packed.sequences, packed.ranges)
     out = packed.attend(query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0), None
 

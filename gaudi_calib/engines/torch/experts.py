@@ -11,9 +11,11 @@ from torch import nn
 from gaudi_calib.checkpoints.expert_weights import ExpertWeights
 from gaudi_calib.engines.observe.peak import Peak, max_magnitude
 from gaudi_calib.engines.torch.linear import chain_worlds, require_finite_weight, sum_neighbours
+from gaudi_calib.engines.torch.sequences import Sequences
 from gaudi_calib.models.modules import Experts
 from gaudi_calib.ranges.channels import ChannelNode, ChannelRange, ExpertChannels
 from gaudi_calib.ranges.node import Op
+from gaudi_calib.ranges.progress import Progress, follow_maximum
 from gaudi_calib.ranges.topology import Topology
 
 # Takes hidden states, and the experts of every token with their routing weights: see `ObservedExperts.__call__`.
@@ -52,13 +54,18 @@ class ObservedExperts:
         dtype: torch.dtype,
         device: torch.device,
         tokens: int,
+        sequences: Sequences,
     ):
-        """Prepare for `tokens` tokens, in batches of any size, computed in `dtype` on `device`."""
+        """Prepare for `tokens` tokens, in batches of `sequences` of any size, computed in `dtype` on `device`."""
+        self.sequences = sequences
         self.weights, self.module, self.dtype, self.device = weights, module, dtype, device
         self.input = Peak()
         count, channels = weights.count, weights.channels
         self._intermediate = torch.zeros(count, channels, device=device)
         self._gate_up, self._down = (np.zeros((count, channels), dtype=np.float32) for _ in range(2))
+        # Per batch, what each sample sent through each expert, (experts, samples): -1 where it sent nothing.
+        self._samples: list[torch.Tensor] = []
+        self._owners = torch.empty(0)
         self._tokens = torch.zeros(count, dtype=torch.int64)
         self._filled = torch.zeros(count, dtype=torch.int64)
         self._routing, self._bias = 0.0, 0.0
@@ -81,7 +88,9 @@ class ObservedExperts:
         Returns:
             Weighted sum of the experts' outputs, shape (tokens, hidden size).
         """
-        self.input.observe(hidden)
+        self.input.take_samples(self.sequences.max_magnitudes(hidden))
+        self._owners = self.sequences.find_owners().to(hidden.device)
+        self._samples.append(self._intermediate.new_full((self.weights.count, len(self.sequences.bounds) - 1), -1))
         self._routing = max(self._routing, float(weights.float().abs().sum(-1).max()))
         out = torch.zeros_like(hidden)
         for sums in self._sums:
@@ -90,7 +99,7 @@ class ObservedExperts:
             tokens, slot = torch.where(index == expert)
             self._run_expert(expert, hidden[tokens], tokens, weights[tokens, slot, None], out)
         for sums in self._sums:
-            sums.finish()
+            sums.finish(self.sequences)
         self._keep_spare(hidden)
         return out
 
@@ -99,7 +108,7 @@ class ObservedExperts:
     ) -> None:
         loaded = self._load(expert)
         self._tokens[expert] += len(tokens)
-        inner = self._observe_intermediate(expert, loaded, x)
+        inner = self._observe_intermediate(expert, loaded, x, tokens)
         slices = [_multiply_slices(inner, loaded, sums.world) for sums in self._slices]
         # In float32 the product is formed as the sum of the slices' products, at no extra multiplications.
         whole = slices[0].sum(0) if slices and self.dtype is torch.float32 else loaded.project(inner)
@@ -110,14 +119,20 @@ class ObservedExperts:
             rank = expert * sums.world // self.weights.count
             sums.add(slice(rank, rank + 1), tokens, (whole * served).unsqueeze(0))
         if self.weights.facts.scales_input:
-            result = loaded.project(self._observe_intermediate(expert, loaded, x * weights))
+            result = loaded.project(self._observe_intermediate(expert, loaded, x * weights, tokens))
         else:
             result = whole * weights
         _add_rows(out.unsqueeze(0), tokens, result.unsqueeze(0))
 
-    def _observe_intermediate(self, expert: int, loaded: "_Expert", x: torch.Tensor) -> torch.Tensor:
+    def _observe_intermediate(
+        self, expert: int, loaded: "_Expert", x: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return what enters the down projection; `tokens` of the batch that runs are `x`, None where it is of none."""
         inner = _gate(self.module, nn.functional.linear(x, loaded.gate_up, loaded.gate_up_bias))
         self._intermediate[expert] = torch.maximum(self._intermediate[expert], max_magnitude(inner, 0).float())
+        if tokens is not None:
+            largest = max_magnitude(inner, 1).float()
+            self._samples[-1][expert].scatter_reduce_(0, self._owners[tokens], largest, "amax")
         return inner
 
     def find_damaged(self) -> list[str]:
@@ -184,8 +199,17 @@ class ObservedExperts:
             self._routing / self._late_factor,
             self._bias,
             {key: peak.to_array() for sums in self._sums for key, peak in sums.peaks.items()},
+            self._follow_outputs(),
         )
-        return ChannelNode(Op.DYNAMIC_MOE, (ChannelRange(self.input.to_array()),), experts=channels)
+        entering = ChannelRange(self.input.to_array(), progress=self.input.to_progress())
+        return ChannelNode(Op.DYNAMIC_MOE, (entering,), experts=channels)
+
+    def _follow_outputs(self) -> dict[int, Progress]:
+        """Return how the ranges of the fused op's outputs at world 1 came about, by their numbers."""
+        total = next(sums.peaks[Topology(1).key] for sums in self._wholes if Topology(1) in sums.topologies)
+        experts = map(follow_maximum, torch.cat(self._samples, dim=1).cpu().numpy())
+        found = enumerate((total.to_progress(), *experts))
+        return {number: progress for number, progress in found if progress is not None}
 
 
 @dataclass(frozen=True)
@@ -235,12 +259,15 @@ class _Sums:
         """Add one expert's parts of some tokens, shape (ranks, tokens, hidden size), to the sums of some ranks."""
         _add_rows(self._sums[ranks], tokens, parts)
 
-    def finish(self) -> None:
-        """Take in the sums of one batch, and those of coarser worlds."""
+    def finish(self, sequences: Sequences) -> None:
+        """Take in the sums of one batch of `sequences`, and those of coarser worlds."""
         sums = self._sums
         for topology in self.topologies:
             sums = sum_neighbours(sums, topology.world)
-            self.peaks[topology.key].observe(sums, (1, 2))
+            if topology.world == 1:
+                self.peaks[topology.key].take_samples(sequences.max_magnitudes(sums[0]))
+            else:
+                self.peaks[topology.key].observe(sums, (1, 2))
         self._sums = torch.empty(0)
 
 

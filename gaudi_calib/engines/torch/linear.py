@@ -11,6 +11,7 @@ from torch import nn
 
 from gaudi_calib.checkpoints.plan import LinearPlan, ModelPlan
 from gaudi_calib.engines.observe.peak import Peak, max_magnitude
+from gaudi_calib.engines.torch.sequences import Sequences
 from gaudi_calib.errors import RangeError
 from gaudi_calib.models.modules import Split
 from gaudi_calib.ranges.channels import ChannelNode, ChannelRange
@@ -41,13 +42,15 @@ class ObservedLinear:
 
     Attributes:
         input: of shape (in,) where ranks split the input, else (1,).
-        products: world -> range of the partial products, without bias: one value for all
+        product: of row-parallel layers, without bias.
+        products: world > 1 -> range of the partial products, without bias: one value for all
             ranks, which reduce them first, or one per rank.
         outputs: where asked for, of shape (rows,), pieces whose rows together are those of the weight as stored.
         detach: ends the observation.
     """
 
     input: Peak = field(default_factory=Peak)
+    product: Peak = field(default_factory=Peak)
     products: dict[int, tuple[float, ...]] = field(default_factory=dict)
     outputs: list[Peak] = field(default_factory=list)
     detach: Callable[[], None] = lambda: None
@@ -62,13 +65,14 @@ class ObservedLinear:
         weight = _measure_weight(plan, linear)
         require_finite_weight(linear.node, weight.values)
         outputs: tuple[ChannelRange, ...] | None = None
+        products = dict(self.products)
         if linear.op is Op.ROW_PARALLEL_LINEAR:
-            total = ChannelRange(np.array([max(self.products[1])], dtype=np.float32))
-            outputs = (total, total)
+            total = ChannelRange(self.product.to_array(), progress=self.product.to_progress())
+            outputs, products[1] = (total, total), tuple(total.values.tolist())
         elif self.outputs:
             outputs = (_arrange_rows(plan, linear, [peak.to_array() for peak in self.outputs]),)
-        inputs = (ChannelRange(self.input.to_array(), linear.in_axis),)
-        return ChannelNode(linear.op, inputs, outputs, weight, partial_products=dict(self.products))
+        inputs = (ChannelRange(self.input.to_array(), linear.in_axis, self.input.to_progress()),)
+        return ChannelNode(linear.op, inputs, outputs, weight, partial_products=products)
 
 
 def _measure_weight(plan: ModelPlan, linear: LinearPlan) -> ChannelRange:
@@ -95,15 +99,20 @@ def _read_pieces(plan: ModelPlan, linear: LinearPlan) -> Iterator[torch.Tensor]:
             yield plan.served(piece)
 
 
-def observe_fused(modules: Sequence[nn.Module], split: Split, *, outputs: bool) -> ObservedLinear:
+def observe_fused(modules: Sequence[nn.Module], split: Split, sequences: Sequences, *, outputs: bool) -> ObservedLinear:
     """Watch a layer whose input every rank has all of, and that is fused from `modules`.
 
     Args:
+        sequences: those that run.
         outputs: of each module, too; see `multiply`.
     """
     observed = ObservedLinear()
+
+    def observe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        observed.input.take_samples(sequences.max_magnitudes(args[0].flatten(0, -2)))
+
     first = modules[0]  # they share their input
-    handles = [first.register_forward_pre_hook(lambda module, args: observed.input.observe(args[0]))]
+    handles = [first.register_forward_pre_hook(observe)]
     for module in modules if outputs else ():
         peak = Peak()
         observed.outputs.append(peak)
@@ -148,9 +157,9 @@ def measure_products(plan: ModelPlan, linear: LinearPlan, inputs: Sequence[torch
 
 
 def observe_row_parallel(
-    module: nn.Module, worlds: Sequence[int], scratch: Scratch, *, reduces: bool = True
+    module: nn.Module, worlds: Sequence[int], scratch: Scratch, sequences: Sequences, *, reduces: bool = True
 ) -> ObservedLinear:
-    """Watch a row-parallel layer's input and its partial products over each of `worlds`.
+    """Watch a row-parallel layer's input and its partial products over each of `worlds`, while `sequences` run.
 
     With `reduces`, a partial product's range is that of the elementwise maximum over
     the ranks, as INC all-reduces with MAX before it observes the magnitude
@@ -175,11 +184,11 @@ def observe_row_parallel(
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, -2)
-        observed.input.observe(flat, 0)
+        observed.input.take_samples(sequences.max_magnitudes(flat, by_channel=True))
         parts = [_observe_products(flat, weight, chain, observe, scratch) for chain in chains]
         exact = not parts or weight.dtype is not torch.float32
         product = flat @ weight.T if exact else parts[0]
-        observe(1, product.unsqueeze(0))
+        observed.product.take_samples(sequences.max_magnitudes(product))
         if exact and bias is not None:
             return nn.functional.linear(x, weight, bias)
         return (product if bias is None else product.add_(bias)).unflatten(0, x.shape[:-1])

@@ -22,6 +22,7 @@ from gaudi_calib.engines.torch.linear import (
     observe_fused,
     observe_row_parallel,
 )
+from gaudi_calib.engines.torch.sequences import Sequences
 from gaudi_calib.engines.torch.stream import MAX_BATCH_TOKENS, Batch, Layer, Stream, can_pack, make_batches
 from gaudi_calib.errors import RangeError
 from gaudi_calib.models.modules import Split
@@ -101,20 +102,23 @@ def _measure_stream(
 ) -> dict[str, ChannelNode]:
     plan, scratch = stream.plan, Scratch()
     nodes: dict[str, ChannelNode] = {}
-    outer = _observe_outer(stream, outputs=outputs)
+    sequences = Sequences()
+    outer = _observe_outer(stream, sequences, outputs=outputs)
     on_progress(0.0)
     for layer in stream.layers():
         with contextlib.ExitStack() as stack:
-            observed = _ObservedLayer(stream, layer, worlds, scratch, stack, outputs=outputs)
+            observed = _ObservedLayer(stream, layer, worlds, scratch, sequences, stack, outputs=outputs)
             for batch in stream.batches:
+                sequences.bounds = batch.bounds
                 batch.hidden = layer.run(batch, batch.hidden)
                 observed.require_finite(batch)
                 on_progress(batch.tokens.numel() / len(plan.layers))
             nodes |= observed.to_nodes(cold)
     head = ObservedLinear()
     for batch in stream.batches:
+        sequences.bounds = batch.bounds
         entering = stream.run_outer(batch, batch.hidden)
-        head.input.observe(entering)
+        head.input.take_samples(sequences.max_magnitudes(entering[0]))
         _require_finite(batch, [] if head.input.is_finite else ["the output projection"])
         batch.hidden = entering
     node = plan.layout.vllm_lm_head
@@ -125,10 +129,12 @@ def _measure_stream(
     return nodes | {node: linear.to_node(plan, plan.linears[node]) for node, linear in outer.items()}
 
 
-def _observe_outer(stream: Stream, *, outputs: bool) -> dict[str, ObservedLinear]:
+def _observe_outer(stream: Stream, sequences: Sequences, *, outputs: bool) -> dict[str, ObservedLinear]:
     """Observe linear layers before the first decoder layer or behind the last (none in most families)."""
     return {
-        linear.name: observe_fused([stream.model.get_submodule(linear.parts[0])], linear.split, outputs=outputs)
+        linear.name: observe_fused(
+            [stream.model.get_submodule(linear.parts[0])], linear.split, sequences, outputs=outputs
+        )
         for linear in stream.plan.layout.outer
         if linear.name in stream.plan.linears
     }
@@ -143,12 +149,14 @@ class _ObservedLayer:
         layer: Layer,
         worlds: Sequence[int],
         scratch: Scratch,
+        sequences: Sequences,
         stack: contextlib.ExitStack,
         *,
         outputs: bool,
     ):
-        """Observe `layer` until `stack` is closed."""
+        """Observe `layer`, which runs `sequences`, until `stack` is closed."""
         self.plan, self.layer, self._stack, self._outputs = stream.plan, layer, stack, outputs
+        self._sequences = sequences
         if layer.attention is not None:
             layer.attention.outputs = outputs
         self._linears = self._observe_linears(worlds, scratch)
@@ -163,9 +171,11 @@ class _ObservedLayer:
                 continue
             modules = [self.layer.module.get_submodule(part) for part in facts.parts]
             if facts.split is Split.ROW:
-                observed[node] = observe_row_parallel(modules[0], worlds, scratch, reduces=facts.reduces)
+                observed[node] = observe_row_parallel(
+                    modules[0], worlds, scratch, self._sequences, reduces=facts.reduces
+                )
             else:
-                observed[node] = observe_fused(modules, facts.split, outputs=self._outputs)
+                observed[node] = observe_fused(modules, facts.split, self._sequences, outputs=self._outputs)
             self._stack.callback(observed[node].detach)
         return observed
 
@@ -178,7 +188,13 @@ class _ObservedLayer:
         topologies = [topology for topology in topologies if self.plan.divides_experts(topology)]
         module, tokens = self.layer.module, sum(batch.tokens.numel() for batch in stream.batches)
         observed = ObservedExperts(
-            weights, module.get_submodule(facts.module), topologies, stream.dtype, stream.device, tokens
+            weights,
+            module.get_submodule(facts.module),
+            topologies,
+            stream.dtype,
+            stream.device,
+            tokens,
+            self._sequences,
         )
         self._stack.callback(attach_experts(module, facts, observed))
         return observed

@@ -106,7 +106,7 @@ class Layer:
     def run(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """Return the activations behind the layer, of the shape of `hidden`, (1, tokens, hidden size)."""
         if self.attention is not None:
-            self.attention.bounds = batch.bounds
+            self.attention.sequences.bounds = batch.bounds
         args, kwargs = batch.calls[self.index]
         with self._mode:
             out = self.module(hidden, *args, **kwargs)

@@ -25,6 +25,7 @@ from gaudi_calib.checkpoints.plan import LinearPlan, ModelPlan
 from gaudi_calib.config.model import QuantConfig
 from gaudi_calib.engines.torch.experts import ObservedExperts, attach_experts
 from gaudi_calib.engines.torch.linear import multiply
+from gaudi_calib.engines.torch.sequences import Sequences
 from gaudi_calib.engines.torch.stream import MAX_BATCH_TOKENS, Batch, Layer, Stream, can_pack, make_batches
 from gaudi_calib.files import write_bytes
 from gaudi_calib.models.modules import Linear
@@ -174,9 +175,11 @@ class _Saver:
         tokens = sum(batch.tokens.numel() for batch in self._stream.batches)
         experts = layer.module.get_submodule(layout.experts.module)
         weights, dtype, device = self._plan.experts[node], self._stream.dtype, self._stream.device
-        observed = ObservedExperts(weights, experts, (), dtype, device, tokens)
+        sequences = Sequences()
+        observed = ObservedExperts(weights, experts, (), dtype, device, tokens, sequences)
 
         def run(hidden: torch.Tensor, index: torch.Tensor, routing: torch.Tensor) -> torch.Tensor:
+            sequences.bounds = self.batch.bounds
             if node in self._nodes:
                 self.save(node, "input0", hidden)
             return observed(hidden, index, routing)
