@@ -6,5 +6,5 @@ torch_steps, vllm_steps   the steps of either engine
 conversion, rescale       what commands over directories share: writing, and the scales of another world
 recipe                    how scales are made
 sharing                   whether ranks hold whole experts
-limits                    what is said of ranges that make bad scales
+limits, convergence       what is said of ranges that make bad scales, and of data that has not settled them
 """

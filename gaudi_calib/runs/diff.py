@@ -235,7 +235,7 @@ def _list_facts(manifest: "Manifest | None") -> dict[str, Any]:
     """Return what a manifest says about model, data and how they were measured."""
     if manifest is None:
         return {}
-    facts = {name: getattr(manifest, name) for name in _FACTS}
+    facts = {name: getattr(manifest, name) for name in _FACTS} | {"preset": manifest.preset.name}
     if manifest.model:
         facts |= {"model": manifest.model.name, "model.fingerprint": manifest.model.fingerprint}
     if manifest.dataset:
