@@ -1,0 +1,86 @@
+"""`check --fix`: what of a calibration can be mended without a measurement."""
+
+import logging
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from gaudi_calib.check.subject import Subject
+from gaudi_calib.errors import RangeError, count
+from gaudi_calib.rankfiles.store import read_ranges, read_scales, write_rank_set
+from gaudi_calib.runs.postprocess import postprocess_dir
+from gaudi_calib.runs.quantize import Scaling, quantize_dir
+from gaudi_calib.runs.recipe import find_recipe
+from gaudi_calib.runs.relocate import relocate_run
+from gaudi_calib.staging import stage_files
+
+_log = logging.getLogger(__name__)
+
+# Where one of these was found, files are not what they should be, and nothing is computed from them.
+_UNSAFE = {"file-damaged", "file-changed", "nodes-differ", "range-damaged", "config-invalid", "scales-foreign"}
+
+
+def mend(subject: Subject, kinds: Collection[str]) -> Iterator[str]:
+    """Mend what is safe to mend, and yield what was done.
+
+    Args:
+        kinds: what was found.
+
+    Raises:
+        FileError: a file cannot be written.
+    """
+    place = subject.place
+    if "place-moved" in kinds and (changed := relocate_run(place.path)):
+        yield f"relocated: {count(len(changed), 'file')} to {place.path.resolve().parent}"
+    if _UNSAFE & set(kinds):
+        return
+    if "npz-missing" in kinds:  # what depends on them is to be looked at again
+        yield f"restored: {count(len(_restore_npz(subject)), 'npz file')} in {place.path}"
+        return
+    methods = {world: subject.list_methods(world) for world in subject.worlds}
+    lost = [tag for tags in methods.values() for tag in tags if not _can_compute(subject, tag)]
+    if "kv-cache" in kinds and not lost:  # scales of the ranges as they were are set aside
+        postprocess_dir(place.path, place.path, dump=place.dump)
+        yield f"postprocessed: the ranges in {place.path}"
+    if {"kv-cache", "scales-missing", "scales-stale"} & set(kinds):
+        yield from _recompute(subject, methods)
+
+
+def _can_compute(subject: Subject, tag: str) -> bool:
+    device = subject.device
+    return device is not None and not isinstance(find_recipe(subject.place, tag, device.name), str)
+
+
+def _restore_npz(subject: Subject) -> list[Path]:
+    """Write the `.npz` of every rank file that has only its `.json`, and return them."""
+    place, written = subject.place, []
+    with stage_files(place.path) as staging:
+        for path, file in place.files.items():
+            npz = path.with_suffix(".npz")
+            is_alone = file.extension == "json" and not file.is_mod_list and npz not in place.files
+            if not is_alone or file.observer != "maxabs" or file.position[1] not in subject.worlds:
+                continue
+            rank_set = read_scales(path) if file.method else read_ranges(path)
+            made = write_rank_set(staging, rank_set, method=file.method)
+            for other in made:
+                if other.suffix == ".npz":
+                    other.rename(staging / npz.name)
+                    written.append(npz)
+                else:
+                    other.unlink()
+    return written
+
+
+def _recompute(subject: Subject, methods: dict[int, list[str]]) -> Iterator[str]:
+    place, device = subject.place, subject.device
+    for world, tags in methods.items():
+        for tag in tags:
+            if device is None or not _can_compute(subject, tag):
+                continue
+            own = place.quant_config is not None and place.quant_config.method_table.file_tag == tag
+            scaling = Scaling(None if own else tag, device=device.name, world=world, dump=place.dump)
+            try:
+                made = quantize_dir(place.path, scaling=scaling)
+            except RangeError as error:
+                _log.warning("Not computed: %s scales of %d ranks: %s", tag, world, error)
+                continue
+            yield f"computed: {tag} scales of {count(world, 'rank')}, {count(len(made.files), 'file')} in {place.path}"
