@@ -25,20 +25,25 @@ def explain_scales(
         ranges: of every rank, those of the nodes that have scales.
         changes: how `stored` differs from what `recipe` gives.
     """
+    merged = "as they should be computed" if _looks_merged(changes) else None
     for what, table, device in _list_others(recipe):
         for as_on_cpu in (False, True):
             if table is recipe.table and device == recipe.scales_device and not as_on_cpu:
                 continue
-            solved = (_solve(rank, table, device, recipe.hp_dtype, as_on_cpu=as_on_cpu) for rank in ranges)
-            if all(_follows(found, own) for found, own in zip(solved, stored, strict=True)):
-                where = " as INC computes it on a CPU, where a Gaudi rounds otherwise" if as_on_cpu else ""
-                return f"they are those of {what}{where}"
-    if all(change.part == "outputs[0]" and change.most <= 1 for change in changes):
-        return (
-            "they look like maxima of the scales of several ranks, where ranges should be merged and scales computed "
-            "anew: only scales of outputs, which are products, differ, and all are smaller"
-        )
-    return None
+            name = f"those of {what}{' as INC computes it on a CPU, where a Gaudi rounds otherwise' * as_on_cpu}"
+            found = _compare(ranges, stored, table, device, recipe.hp_dtype, as_on_cpu=as_on_cpu)
+            if not found and found is not None:
+                return f"they are {name}"
+            merged = merged or (name if _looks_merged(found) else None)
+    return merged and (
+        f"they look like maxima of the scales of several ranks, {merged}: only scales of outputs, which are products, "
+        "differ, and all are smaller; ranges should be merged, and scales computed anew"
+    )
+
+
+def _looks_merged(changes: Sequence[Change] | None) -> bool:
+    """Whether scales differ as the largest product of two scales differs from the product of the largest."""
+    return bool(changes) and all(change.part == "outputs[0]" and change.most <= 1 for change in changes or ())
 
 
 def _list_others(recipe: Recipe) -> Iterator[tuple[str, MethodTable, Device]]:
@@ -59,25 +64,33 @@ def _list_others(recipe: Recipe) -> Iterator[tuple[str, MethodTable, Device]]:
             yield what, replace(recipe.table, default=changed), own
 
 
-def _solve(
-    rank: RankSet[Node], table: MethodTable, device: Device, hp_dtype: str, *, as_on_cpu: bool
-) -> RangeTable | None:
-    if needs_weights(table):
-        return None
-    try:
-        found = compute_scales(
-            *(rank, table, device),
-            weights=lambda _: None,
-            hp_dtype=hp_dtype,
-            allows_idle=True,
-            as_on_cpu=as_on_cpu,
-        )
-    except CalibrationError:
-        return None
-    return flatten_scales(tabulate_scales(found.nodes))
+def _compare(
+    ranges: Sequence[RankSet[Node]],
+    stored: Sequence[RangeTable],
+    table: MethodTable,
+    device: Device,
+    hp_dtype: str,
+    *,
+    as_on_cpu: bool,
+) -> list[Change] | None:
+    """Return how the scales `stored` differ from others of the ranges; None where there are no such others.
 
-
-def _follows(found: RangeTable | None, stored: RangeTable) -> bool:
-    return found is not None and not any(
-        change.differing for change in compare_tables([found], [stored], read_only=False)
-    )
+    The first rank that differs in what no merge explains tells enough.
+    """
+    changes: list[Change] = []
+    for rank, own in zip(ranges, stored, strict=True) if not needs_weights(table) else ():
+        try:
+            found = compute_scales(
+                *(rank, table, device),
+                weights=lambda _: None,
+                hp_dtype=hp_dtype,
+                allows_idle=True,
+                as_on_cpu=as_on_cpu,
+            )
+        except CalibrationError:
+            return None
+        flat = flatten_scales(tabulate_scales(found.nodes))
+        changes += [change for change in compare_tables([flat], [own], read_only=False) if change.differing]
+        if changes and not _looks_merged(changes):
+            break
+    return None if needs_weights(table) else changes

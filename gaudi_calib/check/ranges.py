@@ -80,7 +80,7 @@ def find_idle_experts(subject: Subject) -> Iterator[Finding]:
             yield Finding(
                 name_first(dead),
                 f"layers whose experts are all at 0: {len(dead)} of {len(total)}",
-                f"no token reached them on {count(world, 'rank')} when it was measured: serving loses what they compute",
+                f"no token reached them on {count(world, 'rank')} when measured: serving loses what they compute",
                 "measure again, with the router of the model in place; or add the layers to the blocklist",
                 "layer-dead",
             )

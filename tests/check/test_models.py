@@ -48,7 +48,7 @@ def test_a_good_run_of_every_family_has_no_finding(kind: str, tiny_model: Callab
 
 def test_modules_that_the_config_quantizes_have_ranges(tiny_model: Callable[[str], Path], tmp_path: Path):
     """What was blocked when it was measured has none; in files of unknown origin it may go by another name."""
-    blocking = {"mode": "QUANTIZE", "scale_method": "maxabs_hw", "blocklist": {"names": ["o_proj"], "types": []}}
+    blocking = {"mode": "QUANTIZE", "blocklist": {"names": ["o_proj"]}, "dump_stats_path": "/x/y"}
     write_json(tmp_path / "quant.json", blocking)
     write_json(tmp_path / "measure.json", {**blocking, "mode": "MEASURE"})
     configs = {f"{name}_config": tmp_path / f"{name}.json" for name in ("quant", "measure")}
