@@ -14,6 +14,12 @@ from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.moved import find_calibrations
 
+# What looks at the ranges that were read, in this order; the first tells the others what the model is.
+_FINDERS = (
+    *(nodes.plan_model, config.find_idle, nodes.find_differing, nodes.find_silent, nodes.find_gaps),
+    *(ranges.find_not_finite, ranges.find_extremes, ranges.find_idle_experts),
+    *(ranges.find_cache_gaps, ranges.find_little_data, outliers.find_outliers, scales.find_bad_scales),
+)
 # What is mended last is looked at once more: names of the place, lost files, what is computed.
 _ROUNDS = 4
 
@@ -112,6 +118,9 @@ def _check(subject: Subject, path: Path, world: int | None) -> Iterator[Finding]
     if subject.config_path is not None:
         subject.config, found = config.inspect_config(subject.config_path, subject.device)
         yield from found
+    measuring = place.layout.measure_config if place.layout else None
+    if measuring is not None and measuring.is_file():
+        yield from config.inspect_config(measuring, None)[1]
     yield from config.find_misplaced(subject)
     if place.newest_manifest is not None and place.manifest is None:
         return
@@ -131,12 +140,7 @@ def _check(subject: Subject, path: Path, world: int | None) -> Iterator[Finding]
         yield Finding.of(error, "place-missing")
         return
     yield from _check_files(subject)
-    yield from nodes.plan_model(subject)
-    for find in (
-        *(config.find_idle, nodes.find_differing, nodes.find_silent, nodes.find_gaps),
-        *(ranges.find_not_finite, ranges.find_extremes, ranges.find_idle_experts),
-        *(ranges.find_cache_gaps, ranges.find_little_data, outliers.find_outliers, scales.find_bad_scales),
-    ):
+    for find in _FINDERS:
         yield from find(subject)
 
 

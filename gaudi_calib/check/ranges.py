@@ -14,10 +14,10 @@ from gaudi_calib.errors import Finding, TopologyError, count
 from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.ranges.coverage import list_cold, suggest_data
 from gaudi_calib.ranges.derive import select_nodes
-from gaudi_calib.ranges.experts import find_expert_layers, list_idle_experts
+from gaudi_calib.ranges.experts import detect_expert_parallel, find_expert_layers, list_idle_experts
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.sources import find_damaged
-from gaudi_calib.ranges.table import tabulate_ranges
+from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
 from gaudi_calib.scales.limits import find_limits
 
 _DEFAULT_METHOD = "MAXABS_HW"
@@ -60,8 +60,7 @@ def find_idle_experts(subject: Subject) -> Iterator[Finding]:
     for world, ranks in subject.ranges.items():
         idle: Counter[str] = Counter()
         total: Counter[str] = Counter()
-        for rank in ranks:
-            table = tabulate_ranges(rank.nodes)
+        for table in _list_distinct(subject, world):
             with suppress(TopologyError):  # told of elsewhere
                 total.update({layer.op: layer.size for layer in find_expert_layers(table.inventory)})
                 idle.update(op for op, _ in list_idle_experts(table))
@@ -84,6 +83,17 @@ def find_idle_experts(subject: Subject) -> Iterator[Finding]:
                 "measure again, with the router of the model in place; or add the layers to the blocklist",
                 "layer-dead",
             )
+
+
+def _list_distinct(subject: Subject, world: int) -> list[RangeTable]:
+    """Return the ranges of the ranks that hold different experts: of the first, where all hold a slice of each."""
+    tables = [tabulate_ranges(rank.nodes) for rank in subject.ranges[world]]
+    made = subject.place.manifest
+    shared = made.shares_experts(world) if made else None
+    if shared is None and all(table.inventory.equals(tables[0].inventory) for table in tables[1:]):
+        with suppress(TopologyError):
+            shared = detect_expert_parallel(tables, find_expert_layers(tables[0].inventory)) if tables else None
+    return tables[:1] if shared is False else tables
 
 
 def find_cache_gaps(subject: Subject) -> Iterator[Finding]:

@@ -151,6 +151,10 @@ def move(root: Path) -> None:
 COLD = CoverageFacts(policy="ignore", min_tokens=8, tokens={"moe_op": [9, 3]}, cold={"moe_op": [1]})
 FAULTS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     "config error": (lambda run: edit_config(run, scale_metod="maxabs_hw"), {"config-invalid"}),
+    "measure config": (
+        lambda run: write_json(run / "maxabs_measure_g3.json", {"mode": "MEASURE", "observer": "minmax"}),
+        {"config-invalid"},
+    ),
     "ignored key": (lambda run: edit_config(run, local_rank=0), {"config"}),
     "moved": (move, {"place-moved"}),
     "leads nowhere": (lambda run: edit_config(run, dump_stats_path="/no/where/x"), {"place-missing"}),
