@@ -22,6 +22,7 @@ from gaudi_calib.ranges.table import tabulate_ranges
 from gaudi_calib.rankfiles.store import read_scales, write_rank_set, write_rank_sets
 from gaudi_calib.runs.quantize import Scaling, quantize_dir
 from tests.support.files import snapshot
+from tests.support.fixes import find_advised, follow
 from tests.support.paths import GOLDEN
 
 REAL = GOLDEN / "real"
@@ -344,6 +345,30 @@ def test_a_restored_npz_is_the_one_that_was_lost(run: Path):
         path.unlink()
     assert check_path(run, fixes=True).errors == ()
     assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("fault", ["npz lost", "cache", "scales lost", "other method", "other backoff", "moved"])
+def test_the_command_that_a_fix_names_mends_it(run: Path, fault: str, capsys: pytest.CaptureFixture[str]):
+    """As it is printed."""
+    FAULTS[fault][0](run)
+    report = check_path(run)
+    told = [found for found in (*report.errors, *report.warnings) if found.kind != "config"]
+    for line in dict.fromkeys(line for found in told for line in find_advised(str(found))):
+        follow(line, run, capsys)
+    assert told and find(run) - {"config"} == set()
+
+
+def test_several_measurements_of_a_directory_are_each_looked_at(run: Path):
+    """What their commands do not tell apart by rank and world, they do by name."""
+    place = forget(run)
+    for path in list(place.iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("inc_output", "inc_measure_output")))
+    assert find(place) == set()
+    (place / SCALES.format(2).replace("inc_output", "inc_measure_output")).unlink()
+    (place / SCALES.format(2).replace("inc_output", "inc_measure_output")).with_suffix(".json").unlink()
+    (finding,) = check_path(place).errors
+    assert finding.kind == "scales-missing" and "--dump inc_measure_output" in str(finding.fix)
+    assert check_path(place, fixes=True).errors == ()
 
 
 # What is found in excerpts of published sets, which have no `.npz`.
