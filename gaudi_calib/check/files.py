@@ -9,7 +9,7 @@ from gaudi_calib.advice import advise_mending, advise_repeating
 from gaudi_calib.check.subject import Subject, name_first
 from gaudi_calib.config.model import describe_scaling
 from gaudi_calib.errors import CalibrationError, Finding, count
-from gaudi_calib.layout import MANIFEST_NAME
+from gaudi_calib.layout import MANIFEST_NAME, RankFile
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.store import read_world_files
 from gaudi_calib.runs.recipe import advise_scales
@@ -42,7 +42,7 @@ def find_changed(subject: Subject) -> Iterator[Finding]:
 
 def find_missing(subject: Subject) -> Iterator[Finding]:
     """Yield the worlds that lack ranks, and the files that lack their `.npz`."""
-    place, bare = subject.place, []
+    place, bare = subject.place, list_bare(subject)
     for world in subject.worlds:
         ranks = place.worlds.get(world, {})
         if len(ranks) < world:
@@ -50,10 +50,6 @@ def find_missing(subject: Subject) -> Iterator[Finding]:
                 place.read_world(world)
             except CalibrationError as error:
                 yield Finding.of(error, "rank-missing" if ranks else "world-missing")
-    for path, file in place.files.items():
-        is_text = file.extension == "json" and not file.is_mod_list and file.observer == "maxabs"
-        if is_text and file.position[1] in subject.worlds and path.with_suffix(".npz") not in place.files:
-            bare.append(path)
     if bare:
         yield Finding(
             name_first(bare, 1),
@@ -62,6 +58,16 @@ def find_missing(subject: Subject) -> Iterator[Finding]:
             f"restore them; or write them from the .json: {advise_mending(place.path, subject.device)}",
             "npz-missing",
         )
+
+
+def list_bare(subject: Subject) -> list[Path]:
+    """Return the ranges and scales that have a `.json` and no `.npz`."""
+    return [
+        path
+        for path, file in subject.place.files.items()
+        if file.extension == "json" and not file.is_mod_list and file.observer == RankFile().observer
+        if file.position[1] in subject.worlds and not path.with_suffix(".npz").is_file()
+    ]
 
 
 def read_ranges(subject: Subject, world: int) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from gaudi_calib.check.files import list_bare
 from gaudi_calib.check.subject import Subject
 from gaudi_calib.errors import RangeError, count
 from gaudi_calib.rankfiles.store import read_ranges, read_scales, write_rank_set
@@ -34,7 +35,8 @@ def mend(subject: Subject, kinds: Collection[str]) -> Iterator[str]:
     if _UNSAFE & set(kinds):
         return
     if "npz-missing" in kinds:  # what depends on them is to be looked at again
-        yield f"restored: {count(len(_restore_npz(subject)), 'npz file')} in {place.path}"
+        if written := _restore_npz(subject):
+            yield f"restored: {count(len(written), 'npz file')} in {place.path}"
         return
     methods = {world: subject.list_methods(world) for world in subject.worlds}
     lost = [tag for tags in methods.values() for tag in tags if not _can_compute(subject, tag)]
@@ -54,19 +56,15 @@ def _restore_npz(subject: Subject) -> list[Path]:
     """Write the `.npz` of every rank file that has only its `.json`, and return them."""
     place, written = subject.place, []
     with stage_files(place.path) as staging:
-        for path, file in place.files.items():
-            npz = path.with_suffix(".npz")
-            is_alone = file.extension == "json" and not file.is_mod_list and npz not in place.files
-            if not is_alone or file.observer != "maxabs" or file.position[1] not in subject.worlds:
-                continue
-            rank_set = read_scales(path) if file.method else read_ranges(path)
-            made = write_rank_set(staging, rank_set, method=file.method)
-            for other in made:
-                if other.suffix == ".npz":
-                    other.rename(staging / npz.name)
+        for path in list_bare(subject):
+            method, npz = place.files[path].method, path.with_suffix(".npz")
+            rank_set = read_scales(path) if method else read_ranges(path)
+            for made in write_rank_set(staging, rank_set, method=method):
+                if made.suffix == ".npz":  # INC without torch.distributed has no rank and world in its name
+                    made.rename(staging / npz.name)
                     written.append(npz)
                 else:
-                    other.unlink()
+                    made.unlink()
     return written
 
 

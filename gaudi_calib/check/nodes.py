@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from gaudi_calib.check.subject import Subject, iterate_ranks, name_first
+from gaudi_calib.config.presets import quant_config
 from gaudi_calib.errors import CalibrationError, ConfigError, Finding, ModelError, RangeError
 from gaudi_calib.gaps import find_uncovered, refuse_uncovered
+from gaudi_calib.layout import RankFile
 from gaudi_calib.models.source import locate_model
 from gaudi_calib.ranges.idle import find_idle
 from gaudi_calib.ranges.unify import gather_world
@@ -76,16 +78,19 @@ def plan_model(subject: Subject) -> Iterator[Finding]:
 
 
 def find_gaps(subject: Subject) -> Iterator[Finding]:
-    """Yield the modules that the config quantizes and that have no ranges."""
-    config, place = subject.config, subject.place
-    if subject.plan is None or config is None or not subject.tag or config.ignore_modules_wo_measures:
+    """Yield the modules that the config, or without one the preset of the family, quantizes and that have no ranges."""
+    place, plan = subject.place, subject.plan
+    if plan is None or (subject.config_path is not None and not subject.tag):
+        return
+    config = subject.config or quant_config(plan.family, place.path / (place.dump or RankFile().dump))
+    if config.ignore_modules_wo_measures:
         return
     measured_with = None
     with suppress(ConfigError):  # one that is invalid is told of elsewhere
         measured_with = place.measured_with or place.measure_config
     for rank, table in iterate_ranks(subject):
         names = find_uncovered(
-            subject.plan.ops, config, table.inventory.names, modules=rank.modules, measured_with=measured_with
+            plan.ops, config, table.inventory.names, modules=rank.modules, measured_with=measured_with
         )
         if names:
             path = subject.config_path or place.path

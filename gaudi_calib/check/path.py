@@ -1,5 +1,6 @@
 """From a path to everything that is wrong with the calibrations it means."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from gaudi_calib.errors import CalibrationError, FileError, Finding, Findings
 from gaudi_calib.files import expand_path
 from gaudi_calib.fp8 import DEVICES
 from gaudi_calib.moved import find_calibrations
+
+_log = logging.getLogger(__name__)
 
 # What looks at the ranges that were read, in this order; the first tells the others what the model is.
 _FINDERS = (
@@ -69,9 +72,11 @@ def check_path(path: Path, asked: Asked | None = None, *, fixes: bool = False) -
     for _ in range(_ROUNDS):
         checked = list(_check_places(path, asked))
         kinds = [(subject, {finding.kind for finding in found}) for subject, found in checked if subject]
-        made = [line for subject, found in kinds for line in mend(subject, found)] if fixes else []
-        done += made
-        if not made:
+        before = len(done)
+        for line in (line for subject, found in kinds if fixes for line in mend(subject, found)):
+            _log.info("%s", line)
+            done.append(line)
+        if len(done) == before:
             break
     report = sort_findings(finding for _, findings in checked for finding in findings)
     places = tuple(dict.fromkeys(subject.place.path for subject, _ in checked if subject))

@@ -28,7 +28,5 @@ def check(path: Path, world: int | None, device: str | None, model: str | None, 
     from gaudi_calib.check.path import Asked, check_path
 
     report = check_path(path, Asked(world, device, model), fixes=fixes)
-    for line in report.done:
-        click.echo(line, err=True)
     click.echo(json.dumps(report.to_rows(), indent=2) if as_json else f"{path}: {report}")
     return int(bool(report.errors))

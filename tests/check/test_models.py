@@ -2,14 +2,18 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gaudi_calib.check.path import Asked, check_path
+from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.files import read_json, write_json
 from gaudi_calib.layout import MANIFEST_NAME
+from gaudi_calib.ranges.table import tabulate_ranges
+from gaudi_calib.rankfiles.store import write_rank_set, write_rank_sets
 from gaudi_calib.runs.calibrate import RunOptions, calibrate
 from tests.support.files import write_prompts
 
@@ -60,6 +64,19 @@ def test_modules_that_the_config_quantizes_have_ranges(tiny_model: Callable[[str
     (run / "g3" / MANIFEST_NAME).unlink()
     assert find(run) == set()
     assert find(run, model=str(tiny_model("llama"))) == {"module-unmeasured"}
+
+
+def test_files_of_a_card_are_complete_for_the_family(llama: Path, tiny_model: Callable[[str], Path], tmp_path: Path):
+    """Without config and manifest, what the family's preset quantizes is what is needed."""
+    ranks = CalibrationDir(llama / "g3").read_world(2)
+    write_rank_sets(tmp_path, ranks)
+    assert find(tmp_path, device="g3", model=str(tiny_model("llama"))) == set()
+    for rank in ranks:
+        table = tabulate_ranges(rank.nodes)
+        kept = table.select(["1.mlp" not in name for name in table.inventory.names])
+        write_rank_set(tmp_path, replace(rank, nodes=kept, modules=kept.inventory.names))
+    assert find(tmp_path, device="g3") == set()
+    assert find(tmp_path, device="g3", model=str(tiny_model("llama"))) == {"module-unmeasured"}
 
 
 def test_a_pattern_that_matches_nothing_is_told(llama: Path, tmp_path: Path):

@@ -172,6 +172,13 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     ),
     "cut short, unrecorded": (lambda run: [forget(run), damage(run / "g3" / RANKS.format(1))], {"file-damaged"}),
     "scales cut short": (lambda run: [forget(run), damage(run / "g3" / SCALES.format(1))], {"file-damaged"}),
+    "directory for a file": (
+        lambda run: [(run / "g3" / SCALES.format(1)).unlink(), (run / "g3" / SCALES.format(1)).mkdir()],
+        {"npz-missing"},
+    ),
+    "list of modules": (
+        lambda run: (forget(run) / "inc_output_hooks_maxabs_1_4_mod_list.json").write_text("[1, 2]"), {"file-damaged"},
+    ),
     "json edited": (swap_json, {"file-damaged"}),
     "manifest cut short": (lambda run: damage(run / "g3" / MANIFEST_NAME), {"file-damaged"}),
     "node lost on a rank": (drop_node, {"nodes-differ", "module-silent", "scales-foreign"}),
