@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 from gaudi_calib.check.subject import Subject, iterate_ranks, name_first
 from gaudi_calib.config.presets import quant_config
@@ -22,15 +23,8 @@ def find_differing(subject: Subject) -> Iterator[Finding]:
             except RangeError:  # the values are looked at elsewhere
                 continue
             except CalibrationError as error:
-                finding = Finding.of(error, "nodes-differ")
-                yield (
-                    finding
-                    if finding.where
-                    else Finding(
-                        str(subject.place.name_file(rank.rank, rank.world, extension="json")),
-                        *(finding.what, finding.why, finding.fix, finding.kind),
-                    )
-                )
+                file = subject.place.name_file(rank.rank, rank.world, extension="json")
+                yield replace(Finding.of(error, "nodes-differ"), where=error.where or str(file))
 
 
 def find_silent(subject: Subject) -> Iterator[Finding]:

@@ -12,8 +12,11 @@ import pytest
 from gaudi_calib.check.kinds import ERRORS, WARNINGS
 from gaudi_calib.check.path import Asked, check_path
 from gaudi_calib.cli.main import main
+from gaudi_calib.config.method_form import MethodForm, build_table
+from gaudi_calib.config.methods import SCALE_METHODS, MethodTable
 from gaudi_calib.directory import CalibrationDir
 from gaudi_calib.files import read_json, write_json
+from gaudi_calib.fp8 import GAUDI3
 from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.manifest import CoverageFacts, DatasetFacts, Manifest, WorldFacts
 from gaudi_calib.provenance import hash_paths
@@ -21,11 +24,18 @@ from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.table import tabulate_ranges
 from gaudi_calib.rankfiles.store import read_scales, write_rank_set, write_rank_sets
 from gaudi_calib.runs.quantize import Scaling, quantize_dir
+from gaudi_calib.scales.compute import compute_scales
 from tests.support.files import snapshot
 from tests.support.fixes import find_advised, follow
 from tests.support.paths import GOLDEN
 
 REAL = GOLDEN / "real"
+WIDE = {
+    "default": {
+        "weight": {"granularity": "PTS", "scale_value_type": "MAXABS", "rounding_method": "IDENTITY", "backoff": 0.5},
+        "activation": {"granularity": "PTS", "scale_value_type": "MAXABS", "rounding_method": "IDENTITY"},
+    }
+}
 LLAMA, MOE = REAL / "llama-3.1-70b", REAL / "deepseek-r1"
 RANKS = "inc_output_hooks_maxabs_{}_4.npz"
 SCALES = "inc_output_hooks_maxabs_MAXABS_HW_{}_4.npz"
@@ -308,6 +318,25 @@ def test_scales_that_somebody_merged_are_recognized(run: Path):
     assert "scales-otherwise" in find(place)
     (why,) = [found.why for found in check_path(place).warnings if found.kind == "scales-otherwise"]
     assert "maxima of the scales" in str(why)
+
+
+@pytest.mark.parametrize(
+    ("table", "on_cpu", "why"),
+    [
+        (MethodTable(SCALE_METHODS["MAXABS_ARBITRARY"]), True, "maxabs_arbitrary on g3 as INC computes it on a CPU"),
+        (MethodTable(SCALE_METHODS["MAXABS_HW"]), False, "maxabs_hw on g3"),
+        (build_table(MethodForm.model_validate(WIDE)), False, "backoffs 1.0 (activations) and 0.5 (weights)"),
+    ],
+    ids=["arithmetic", "method", "backoff"],
+)
+def test_scales_made_otherwise_are_explained(run: Path, table: MethodTable, on_cpu: bool, why: str):
+    """By the arithmetic of a CPU, another method, or another backoff, under the name of MAXABS_ARBITRARY."""
+    place = forget(run)
+    for rank in CalibrationDir(place).read_world(4):
+        scales = compute_scales(rank, table, GAUDI3, weights=lambda _: None, as_on_cpu=on_cpu)
+        write_rank_set(place, scales, method="MAXABS_ARBITRARY")
+    (finding,) = check_path(place).warnings
+    assert finding.kind == "scales-otherwise" and why in str(finding.why)
 
 
 def test_a_world_that_is_not_there_is_an_error_that_says_what_makes_it(run: Path, capsys: pytest.CaptureFixture):
