@@ -38,13 +38,13 @@ def mend(subject: Subject, kinds: Collection[str]) -> Iterator[str]:
         if written := _restore_npz(subject):
             yield f"restored: {count(len(written), 'npz file')} in {place.path}"
         return
-    methods = {world: subject.list_methods(world) for world in subject.worlds}
-    lost = [tag for tags in methods.values() for tag in tags if not _can_compute(subject, tag)]
-    if "kv-cache" in kinds and not lost:  # scales of the ranges as they were are set aside
+    every = {world: place.list_methods(world) for world in place.worlds}
+    if "kv-cache" in kinds and all(_can_compute(subject, tag) for tags in every.values() for tag in tags):
         postprocess_dir(place.path, place.path, dump=place.dump)
         yield f"postprocessed: the ranges in {place.path}"
-    if {"kv-cache", "scales-missing", "scales-stale"} & set(kinds):
-        yield from _recompute(subject, methods)
+        yield from _recompute(subject, every)  # scales of the ranges as they were have been set aside
+    if {"scales-missing", "scales-stale"} & set(kinds):
+        yield from _recompute(subject, {world: subject.list_methods(world) for world in subject.worlds})
 
 
 def _can_compute(subject: Subject, tag: str) -> bool:
@@ -75,7 +75,9 @@ def _recompute(subject: Subject, methods: dict[int, list[str]]) -> Iterator[str]
             if device is None or not _can_compute(subject, tag):
                 continue
             own = place.quant_config is not None and place.quant_config.method_table.file_tag == tag
-            scaling = Scaling(None if own else tag, device=device.name, world=world, dump=place.dump)
+            side = subject.config_path if tag == subject.tag and subject.config_path != place.quant_path else None
+            method = None if own or side else tag
+            scaling = Scaling(method, quant_config=side, device=device.name, world=world, dump=place.dump)
             try:
                 made = quantize_dir(place.path, scaling=scaling)
             except RangeError as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,11 +38,6 @@ class Subject:
     worlds: tuple[int, ...] = ()
     ranges: dict[int, list[RankSet[Node]]] = field(default_factory=dict)
     plan: "ModelPlan | None" = None
-
-    @cached_property
-    def tables(self) -> list[RangeTable]:
-        """The ranges of every rank of every world."""
-        return [tabulate_ranges(rank.nodes) for ranks in self.ranges.values() for rank in ranks]
 
     @property
     def scales_device(self) -> Device | None:

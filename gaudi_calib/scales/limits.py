@@ -18,7 +18,7 @@ _SHOWN = 5
 def find_limits(ranks: Iterable[RankSet[Node]], method: MethodTable, device: Device) -> list[Finding]:
     """Return a finding for ranges of 0 and one for ranges that saturate, each with the nodes that have such.
 
-    Experts that saw no token are left to `ranges.coverage`; the made-up inputs of expert weights are 0 always.
+    Experts that saw no token are left to those who count them; the made-up inputs of expert weights are 0 always.
 
     Args:
         ranks: of any ranks and worlds, without the nodes that are blocked.

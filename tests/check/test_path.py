@@ -374,6 +374,33 @@ def test_fix_mends_what_is_safe_to_mend(run: Path, fault: str):
     assert snapshot(run) == before
 
 
+def test_fix_of_one_world_keeps_the_scales_of_the_others(run: Path):
+    """The ranges of all of them change; what cannot be computed anew stays as it is."""
+    forget(run)
+    place = run / "g3"
+    write_rank_sets(place, [apply_kv_cache(rank) for rank in CalibrationDir(LLAMA).read_world(2)])
+    quantize_dir(place)
+    for rank in CalibrationDir(place).read_world(4):
+        table = tabulate_ranges(rank.nodes)
+        table.numbers[[table.inventory.starts[row] for row, name in enumerate(table) if name.endswith("k_cache")]] *= 2
+        write_rank_set(place, rank)
+    assert "kv-cache" in find(run)
+    assert check_path(run, Asked(world=4), fixes=True).errors == ()
+    assert find(run) == set()
+
+
+def test_fix_leaves_scales_that_it_cannot_compute(run: Path):
+    """Those of a method that takes the weights: the ranges stay, too, and a second time nothing is done."""
+    FAULTS["cache"][0](run)
+    place = run / "g3"
+    for path in list(place.glob("*_MAXABS_HW_*")):
+        path.rename(path.with_name(path.name.replace("MAXABS_HW", "ACT_MAXABS_HW_WEIGHTS_PCS_MAXABS_POW2")))
+    (run / "maxabs_quant_g3.json").unlink()
+    before = snapshot(run)
+    assert check_path(run, fixes=True).done == ()
+    assert snapshot(run) == before and find(run) == {"kv-cache"}
+
+
 def test_a_restored_npz_is_the_one_that_was_lost(run: Path):
     """To the byte, so that the manifest still knows it."""
     before = snapshot(run)
