@@ -144,6 +144,11 @@ def advise_relocation(run: Path) -> str:
     return _spell("relocate", run)
 
 
+def advise_mending(directory: Path, device: Device | None) -> str:
+    """What mends of a calibration, for a device, what can be mended without a measurement."""
+    return _spell("check", directory, *(["--device", device.name] if device else []), "--fix")
+
+
 def advise_configs(model: str, device: str | None) -> str:
     """What prints the configs of a model."""
     return _spell("config", "show", "-m", model, *(["--device", device] if device else []))

@@ -67,22 +67,58 @@ class TopologyError(CalibrationError, ValueError):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know about a QUANT_CONFIG.
+    """One thing to know about a QUANT_CONFIG, or about a calibration.
 
     Attributes:
-        where: the attribute concerned (dotted where it is nested).
+        where: the attribute concerned (dotted where it is nested), the file or the nodes.
         what: what is wrong, or what INC does with it.
         why: the reason.
-        fix: what to write instead.
+        fix: what to write instead, or to run.
+        kind: short name of what was found, which stays the same: `npz-missing`.
     """
 
     where: str
     what: str
     why: str | None = None
     fix: str | None = None
+    kind: str = "config"
+
+    @classmethod
+    def of(cls, error: CalibrationError, kind: str) -> "Finding":
+        """Return what an error tells, as a finding."""
+        return cls(error.where or "", error.what, error.why, error.fix, kind)
 
     def __str__(self) -> str:
         return _format(self)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything to say about something that was looked at.
+
+    Attributes:
+        errors: why it cannot be used.
+        warnings: what is silently changed, ignored or lost.
+    """
+
+    errors: tuple[Finding, ...] = ()
+    warnings: tuple[Finding, ...] = ()
+
+    def to_rows(self) -> list[dict[str, str | None]]:
+        """Return the findings as JSON objects, errors first."""
+        levels = [("error", self.errors), ("warning", self.warnings)]
+        return [{"severity": level, **vars(finding)} for level, findings in levels for finding in findings]
+
+    def __str__(self) -> str:
+        counts = [count(len(self.errors), "error") if self.errors else "ok"]
+        counts += [count(len(self.warnings), "warning")] if self.warnings else []
+        lines = [f"Error: {finding}" for finding in self.errors] + [f"Warning: {finding}" for finding in self.warnings]
+        return "\n".join([", ".join(counts), *lines])
+
+
+def count(number: int, word: str) -> str:
+    """Return a number and what it counts: `1 rank`, `2 ranks`."""
+    return f"{number} {word}" + ("" if number == 1 else "s")
 
 
 def _format(told: CalibrationError | Finding) -> str:

@@ -25,6 +25,11 @@ class RankDirectory:
         found = list_rank_files(self.path)
         return {path: file for path, file in found.items() if self.dump in (None, file.dump)}
 
+    @property
+    def dumps(self) -> list[str]:
+        """First parts of the names of the ranges: more than one where the directory holds several measurements."""
+        return sorted({file.dump for file in self.files.values() if file.is_ranges})
+
     @cached_property
     def worlds(self) -> dict[int, dict[int, Path]]:
         """The ranges by world and rank: the path of the `.json`, which need not be there where the `.npz` is.
@@ -43,13 +48,12 @@ class RankDirectory:
             (rank, world), text = file.position, path.with_suffix(".json")
             other = worlds.setdefault(world, {}).setdefault(rank, text)
             if other != text:
-                dumps = sorted({file.dump for file in self.files.values() if file.is_ranges})
                 raise FileError(
                     f"two files are ranges of rank {rank} of {world}: {other.name} and {text.name}",
                     where=self.path,
                     why="they are of different measurements",
-                    fix=f"say which measurement is meant: {self._list_choices(dumps)}"
-                    if len(dumps) > 1
+                    fix=f"say which measurement is meant: {self._list_choices(self.dumps)}"
+                    if len(self.dumps) > 1
                     else "move one of the measurements to a directory of its own",
                 )
         return {world: dict(sorted(ranks.items())) for world, ranks in sorted(worlds.items())}

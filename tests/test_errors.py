@@ -15,17 +15,19 @@ from gaudi_calib.errors import CalibrationError
 from gaudi_calib.files import read_json
 
 PACKAGE = Path(gaudi_calib.__file__).parent
-ERROR_NAMES = {name for name, value in vars(errors).items() if isinstance(value, type)}
+TOLD = (errors.CalibrationError, errors.Finding)
+ERROR_NAMES = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, TOLD)}
 
 
 def find_error_calls(source: str) -> Iterator[ast.Call]:
-    """Yield the calls in `source` of classes of `gaudi_calib.errors`."""
+    """Yield the calls in `source` of the errors, and of the findings, of `gaudi_calib.errors`."""
     tree = ast.parse(source)
     imported = {
         alias.asname or alias.name
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module == errors.__name__
         for alias in node.names
+        if alias.name in ERROR_NAMES
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):

@@ -30,7 +30,7 @@ _TWICE = re.compile(r"('--?[\w-]+') / \1")
 # In the order help lists them; each is a function of its name in a module of its name.
 COMMANDS = (
     *("calibrate", "prepare", "measure", "postprocess", "unify", "expand", "merge", "reshard", "quantize", "relocate"),
-    *("diff", "serve", "convert-weights", "config", "detect"),
+    *("check", "diff", "serve", "convert-weights", "config", "detect"),
 )
 
 

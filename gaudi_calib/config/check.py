@@ -22,7 +22,7 @@ from gaudi_calib.config.method_form import (
 )
 from gaudi_calib.config.model import UNREAD_KEYS, NodeFilter, QuantConfig, ScaleParams
 from gaudi_calib.config.rules import find_errors, find_warnings
-from gaudi_calib.errors import ConfigError, Finding
+from gaudi_calib.errors import ConfigError, Finding, Findings
 
 _OLD_NAMES = {"whitelist": "allowlist", "blacklist": "blocklist"}
 _SET_BY_INC = ("device_type", "world_size")
@@ -39,53 +39,34 @@ _MODELS: dict[str, type[StrictModel]] = {
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Findings):
     """Everything to say about the content of a QUANT_CONFIG.
 
     Attributes:
         config: the config, or None where there are errors.
-        errors: why it cannot be used.
-        warnings: what INC or vllm-gaudi silently changes or ignores.
     """
 
-    config: QuantConfig | None
-    errors: tuple[Finding, ...] = ()
-    warnings: tuple[Finding, ...] = ()
-
-    def to_rows(self) -> list[dict[str, str | None]]:
-        """Return the findings as JSON objects, errors first."""
-        levels = [("error", self.errors), ("warning", self.warnings)]
-        return [{"level": level, **vars(finding)} for level, findings in levels for finding in findings]
-
-    def __str__(self) -> str:
-        counts = [_count(len(self.errors), "error") if self.errors else "ok"]
-        counts += [_count(len(self.warnings), "warning")] if self.warnings else []
-        lines = [f"Error: {finding}" for finding in self.errors] + [f"Warning: {finding}" for finding in self.warnings]
-        return "\n".join([", ".join(counts), *lines])
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" + ("" if number == 1 else "s")
+    config: QuantConfig | None = None
 
 
 def inspect_quant_config(content: object) -> Inspection:
     """Check the JSON value `content` and return every finding."""
     if not isinstance(content, Mapping):
-        return Inspection(None, (Finding("", "a QUANT_CONFIG is a JSON object", fix='start with {"mode": ...'),))
+        return Inspection((Finding("", "a QUANT_CONFIG is a JSON object", fix='start with {"mode": ...'),))
     twice = [old for old, new in _OLD_NAMES.items() if old in content and new in content]
     if twice:
         errors = [Finding(old, f"{old} and {_OLD_NAMES[old]} are both given", fix=f"remove {old}") for old in twice]
-        return Inspection(None, tuple(errors))
+        return Inspection(tuple(errors))
     given: Mapping[str, Any] = content
     read = {_OLD_NAMES.get(key, key): value for key, value in given.items() if not _is_unread(key, value)}
     notes = (*_note_spelling(content), *_note_unread(content))
     try:
         config = QuantConfig.model_validate(read)
     except ValidationError as error:
-        return Inspection(None, tuple(_list_findings(error, read)), notes)
+        return Inspection(tuple(_list_findings(error, read)), notes)
     if errors := find_errors(config):
-        return Inspection(None, tuple(errors), notes)
-    return Inspection(config, (), (*notes, *find_warnings(config)))
+        return Inspection(tuple(errors), notes)
+    return Inspection((), (*notes, *find_warnings(config)), config)
 
 
 def parse_quant_config(content: object, *, where: object = "QUANT_CONFIG") -> QuantConfig:

@@ -40,7 +40,7 @@ def validate_file(path: Path, device: str | None = None) -> Inspection:
         if inspection.config is not None and device is not None:
             get_scales_device(inspection.config, get_device(device))
     except ConfigError as error:
-        return Inspection(None, (Finding("", error.what, error.why, error.fix),))
+        return Inspection((Finding("", error.what, error.why, error.fix),))
     return inspection
 
 

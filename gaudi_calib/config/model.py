@@ -252,6 +252,7 @@ def find_idle_patterns(config: QuantConfig, names: Iterable[str], expected: Coll
             f"{key}.names",
             f"pattern {pattern!r} matches no node of the model",
             fix="correct or remove it",
+            kind="pattern-idle",
         )
         for key in ("allowlist", "blocklist")
         for pattern in getattr(config, key).names

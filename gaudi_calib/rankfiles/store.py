@@ -216,7 +216,17 @@ def _match_pickle(inventory: Inventory, head: Head | None, pickled: bytes) -> np
 
 def _read_modules(path: Path, file: RankFile, names: tuple[str, ...]) -> tuple[str, ...]:
     mod_list = path.with_name(RankFile(file.dump, file.observer, None, file.rank, file.world, is_mod_list=True).name)
-    return tuple(read_json(mod_list)) if mod_list.is_file() else names
+    if not mod_list.is_file():
+        return names
+    listed = read_json(mod_list)
+    if not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
+        raise FileError(
+            f"{mod_list.name} is no list of modules",
+            where=mod_list,
+            why="it is the JSON list of the names of the modules that INC patched",
+            fix="restore it; or delete it, then the nodes of the ranges count",
+        )
+    return tuple(listed)
 
 
 class _Renderer:

@@ -18,7 +18,7 @@ _SHOWN = 5
 def find_limits(ranks: Iterable[RankSet[Node]], method: MethodTable, device: Device) -> list[Finding]:
     """Return a finding for ranges of 0 and one for ranges that saturate, each with the nodes that have such.
 
-    Experts that saw no token are left to `ranges.coverage`; the made-up inputs of expert weights are 0 always.
+    Experts that saw no token are left to those who count them; the made-up inputs of expert weights are 0 always.
 
     Args:
         ranks: of any ranks and worlds, without the nodes that are blocked.
@@ -29,7 +29,7 @@ def find_limits(ranks: Iterable[RankSet[Node]], method: MethodTable, device: Dev
     for rank_set in ranks:
         table = tabulate_ranges(rank_set.nodes)
         for name, part, number in _list_extremes(table, device):
-            rule = _find_rule(table, name, part, method)
+            rule = _find_rule(table, name, part, method, is_zero=number == 0)
             if rule is None:
                 continue
             if number == 0:
@@ -45,6 +45,7 @@ def find_limits(ranks: Iterable[RankSet[Node]], method: MethodTable, device: Dev
                 "the module saw nothing but zeros, or its weight is all zeros; a hardware-aligned scale then destroys "
                 "what comes when serving, other methods have none",
                 "measure with prompts that reach it, or add it to the blocklist",
+                "range-zero",
             )
         )
     if saturated:
@@ -55,6 +56,7 @@ def find_limits(ranks: Iterable[RankSet[Node]], method: MethodTable, device: Dev
                 f"{len(saturated)}",
                 f"larger values are clipped: the scale stays at {max(device.free_scales):g}, its largest",
                 "use maxabs_pow2, whose scales have no limit, or add the module to the blocklist",
+                "range-beyond",
             )
         )
     return findings
@@ -62,20 +64,21 @@ def find_limits(ranks: Iterable[RankSet[Node]], method: MethodTable, device: Dev
 
 def _list_extremes(table: RangeTable, device: Device) -> Iterator[tuple[str, str, float]]:
     """Yield node, part and value of every range that is 0 or too large for any free scale."""
-    for position in np.flatnonzero((table.numbers == 0) | (table.numbers > device.largest_range)).tolist():
+    is_too_large = (table.numbers > device.largest_range) & np.isfinite(table.numbers)
+    for position in np.flatnonzero((table.numbers == 0) | is_too_large).tolist():
         yield *table.describe_number(position), float(table.numbers[position])
 
 
-def _find_rule(table: RangeTable, name: str, part: str, method: MethodTable) -> TensorScaling | None:
+def _find_rule(table: RangeTable, name: str, part: str, method: MethodTable, *, is_zero: bool) -> TensorScaling | None:
     """Return how the scale follows from a range, None where none does, or where 0 is no news."""
     shape = table.inventory.shapes[table.inventory.index[name]]
     op = find_op(name, shape)
     rules = method.for_node(name, find_layer_type(name, op))
     if part == "weight":
         return None if rules.weight.is_fixed else rules.weight
-    is_expert = part in map(label_part, list_experts(op, shape))
+    is_idle = is_zero and part in map(label_part, list_experts(op, shape))
     is_made_up = is_expert_matmul(name) and part == "inputs[0]"
-    if part not in list_read(name, shape) or rules.activation.is_fixed or is_expert or is_made_up:
+    if part not in list_read(name, shape) or rules.activation.is_fixed or is_idle or is_made_up:
         return None
     return rules.activation
 

@@ -82,7 +82,7 @@ def test_validate_lists_everything_about_every_file(tmp_path, capsys):
 
     assert main(["config", "validate", *map(str, paths.values()), "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)
-    assert [(row["file"], row["level"], row["where"]) for row in rows] == [
+    assert [(row["file"], row["severity"], row["where"]) for row in rows] == [
         (str(paths["warned"]), "warning", "scale_params"),
         (str(paths["bad"]), "error", "use_qdq"),
         (str(paths["bad"]), "error", "blocklst"),

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ def test_links_lead_to_files(path: Path) -> None:
     """A relative link names a file that is there."""
     links = [link for link in LINK.findall(path.read_text()) if "://" not in link]
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_published_calibrations_are_those_of_the_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every set that the script reads has its row; without the sets nothing is written."""
+    script = runpy.run_path(str(ROOT / "docs" / "generate_published.py"))
+    rows = re.findall(r"^\| ([\w.-]+), (g\d) \|", script["TABLE"].read_text(), re.MULTILINE)
+    assert rows == [(name, source.device) for name, source in script["SETS"].items()]
+    assert (script["main"]([]), script["main"]([str(tmp_path)])) == (2, 1)
+    assert "llama-3.1-70b" in capsys.readouterr().err
 
 
 def test_every_document_is_in_the_index() -> None:

@@ -57,6 +57,13 @@ def test_saturation_begins_behind_the_largest_free_scale(device: Device, largest
     assert find(nodes, "maxabs_pow2", device) == []
 
 
+def test_an_expert_saturates_as_any_other_module() -> None:
+    """One of a published DeepSeek-R1 does; what is infinite is no question of limits."""
+    nodes = {EXPERTS: Node((one(np.inf),), (one(1), one(120832), one(0)))}
+    ((_, where),) = find(nodes, device=GAUDI3)
+    assert where == f"{EXPERTS} outputs[1]"
+
+
 def test_many_names_are_cut() -> None:
     """The first five are named, all are counted."""
     nodes = {f"layers.{layer}.attn.k_cache": Node((one(0),)) for layer in range(40)}

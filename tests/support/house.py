@@ -54,6 +54,7 @@ HOUSE = (
     Room(7, "vllm_runner", ("engines/vllm_runner/*.py",), in_functions=frozenset({"vllm", "ray"})),
     Room(7, "vllm_plugin", ("engines/vllm_plugin/*.py",), TORCH | {"vllm"}, is_heavy=True),
     Room(8, "runs", ("runs/*.py",), NUMPY, frozenset({"tqdm"})),
+    Room(9, "check", ("check/*.py",), NUMPY),
     Room(9, "serve", ("serve/*.py",), in_functions=frozenset({"yaml"})),
     Room(10, "cli", ("cli/*.py", "__main__.py"), frozenset({"click"})),
 )
