@@ -41,8 +41,10 @@ def find_misplaced(subject: Subject) -> Iterator[Finding]:
             f"run: {advise_relocation(next(iter(moved)).parent)}",
             "place-moved",
         )
+    layout = subject.place.layout
+    own = (given and given.resolve(), layout and layout.measure_config)  # others in the directory may be anybody's
     for path, named in list_quant_configs(run).items():
-        if path not in moved and not Path(named).parent.is_dir():
+        if path in own and path not in moved and not Path(named).parent.is_dir():
             yield Finding(
                 str(path),
                 f"dump_stats_path leads nowhere: {Path(named).parent} is not there",

@@ -90,8 +90,12 @@ def edit_config(root: Path, **changes: Any) -> None:
 
 def forget(root: Path) -> Path:
     """Take away what tells where the files come from."""
-    (root / "g3" / MANIFEST_NAME).unlink()
-    return root / "g3"
+    return forget_in(root / "g3")
+
+
+def forget_in(place: Path) -> Path:
+    (place / MANIFEST_NAME).unlink()
+    return place
 
 
 def edit_ranges(root: Path, node: str, part: str, value: float, *, ranks: tuple[int, ...] = (0, 1, 2, 3)) -> None:
@@ -217,7 +221,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
         lambda run: edit_manifest(run, dataset=DATA.model_copy(update={"prompts": 3})), {"data-little"},
     ),
     "cold experts": (lambda run: edit_manifest(run, expert_coverage=COLD), {"expert-cold"}),
-    "no device": (lambda run: [forget(run), (run / "g3").rename(run / "x")], {"device-unknown", "place-missing"}),
+    "no device": (lambda run: [forget(run), (run / "g3").rename(run / "x")], {"device-unknown"}),
 }  # fmt: skip
 
 
@@ -227,6 +231,14 @@ def test_a_good_run_has_no_finding(run: Path):
         assert (path, find(path)) == (path, set())
     assert find(run, world=4, device="g3") == set()
     assert find(forget(run)) == set()
+
+
+def test_configs_of_others_are_not_looked_at(run: Path):
+    """Anything may lie beside a directory of ranges."""
+    edit_config(run, dump_stats_path="/no/where/x")
+    (run / "maxabs_quant_g3.json").rename(run / "another.json")
+    (run / "g3").rename(run / "ranges")
+    assert find(forget_in(run / "ranges"), device="g3") == set()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
