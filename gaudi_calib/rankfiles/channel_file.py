@@ -133,7 +133,8 @@ def _read_experts(file: Any, name: str, facts: dict[str, Any]) -> ExpertChannels
         for key in file.keys()
         if key.startswith(f"{prefix}outputs.")
     }
-    return ExpertChannels(**ranges, **counts, routing=facts["routing"], bias=facts["bias"], outputs=outputs)
+    routing, bias = facts["routing"], facts["bias"]
+    return ExpertChannels(**ranges, **counts, routing=routing, bias=bias, outputs=outputs, progress=None)
 
 
 def _to_bits(values: np.ndarray) -> np.ndarray:
