@@ -8,7 +8,8 @@ files     manifest, files of every rank, their checksums and forms
 nodes     the same nodes on every rank, and all that the model needs
 ranges    values that make bad scales; too little data
 outliers  ranks and layers unlike the others
-scales    scales that do not follow from the ranges, and what they are instead (explain)
+scales    scales that do not follow from the ranges
+explain   what they are instead
 mend      `--fix`: what can be mended without a measurement
 
 A check asks whoever owns the fact, and says what it got as a `Finding`; none works one out anew.

@@ -8,7 +8,7 @@ from gaudi_calib.errors import CalibrationError
 from gaudi_calib.fp8 import DEVICES, Device
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.ranges.table import RangeTable, tabulate_scales
-from gaudi_calib.runs.recipe import Recipe, needs_weights
+from gaudi_calib.runs.recipe import Recipe
 from gaudi_calib.scales.compare import Change, compare_tables, flatten_scales
 from gaudi_calib.scales.compute import compute_scales
 
@@ -31,7 +31,7 @@ def explain_scales(
             if table is recipe.table and device == recipe.scales_device and not as_on_cpu:
                 continue
             name = f"those of {what}{' as INC computes it on a CPU, where a Gaudi rounds otherwise' * as_on_cpu}"
-            found = _compare(ranges, stored, table, device, recipe.hp_dtype, as_on_cpu=as_on_cpu)
+            found = _compare(ranges, stored, table, device, recipe.config.hp_dtype, as_on_cpu=as_on_cpu)
             if not found and found is not None:
                 return f"they are {name}"
             merged = merged or (name if _looks_merged(found) else None)
@@ -78,7 +78,7 @@ def _compare(
     The first rank that differs in what no merge explains tells enough.
     """
     changes: list[Change] = []
-    for rank, own in zip(ranges, stored, strict=True) if not needs_weights(table) else ():
+    for rank, own in zip(ranges, stored, strict=True) if not table.needs_weights else ():
         try:
             found = compute_scales(
                 *(rank, table, device),
@@ -93,4 +93,4 @@ def _compare(
         changes += [change for change in compare_tables([flat], [own], read_only=False) if change.differing]
         if changes and not _looks_merged(changes):
             break
-    return None if needs_weights(table) else changes
+    return None if table.needs_weights else changes

@@ -64,8 +64,8 @@ def _choose_recipe(subject: Subject, tag: str) -> Recipe | None:
     if isinstance(recipe, str):
         return None
     if subject.config is not None and subject.tag == tag:
-        recipe = recipe._replace(table=subject.config.method_table, config=subject.config)
-    return None if recipe.needs_weights else recipe
+        recipe = recipe._replace(config=subject.config)
+    return None if recipe.table.needs_weights else recipe
 
 
 def _find_unusable(world: int, tag: str, stored: Mapping[int, RangeTable]) -> Iterator[Finding]:
@@ -91,7 +91,7 @@ def _compare(
     subject: Subject, recipe: Recipe, ranges: Sequence[RankSet], stored: Sequence[RangeTable]
 ) -> Iterator[Finding]:
     try:
-        expected = recipe.compute(ranges, allows_idle=True)
+        expected = list(recipe.compute(ranges, allows_idle=True))
     except CalibrationError:  # of ranges that are told of elsewhere
         return
     flat = [flatten_scales(tabulate_scales(rank.nodes)) for rank in expected]
