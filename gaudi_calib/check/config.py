@@ -8,9 +8,11 @@ from gaudi_calib.advice import advise_relocation
 from gaudi_calib.check.subject import Subject, name_first
 from gaudi_calib.config.file import validate_file
 from gaudi_calib.config.model import QuantConfig, find_idle_patterns
+from gaudi_calib.config.presets import find_failure
 from gaudi_calib.errors import Finding
 from gaudi_calib.files import read_json
 from gaudi_calib.fp8 import Device
+from gaudi_calib.models.field import list_idle
 from gaudi_calib.moved import find_beside, find_moved_configs, list_quant_configs
 
 
@@ -58,5 +60,16 @@ def find_idle(subject: Subject) -> Iterator[Finding]:
     """Yield the patterns that match no module, where the model is known."""
     if subject.plan is not None and subject.config is not None:
         listed = {name for ranks in subject.ranges.values() for rank in ranks for name in rank.modules}
-        for finding in find_idle_patterns(subject.config, [*subject.plan.node_names, *listed]):
+        made = subject.place.manifest
+        expected = list_idle(made.preset.name if made else "")
+        for finding in find_idle_patterns(subject.config, [*subject.plan.node_names, *listed], expected):
             yield replace(finding, where=f"{subject.config_path}, key {finding.where}")
+
+
+def find_failure_of_attention(subject: Subject) -> Iterator[Finding]:
+    """Yield what is known to go wrong where the model's KV cache is in FP8, if the model is there to be looked at."""
+    if subject.plan is None or subject.config is None:
+        return
+    found = find_failure(subject.plan.checkpoint.source.text_config, subject.config)
+    if found is not None:
+        yield replace(found, where=f"{subject.config_path}, key {found.where}")

@@ -19,9 +19,22 @@ _log = logging.getLogger(__name__)
 
 # What looks at the ranges that were read, in this order; the first tells the others what the model is.
 _FINDERS = (
-    *(nodes.plan_model, config.find_idle, nodes.find_differing, nodes.find_silent, nodes.find_gaps),
+    *(
+        nodes.plan_model,
+        config.find_idle,
+        config.find_failure_of_attention,
+        nodes.find_differing,
+        nodes.find_silent,
+        nodes.find_gaps,
+    ),
     *(ranges.find_not_finite, ranges.find_extremes, ranges.find_idle_experts),
-    *(ranges.find_cache_gaps, ranges.find_little_data, outliers.find_outliers, scales.find_bad_scales),
+    *(
+        ranges.find_cache_gaps,
+        ranges.find_little_data,
+        ranges.find_unsettled,
+        outliers.find_outliers,
+        scales.find_bad_scales,
+    ),
 )
 # What is mended last is looked at once more: names of the place, lost files, what is computed.
 _ROUNDS = 4

@@ -10,7 +10,7 @@ import numpy as np
 from gaudi_calib.advice import advise_mending
 from gaudi_calib.check.subject import Subject, iterate_ranks, name_first
 from gaudi_calib.config.methods import SCALE_METHODS, MethodTable
-from gaudi_calib.errors import Finding, TopologyError, count
+from gaudi_calib.errors import CalibrationError, Finding, TopologyError, count
 from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.ranges.coverage import list_cold, suggest_data
 from gaudi_calib.ranges.derive import select_nodes
@@ -18,6 +18,7 @@ from gaudi_calib.ranges.experts import detect_expert_parallel, find_expert_layer
 from gaudi_calib.ranges.kvcache import apply_kv_cache
 from gaudi_calib.ranges.sources import find_damaged
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
+from gaudi_calib.runs.convergence import find_unsettled_dir
 from gaudi_calib.scales.limits import find_limits
 
 _DEFAULT_METHOD = "MAXABS_HW"
@@ -143,3 +144,13 @@ def find_little_data(subject: Subject) -> Iterator[Finding]:
             suggest_data(coverage, (data.tokens if data else None) or 0),
             "expert-cold",
         )
+
+
+def find_unsettled(subject: Subject) -> Iterator[Finding]:
+    """Yield what the record of the measurement says about ranges that the data has not settled."""
+    if subject.config is None:
+        return
+    try:
+        yield from find_unsettled_dir(subject.place)
+    except CalibrationError as error:
+        yield Finding.of(error, "file-damaged")

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from gaudi_calib.config.check import parse_quant_config
 from gaudi_calib.config.methods import DEFAULT_METHOD, SCALE_METHODS, get_scale_method
 from gaudi_calib.config.model import QuantConfig, to_content
-from gaudi_calib.errors import UsageError
+from gaudi_calib.errors import Finding, UsageError
 from gaudi_calib.layout import RunLayout
 from gaudi_calib.models.families import FAMILIES, Family
-from gaudi_calib.models.field import COMMON_ROW, FIELD_ROWS, FieldRow, find_row, serve_as_field
+from gaudi_calib.models.field import COMMON_ROW, FIELD_ROWS, find_row, serve_as_field
 from gaudi_calib.models.source import open_model
 
 # What the reference's templates of dynamic methods leave in BF16, all of attention; INC could quantize it, too.
@@ -44,15 +44,23 @@ def apply_preset(name: str, family: Family, model_config: Mapping[str, Any]) -> 
     return Preset(name, serve_as_field(family, row), (row or COMMON_ROW).env)
 
 
-def find_failing_row(model_config: Mapping[str, Any], config: QuantConfig) -> FieldRow | None:
-    """Return the field's row of a model known to fail with an FP8 KV cache, where `config` quantizes it; else None.
+def find_failure(model_config: Mapping[str, Any], config: QuantConfig) -> Finding | None:
+    """Return what is known to go wrong with a model whose KV cache `config` quantizes; None where nothing is.
 
     Args:
         model_config: config.json.
         config: the QUANTIZE config that serves it.
     """
     row = find_row(model_config)
-    return row if row and row.failure and config.quantizes_caches() else None
+    if row is None or row.failure is None or not config.quantizes_caches():
+        return None
+    return Finding(
+        "blocklist",
+        f"{row.models}: {row.failure}",
+        f"reported of such models with these settings: {', '.join(row.sources)}",
+        "--preset field takes those that engineers found for them",
+        "attention-fails",
+    )
 
 
 def measure_config(family: Family, dump_stats_path: str | os.PathLike[str], **overrides: Any) -> QuantConfig:

@@ -19,7 +19,7 @@ from gaudi_calib.config.presets import (
     Preset,
     apply_preset,
     change_method,
-    find_failing_row,
+    find_failure,
     measure_config,
     quant_config,
 )
@@ -206,13 +206,8 @@ def choose_quant_config(options: RunOptions, layout: DeviceLayout, preset: Prese
 
 def describe_failure(preset: Preset, plan: "ModelPlan", config: QuantConfig) -> str | None:
     """Return what is known to go wrong with the QUANTIZE config of the reference's preset, None where nothing is."""
-    row = find_failing_row(plan.checkpoint.source.text_config, config)
-    if preset.name != "reference" or row is None:
-        return None
-    return (
-        f"{row.models}: {row.failure} ({', '.join(row.sources)}), as with these settings; "
-        "--preset field takes those that engineers found for such models"
-    )
+    found = find_failure(plan.checkpoint.source.text_config, config) if preset.name == "reference" else None
+    return f"{found.what} ({found.why}); {found.fix}" if found else None
 
 
 def require_quantizing(config: QuantConfig, path: Path | None) -> QuantConfig:

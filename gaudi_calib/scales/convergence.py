@@ -87,6 +87,7 @@ def _describe_growing(growing: Sequence[_Range], total: int, last: int, samples:
         f"too little data: the last {last} of {samples} samples doubled {len(growing)} of {total} scales, or more",
         f"{last} more would double about as many again; values far beyond a range are clipped when serving",
         f"measure with more samples, for example -l {_PARTS * samples}, of a larger dataset (-d) if need be",
+        "data-unsettled",
     )
 
 
@@ -103,4 +104,5 @@ def _describe_outliers(outliers: Sequence[_Range], convergence: Convergence) -> 
         "median sample has",
         f"scales that fit them leave all others less than 1/{_OUTLIER_FACTOR} of what FP8 holds",
         "look at these prompts: if serving will see nothing like them, leave them out and measure again",
+        "sample-outlier",
     )
