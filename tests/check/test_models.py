@@ -46,7 +46,7 @@ def llama(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_good_run_of_every_family_has_no_finding(kind: str, tiny_model: Callable[[str], Path], tmp_path: Path):
-    """For either device, and every number of ranks; with the field's settings where the reference's are known to fail."""
+    """For either device and every number of ranks; as the field serves it where the reference is known to fail."""
     preset = "field" if kind in ("qwen3", "qwen3_moe", "glm4_moe") else None
     report = check_path(make_run(tiny_model(kind), tmp_path, preset=preset))
     assert [(found.kind, found.what, found.where) for found in (*report.errors, *report.warnings)] == []
