@@ -23,9 +23,14 @@ PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 def start_measuring(tmp_path: Path, *before: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """Start `measure`, and return it when it runs the model, stopped; and its manifest."""
+    """Start `measure`, and return it when it runs the model, stopped; and its manifest.
+
+    It obeys SIGHUP also where these tests were started with nohup.
+    """
     words = ["measure", "-m", MODEL, "-d", write_prompts(tmp_path), "-o", tmp_path / "out", "--device", "g3"]
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     child = subprocess.Popen([*before, *COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGHUP, inherited)
     assert child.stderr is not None
     while b"Step 2" not in child.stderr.readline():
         assert child.poll() is None
