@@ -1,5 +1,6 @@
 """Errors and findings that a user can act on: what happened, where, why, and how to fix it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -124,3 +125,13 @@ def count(number: int, word: str) -> str:
 def _format(told: CalibrationError | Finding) -> str:
     rows = [(name, getattr(told, name)) for name in ("where", "why", "fix")]
     return "\n".join([told.what] + [f"  {name + ':':<6} {text}" for name, text in rows if text])
+
+
+def name_first(names: Iterable[object], shown: int = 5, separator: str = ", ") -> str:
+    """Return the first few of `names`, and how many more there are.
+
+    >>> name_first("abc", shown=2)
+    'a, b, and 1 more'
+    """
+    every = list(map(str, names))
+    return separator.join(every[:shown]) + (f"{separator}and {len(every) - shown} more" if len(every) > shown else "")

@@ -103,7 +103,7 @@ def require_dynamic(config: "QuantConfig", ops: Mapping[str, Op], layout: Layout
     if config.dynamic_quantization and layout.attention.latent:
         reasons[Op.KV_CACHE] = "vllm-gaudi keeps no scales beside a latent cache: what is read from it comes unscaled"
     if config.dynamic_quantization and layout.experts and layout.experts.biased:
-        reasons[Op.DYNAMIC_MOE] = "INC has no such op for experts with biases (NotImplementedError)"
+        reasons[Op.DYNAMIC_MOE] = "INC scales no experts with biases while serving, and stops"
     for name, op in ops.items():
         layer_type = find_layer_type(name, op)
         if op in reasons and not config.is_blocked(name, layer_type):

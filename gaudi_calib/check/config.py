@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from gaudi_calib.advice import advise_relocation
-from gaudi_calib.check.subject import Subject, name_first
+from gaudi_calib.check.subject import Subject
 from gaudi_calib.config.file import validate_file
 from gaudi_calib.config.model import QuantConfig, find_idle_patterns
 from gaudi_calib.config.presets import find_failure
-from gaudi_calib.errors import Finding
+from gaudi_calib.errors import Finding, name_first
 from gaudi_calib.files import read_json
 from gaudi_calib.fp8 import Device
 from gaudi_calib.models.field import list_idle

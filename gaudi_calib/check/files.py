@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gaudi_calib.advice import advise_mending, advise_repeating
-from gaudi_calib.check.subject import Subject, name_first
+from gaudi_calib.check.subject import Subject
 from gaudi_calib.config.model import describe_scaling
-from gaudi_calib.errors import CalibrationError, Finding, count
+from gaudi_calib.errors import CalibrationError, Finding, count, name_first
 from gaudi_calib.layout import MANIFEST_NAME, RankFile
 from gaudi_calib.ranges.node import Node, RankSet
 from gaudi_calib.rankfiles.store import read_world_files

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
-from gaudi_calib.check.subject import Subject, iterate_ranks, name_first
+from gaudi_calib.check.subject import Subject, iterate_ranks
 from gaudi_calib.config.presets import quant_config
-from gaudi_calib.errors import CalibrationError, ConfigError, Finding, ModelError, RangeError
+from gaudi_calib.errors import CalibrationError, ConfigError, Finding, ModelError, RangeError, name_first
 from gaudi_calib.gaps import find_uncovered, refuse_uncovered
 from gaudi_calib.layout import RankFile
 from gaudi_calib.models.source import locate_model

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gaudi_calib.check.subject import Subject, name_first
-from gaudi_calib.errors import Finding, count
+from gaudi_calib.check.subject import Subject
+from gaudi_calib.errors import Finding, count, name_first
 from gaudi_calib.ranges.experts import LISTS
 from gaudi_calib.ranges.node import Op, find_op
 from gaudi_calib.ranges.sources import label_part, list_read

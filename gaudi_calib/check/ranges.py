@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from gaudi_calib.advice import advise_mending
-from gaudi_calib.check.subject import Subject, iterate_ranks, name_first
-from gaudi_calib.config.methods import SCALE_METHODS, MethodTable
-from gaudi_calib.errors import CalibrationError, Finding, TopologyError, count
+from gaudi_calib.check.subject import Subject, iterate_ranks
+from gaudi_calib.config.methods import DEFAULT_METHOD, MethodTable, get_scale_method
+from gaudi_calib.errors import CalibrationError, Finding, TopologyError, count, name_first
 from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.ranges.coverage import list_cold, suggest_data
 from gaudi_calib.ranges.derive import select_nodes
@@ -21,7 +21,6 @@ from gaudi_calib.ranges.table import RangeTable, tabulate_ranges
 from gaudi_calib.runs.convergence import find_unsettled_dir
 from gaudi_calib.scales.limits import find_limits
 
-_DEFAULT_METHOD = "MAXABS_HW"
 # Fewer leave experts cold and maxima far from what serving meets.
 _FEW_PROMPTS, _FEW_TOKENS = 32, 2048
 
@@ -52,8 +51,8 @@ def find_extremes(subject: Subject) -> Iterator[Finding]:
     if config is not None and config.mode == "QUANTIZE":
         yield from find_limits([select_nodes(rank, config) for rank in ranks], config.method_table, device)
         return
-    for finding in find_limits(ranks, MethodTable(SCALE_METHODS[_DEFAULT_METHOD]), device):
-        yield replace(finding, why=f"with {_DEFAULT_METHOD.lower()}, where no config says otherwise: {finding.why}")
+    for finding in find_limits(ranks, MethodTable(get_scale_method(DEFAULT_METHOD)), device):
+        yield replace(finding, why=f"with {DEFAULT_METHOD}, where no config says otherwise: {finding.why}")
 
 
 def find_idle_experts(subject: Subject) -> Iterator[Finding]:

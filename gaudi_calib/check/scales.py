@@ -7,8 +7,8 @@ import numpy as np
 
 from gaudi_calib.check.explain import explain_scales
 from gaudi_calib.check.files import advise_recomputing
-from gaudi_calib.check.subject import Subject, name_first
-from gaudi_calib.errors import CalibrationError, Finding, count
+from gaudi_calib.check.subject import Subject
+from gaudi_calib.errors import CalibrationError, Finding, count, name_first
 from gaudi_calib.ranges.layer_types import is_expert_matmul
 from gaudi_calib.ranges.node import RankSet, ScaleNode
 from gaudi_calib.ranges.table import RangeTable, tabulate_ranges, tabulate_scales

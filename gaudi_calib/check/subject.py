@@ -1,6 +1,6 @@
 """What a check looks at: one measurement of one directory, and what surrounds it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,12 +53,6 @@ class Subject:
     def list_methods(self, world: int) -> list[str]:
         """Return the methods of which there are scales, or should be."""
         return sorted({*self.place.list_methods(world), *filter(None, [self.tag])})
-
-
-def name_first(names: Iterable[object], shown: int = 5) -> str:
-    """Return the first few of `names`, and how many more there are."""
-    every = list(map(str, names))
-    return ", ".join(every[:shown]) + (f", and {len(every) - shown} more" if len(every) > shown else "")
 
 
 def iterate_ranks(subject: Subject) -> Iterator[tuple[RankSet[Node], RangeTable]]:

@@ -8,13 +8,12 @@ import numpy as np
 
 from gaudi_calib.config.methods import TensorScaling
 from gaudi_calib.config.model import QuantConfig
-from gaudi_calib.errors import Finding
+from gaudi_calib.errors import Finding, name_first
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.convergence import Convergence
 from gaudi_calib.ranges.layer_types import find_layer_type
 from gaudi_calib.ranges.node import classify
 from gaudi_calib.ranges.progress import Progress
-from gaudi_calib.scales.limits import name_first
 from gaudi_calib.scales.precision import PRECISIONS, Precision
 from gaudi_calib.scales.tensor import scale_ranges
 

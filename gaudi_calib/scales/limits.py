@@ -5,14 +5,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from gaudi_calib.config.methods import MethodTable, TensorScaling
-from gaudi_calib.errors import Finding
+from gaudi_calib.errors import Finding, name_first
 from gaudi_calib.fp8 import Device
 from gaudi_calib.ranges.layer_types import find_layer_type, is_expert_matmul
 from gaudi_calib.ranges.node import Node, RankSet, find_op
 from gaudi_calib.ranges.sources import list_experts, list_read
 from gaudi_calib.ranges.table import RangeTable, label_part, tabulate_ranges
-
-_SHOWN = 5
 
 
 def find_limits(ranks: Iterable[RankSet[Node]], method: MethodTable, device: Device) -> list[Finding]:
@@ -81,9 +79,3 @@ def _find_rule(table: RangeTable, name: str, part: str, method: MethodTable, *, 
     if part not in list_read(name, shape) or rules.activation.is_fixed or is_idle or is_made_up:
         return None
     return rules.activation
-
-
-def name_first(names: Iterable[str], separator: str = ", ") -> str:
-    """Return the first few names, and whether there are more."""
-    shown = list(names)
-    return separator.join(shown[:_SHOWN]) + (f"{separator}..." if len(shown) > _SHOWN else "")

@@ -10,6 +10,7 @@ import pytest
 from gaudi_calib.cli.main import main
 from gaudi_calib.config.check import parse_quant_config
 from gaudi_calib.errors import ConfigError
+from gaudi_calib.files import read_json
 from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.rankfiles.store import read_ranges, read_scales
 from gaudi_calib.runs.calibrate import calibrate
@@ -35,11 +36,6 @@ def edit(path: Path, **changes: Any) -> dict[str, Any]:
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps(content, indent=7))
     return content
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return the content of a config."""
-    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +88,15 @@ def test_an_option_changes_what_it_names_alone(out: Path) -> None:
     config = out / "dense/maxabs_quant_g3.json"
     before = edit(config, **EDITS)
     assert quantize(out, "-t", 2, "--scale-method", "maxabs_pow2") == 0
-    assert read(config) == {**before, "scale_method": "maxabs_pow2"}
-    assert read(out / "dense/replaced" / config.name) == before
+    assert read_json(config) == {**before, "scale_method": "maxabs_pow2"}
+    assert read_json(out / "dense/replaced" / config.name) == before
     assert quantize(out, "-t", 2, "--scale-method", "maxabs_pcs_pow2") == 0
-    after = read(config)
+    after = read_json(config)
     assert (after["dynamic_quantization"], after["scale_format"]) == (True, "CONST")
     assert after["blocklist"]["names"] == ["lm_head"] and "Matmul" in after["blocklist"]["types"]
     assert quantize(out, "-t", 2, "--scale-method", "maxabs_hw") == 0
-    assert "dynamic_quantization" not in read(config)
-    assert read(config)["blocklist"] == before["blocklist"]
+    assert "dynamic_quantization" not in read_json(config)
+    assert read_json(config)["blocklist"] == before["blocklist"]
 
 
 def test_a_config_in_the_run_is_one_of_its_own(out: Path, capsys: pytest.CaptureFixture) -> None:
@@ -162,7 +158,7 @@ def test_modules_without_ranges_must_be_blocked(out: Path, capsys: pytest.Captur
     """A blocklist that was emptied asks INC for attention nobody measured; both ways out work."""
     root = out / "experts"
     config, measuring = root / "maxabs_quant_g3.json", root / "maxabs_measure_g3.json"
-    blocked = read(config)["blocklist"]
+    blocked = read_json(config)["blocklist"]
     edit(config, blocklist={"types": [], "names": []})
     words = ("quantize", "-m", EXPERTS, "-o", out, "--name", "experts")
     for refused in (lambda: serve(config, model=EXPERTS), lambda: run(*words)):
@@ -192,7 +188,7 @@ def test_what_was_not_measured_is_not_taken_for_measured(out: Path, capsys: pyte
 def test_nothing_is_measured_for_configs_that_do_not_go_together(out: Path, capsys: pytest.CaptureFixture) -> None:
     """That the one blocks what the other quantizes is told before any work."""
     config = out / "empty.json"
-    content = read(out / "experts/maxabs_quant_g3.json")
+    content = read_json(out / "experts/maxabs_quant_g3.json")
     config.write_text(json.dumps({**content, "blocklist": {"types": [], "names": ["lm_head"]}}))
     words = ("calibrate", "-m", EXPERTS, "-d", out / "no-such-data.jsonl", "-o", out / "new", "--config-quant", config)
     assert run(*words) == 1

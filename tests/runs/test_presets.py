@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gaudi_calib.cli.main import main
+from gaudi_calib.files import read_json
 from gaudi_calib.layout import MANIFEST_NAME
 from gaudi_calib.manifest import read_manifest
 from gaudi_calib.runs.calibrate import calibrate
@@ -26,11 +27,6 @@ FIELD_TYPES = ["VLLMKVCache", "Matmul", "Softmax"]
 def run(*words: object) -> int:
     """Run a command in this process and return its exit code."""
     return main([*map(str, words)])
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return the content of a config."""
-    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +69,10 @@ def print_serve(config: Path, model: Path, capsys: pytest.CaptureFixture) -> str
 
 def test_what_is_written_and_served(out: Path, capsys: pytest.CaptureFixture) -> None:
     """The field's lists, attention measured as far as it is quantized, and its variable wherever vLLM is told."""
-    blocked = read(out / "field" / "maxabs_quant_g3.json")["blocklist"]
+    blocked = read_json(out / "field" / "maxabs_quant_g3.json")["blocklist"]
     assert blocked["types"] == FIELD_TYPES and "self_attn" not in blocked["names"]
-    ranges = read(out / "field" / "g3" / "inc_output_hooks_maxabs_0_1.json")["Nodes"]
-    scales = read(out / "field" / "g3" / "inc_output_hooks_maxabs_MAXABS_HW_0_1.json")["Nodes"]
+    ranges = read_json(out / "field" / "g3" / "inc_output_hooks_maxabs_0_1.json")["Nodes"]
+    scales = read_json(out / "field" / "g3" / "inc_output_hooks_maxabs_MAXABS_HW_0_1.json")["Nodes"]
     assert "model.layers.0.self_attn.qkv_proj" in ranges.keys() & scales.keys()
     assert "model.layers.0.self_attn.attn.impl.k_cache" in ranges.keys() - scales.keys()
     assert read_manifest(out / "field" / "g3" / MANIFEST_NAME).preset.env == CONST
@@ -91,7 +87,7 @@ def test_patterns_of_the_preset_need_not_match(out: Path, capfd: pytest.CaptureF
     print_serve(out / "field" / "maxabs_quant_g3.json", MODEL, capfd)
     assert quantize(out, "field") == 0
     assert "matches no node" not in capfd.readouterr().err
-    config = read(out / "field" / "maxabs_quant_g3.json")
+    config = read_json(out / "field" / "maxabs_quant_g3.json")
     config["blocklist"]["names"].append("lm_hed")
     (out / "field" / "maxabs_quant_g3.json").write_text(json.dumps(config))
     assert quantize(out, "field") == 0
@@ -100,9 +96,9 @@ def test_patterns_of_the_preset_need_not_match(out: Path, capfd: pytest.CaptureF
 
 def test_later_commands_keep_the_preset(out: Path, capsys: pytest.CaptureFixture) -> None:
     """`quantize`, with another method, too, `calibrate` and results elsewhere stay as the run was made."""
-    before = read(out / "field" / "maxabs_quant_g3.json")
+    before = read_json(out / "field" / "maxabs_quant_g3.json")
     assert quantize(out, "field", "-t", 2, "--scale-method", "maxabs_pow2") == 0
-    assert read(out / "field" / "maxabs_quant_g3.json") == {**before, "scale_method": "maxabs_pow2"}
+    assert read_json(out / "field" / "maxabs_quant_g3.json") == {**before, "scale_method": "maxabs_pow2"}
     assert measure(out, "field", command="calibrate") == 0
     assert run("reshard", out / "field", "-t", 2, "-o", out / "elsewhere") == 0
     shutil.copytree(out / "field", out / "copy")
@@ -118,12 +114,12 @@ def test_another_preset_replaces_the_configs(out: Path, capsys: pytest.CaptureFi
     before = {name: (out / "reference" / name).read_bytes() for name in (config.name, "maxabs_measure_g3.json")}
     assert measure(out, "reference", "--preset", "field", command="calibrate") == 0
     assert "VLLM_DISABLE_MARK_SCALES_AS_CONST=true vllm serve" in capsys.readouterr().out
-    assert read(config)["blocklist"]["types"] == FIELD_TYPES
+    assert read_json(config)["blocklist"]["types"] == FIELD_TYPES
     assert {name: (out / "reference" / "replaced" / name).read_bytes() for name in before} == before
-    edited = {**read(config), "blocklist": {"types": [], "names": ["self_attn", "lm_head", "gate"]}}
+    edited = {**read_json(config), "blocklist": {"types": [], "names": ["self_attn", "lm_head", "gate"]}}
     config.write_text(json.dumps(edited))
     assert measure(out, "reference", "--preset", "field", command="calibrate") == 0
-    assert read(config) == edited
+    assert read_json(config) == edited
     assert measure(out, "reference", "--preset", "reference", command="calibrate") == 0
     assert {name: (out / "reference" / name).read_bytes() for name in before} == before
     assert read_manifest(out / "reference" / "g3" / MANIFEST_NAME).preset.env == {}
@@ -135,7 +131,7 @@ def test_measuring_for_another_preset_leaves_no_config_of_the_old(out: Path) -> 
     assert not (out / "reference" / "maxabs_quant_g3.json").exists()
     assert (out / "reference" / "replaced" / "maxabs_quant_g3.json").is_file()
     assert quantize(out, "reference") == 0
-    assert read(out / "reference" / "maxabs_quant_g3.json")["blocklist"]["types"] == FIELD_TYPES
+    assert read_json(out / "reference" / "maxabs_quant_g3.json")["blocklist"]["types"] == FIELD_TYPES
 
 
 def test_what_the_other_preset_did_not_measure(out: Path, capsys: pytest.CaptureFixture) -> None:
@@ -152,10 +148,10 @@ def test_what_the_other_preset_did_not_measure(out: Path, capsys: pytest.Capture
 def test_configs_and_methods_that_are_given_win(out: Path, capsys: pytest.CaptureFixture) -> None:
     """--config-quant and --scale-method say what is written; the variables are still the preset's."""
     mine = out / "mine.json"
-    mine.write_text(json.dumps({**read(out / "field" / "maxabs_quant_g3.json"), "scale_format": "scalar"}))
+    mine.write_text(json.dumps({**read_json(out / "field" / "maxabs_quant_g3.json"), "scale_format": "scalar"}))
     words = ("--preset", "field", "--config-quant", mine)
     assert measure(out, "given", *words, command="calibrate") == 0
-    assert read(out / "given" / "maxabs_quant_g3.json")["scale_format"] == "scalar"
+    assert read_json(out / "given" / "maxabs_quant_g3.json")["scale_format"] == "scalar"
     assert "VLLM_DISABLE_MARK_SCALES_AS_CONST=true vllm serve" in capsys.readouterr().out
 
 
@@ -204,7 +200,7 @@ def test_unit_scales_need_no_measurement(biased: Path, tmp_path: Path, capfd: py
     assert "needs no measurement" in printed.err and "VLLM_FP32_SOFTMAX=true vllm serve" in printed.out
     (tmp_path / "out").rename(tmp_path / "moved")
     config = tmp_path / "moved" / "model" / "maxabs_quant_g3.json"
-    assert read(config)["scale_method"] == "unit_scale"
+    assert read_json(config)["scale_method"] == "unit_scale"
     served = print_serve(config, biased, capfd)
     assert "VLLM_FP32_SOFTMAX=true" in served and f"QUANT_CONFIG={config}" in served
     shutil.rmtree(config.parent / "g3")
